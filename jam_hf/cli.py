@@ -1,0 +1,148 @@
+"""`jam-hf`: the command line. It parses arguments and calls the library; it knows nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+DEFAULT_RUN = "runs/quickstart"
+
+
+def _parser() -> argparse.ArgumentParser:
+    from .quickstart.stages import STAGES
+    from .version import __version__
+
+    parser = argparse.ArgumentParser(prog="jam-hf", description="Fuse a text LLM and an autoregressive image model.")
+    parser.add_argument("--version", action="version", version=f"jam-hf {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def add_run(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--run", default=DEFAULT_RUN, help=f"run folder (default: {DEFAULT_RUN})")
+        command.add_argument("--seed", type=int, default=0, help="seed of data, initialisation and training")
+        command.add_argument("--train-all", action="store_true", help="train jam-uniform and jam-width as well")
+        command.add_argument("--family", choices=("llama", "opt"), default="llama", help="architecture of the parents")
+        command.add_argument("--small", action="store_true", help="the whole path in seconds, learning nothing")
+
+    quickstart = commands.add_parser("quickstart", help="every stage below, in order; continues where it was stopped")
+    add_run(quickstart)
+    for name, (_, method) in STAGES.items():
+        stage = commands.add_parser(name, help=method.__doc__.strip().rstrip("."))
+        add_run(stage)
+        stage.add_argument("--force", action="store_true", help="run it although its result is there")
+        if name == "fuse":
+            _add_fuse(stage)
+
+    generate = commands.add_parser("generate", help="write an interleaved document from a prompt, as one HTML page")
+    generate.add_argument("prompt", help="what to write about; with --chat, what the user says")
+    generate.add_argument("--model", default=f"{DEFAULT_RUN}/jam-cross", help="JAM checkpoint: folder or Hub id")
+    generate.add_argument("--mode", choices=("interleaved", "text", "image"), default="interleaved")
+    generate.add_argument("--chat", action="store_true", help="put the prompt through the chat template")
+    generate.add_argument("--image", action="append", default=[], help="picture for an <image> in the prompt")
+    generate.add_argument("--guidance-scale", type=float, default=None, help="classifier-free guidance inside pictures")
+    generate.add_argument("--temperature", type=float, default=None, help="sample with this temperature (default: greedy)")
+    generate.add_argument("--max-new-tokens", type=int, default=None)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--output", default="document.html", help="HTML file to write")
+    return parser
+
+
+def _add_fuse(stage: argparse.ArgumentParser) -> None:
+    group = stage.add_argument_group("any two parents, instead of a run folder's")
+    group.add_argument("--text", help="text parent: folder or Hub id")
+    group.add_argument("--image", help="image parent: folder or Hub id")
+    group.add_argument("--vq", help="VQ model: folder or Hub id")
+    group.add_argument("--mode", help="uniform, width or cross")
+    group.add_argument("--init", help="cross: preserving, paper; width: copy, average, block_diagonal; uniform: average")
+    group.add_argument("--output", help="folder of the fused checkpoint")
+    group.add_argument("--overwrite", action="store_true", help="replace the output folder")
+
+
+def _fuse(args: argparse.Namespace) -> None:
+    from .fusion import fuse
+
+    given = {name: getattr(args, name) for name in ("text", "image", "vq", "mode", "output")}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if missing:
+        raise ValueError(f"fuse: {', '.join(missing)} is missing (or give none of them, to fuse a run folder's parents).")
+    path = fuse(
+        args.text,
+        args.image,
+        args.mode,
+        args.output,
+        init=args.init,
+        vq_model=args.vq,
+        seed=args.seed,
+        overwrite=args.overwrite,
+    )
+    print(f"fused: {path}")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    import torch
+
+    from . import JamForCausalLM, JamProcessor
+    from .quickstart.page import document_page
+
+    model = JamForCausalLM.from_pretrained(args.model).eval()
+    processor = JamProcessor.from_pretrained(args.model)
+    prompt = args.prompt
+    if args.chat:
+        messages = [{"role": "user", "content": prompt}]
+        prompt = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = processor(text=[prompt], images=args.image or None, return_tensors="pt")
+    torch.manual_seed(args.seed)
+    options = {"generation_mode": args.mode, "guidance_scale": args.guidance_scale}
+    if args.max_new_tokens is not None:
+        options["max_new_tokens"] = args.max_new_tokens
+    if args.temperature is not None:
+        options |= {"do_sample": True, "temperature": args.temperature}
+    output = model.generate(**inputs, **options)
+    length = inputs["input_ids"].shape[1]
+    segments = processor.post_process_interleaved(output, model, prompt_length=length)[0]
+    for segment in segments:
+        print(segment["text"].strip() if segment["type"] == "text" else "[picture]")
+    Path(args.output).write_text(document_page(args.prompt, segments), encoding="utf-8")
+    print(f"document: {args.output}")
+
+
+def _run(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from .quickstart.stages import QuickstartSettings, Run, run_all, run_stage
+
+    settings = QuickstartSettings.small() if args.small else QuickstartSettings()
+    settings = replace(settings, seed=args.seed, train_all=args.train_all, family=args.family)
+    run = Run(args.run, settings)
+    if args.command == "quickstart":
+        print(f"The page lies at {run_all(run)}")
+    elif run_stage(run, args.command, args.force):
+        print(f"{args.command}: done, in {run.folder}")
+    else:
+        print(f"{args.command}: its result is in {run.folder} already (--force runs it again)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `jam-hf`; returns the exit status. What the user can mend is one line on stderr."""
+    args = _parser().parse_args(arguments)
+    try:
+        if args.command == "generate":
+            _generate(args)
+        elif args.command == "fuse" and any((args.text, args.image, args.vq, args.mode, args.output)):
+            _fuse(args)
+        else:
+            _run(args)
+    except (ValueError, OSError, json.JSONDecodeError) as error:
+        print(f"jam-hf {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\njam-hf {args.command}: interrupted; the same command goes on from here.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Perplexity of a causal LM on encoded documents, per modality, and how far a fusion is from its parents.
+
+It knows ids and logits. Padding never counts, whatever the batch size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """Mean negative log-likelihoods, in nats per token, and counts, of text tokens and of image tokens.
+
+    Text tokens are all that are no image codes, marks such as `<break>` and eos included. The first token of a document is
+    not predicted and does not count.
+    """
+
+    text_nll: float
+    image_nll: float
+    text_tokens: int
+    image_tokens: int
+
+    @property
+    def nll(self) -> float:
+        total = self.text_tokens + self.image_tokens
+        text = self.text_nll * self.text_tokens if self.text_tokens else 0.0
+        image = self.image_nll * self.image_tokens if self.image_tokens else 0.0
+        return (text + image) / total
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nll)
+
+    @property
+    def text_perplexity(self) -> float:
+        return math.exp(self.text_nll)
+
+    @property
+    def image_perplexity(self) -> float:
+        return math.exp(self.image_nll)
+
+
+def _batches(dataset: Dataset, batch_size: int, pad: int, description: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for start in tqdm(range(0, len(dataset), batch_size), desc=description, unit="batch", leave=False):
+        rows = dataset[start : start + batch_size]["input_ids"]
+        length = max(map(len, rows))
+        ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows], dtype=torch.int64)
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+        yield ids, mask
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel,
+    dataset: Dataset,
+    image_token_range: tuple[int, int],
+    batch_size: int = 32,
+    description: str = "perplexity",
+) -> PerplexityResult:
+    """Token-weighted perplexity of `model` on `dataset` (column `input_ids`).
+
+    Args:
+        image_token_range: `[first, last)` ids of image codes.
+    Raises:
+        ValueError: if the dataset is empty.
+    """
+    if not len(dataset):
+        raise ValueError("perplexity: the dataset is empty.")
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64)
+    counts = torch.zeros(2, dtype=torch.int64)
+    for ids, mask in _batches(dataset, batch_size, model.config.pad_token_id or 0, description):
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        targets = ids[:, 1:]
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").double()
+        counted = mask[:, 1:].flatten().bool()
+        image = ((targets >= image_token_range[0]) & (targets < image_token_range[1])).flatten()
+        for index, chosen in enumerate((counted & ~image, counted & image)):
+            sums[index] += losses[chosen].sum().cpu()
+            counts[index] += chosen.sum().cpu()
+    means = (sums / counts.clamp(min=1)).tolist()
+    means = [mean if count else float("nan") for mean, count in zip(means, counts.tolist())]
+    return PerplexityResult(means[0], means[1], int(counts[0]), int(counts[1]))
+
+
+@torch.no_grad()
+def divergence(
+    parent: PreTrainedModel,
+    fusion: PreTrainedModel,
+    dataset: Dataset,
+    ids_of_interest: tuple[int, int],
+    batch_size: int = 32,
+) -> float:
+    """KL(parent || fusion) in nats per token, over the ids `[first, last)` that the parent is there for.
+
+    Both distributions are renormalised over those ids, so that a fusion may give mass to the other modality without being
+    charged for it. Positions counted: those whose target lies in the range, padding and the first token excluded.
+    """
+    parent.eval()
+    fusion.eval()
+    first, last = ids_of_interest
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for ids, mask in _batches(dataset, batch_size, parent.config.pad_token_id or 0, "divergence"):
+        targets = ids[:, 1:]
+        counted = mask[:, 1:].bool() & (targets >= first) & (targets < last)
+        logs = []
+        for model in (parent, fusion):
+            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+            logs.append(logits[:, :-1, first:last].float().cpu()[counted].log_softmax(-1).double())
+        total += (logs[0].exp() * (logs[0] - logs[1])).sum()
+        count += int(counted.sum())
+    return float(total / max(count, 1))

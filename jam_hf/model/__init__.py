@@ -1,0 +1,1 @@
+"""The files that travel into a checkpoint: flat, importing transformers, torch, diffusers and each other only."""

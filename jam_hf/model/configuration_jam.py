@@ -1,0 +1,431 @@
+"""Configuration of a JAM and of its VQ image tokenizer: the one home of every id, of the grid and of the shapes.
+
+It knows numbers only: nothing here builds a module or reads a file. Everything that can be derived is derived here, and
+everything that can contradict is checked here, when the config is built.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+FUSION_MODES = ("uniform", "width", "cross")
+CROSS_FORMS = ("preserving", "paper")
+# The explicit registry of decoder families; modeling_jam_families.py holds their modules. Families that scale their
+# embeddings, slide a window or cap their logits would be silently wrong here, so what is not listed is refused.
+SUPPORTED_FAMILIES = ("llama", "opt")
+
+# Read from, and written to, the decoders' own configs: they are the home of these numbers.
+_DELEGATED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "use_cache",
+)
+
+
+@strict
+class JamVQConfig(PreTrainedConfig):
+    r"""Arguments of [`diffusers.VQModel`], which is the image tokenizer inside every JAM checkpoint.
+
+    Args:
+        sample_size (`int`, defaults to 256): side of a picture in pixels; pictures are square.
+        num_vq_embeddings (`int`, defaults to 8192): number of codes in the codebook (paper: 8192).
+        block_out_channels (`list[int]`): channels per level; each level but the last halves the resolution.
+        vq_embed_dim (`int`, *optional*): size of a codebook vector, `latent_channels` where `None`.
+
+        The remaining arguments have the meaning that diffusers gives them. The defaults are our reconstruction of the
+        paper's tokenizer (Gafni et al. 2022: 256x256 pixels to 32x32 codes out of 8192); its weights are not public.
+    """
+
+    model_type = "jam_vq"
+    base_config_key = "vq_config"
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: list[str] | tuple[str, ...] | None = None
+    up_block_types: list[str] | tuple[str, ...] | None = None
+    block_out_channels: list[int] | tuple[int, ...] = (128, 128, 256, 512)
+    layers_per_block: int = 2
+    act_fn: str = "silu"
+    latent_channels: int = 256
+    sample_size: int = 256
+    num_vq_embeddings: int = 8192
+    norm_num_groups: int = 32
+    vq_embed_dim: int | None = None
+    norm_type: str = "group"
+    mid_block_add_attention: bool = True
+
+    def __post_init__(self, **kwargs):
+        levels = len(self.block_out_channels)
+        if self.down_block_types is None:
+            self.down_block_types = ["DownEncoderBlock2D"] * levels
+        if self.up_block_types is None:
+            self.up_block_types = ["UpDecoderBlock2D"] * levels
+        super().__post_init__(**kwargs)
+        for name in ("down_block_types", "up_block_types"):
+            if len(getattr(self, name)) != levels:
+                raise ValueError(
+                    f"JamVQConfig: `{name}` must have one entry per level of `block_out_channels` ({levels}), "
+                    f"got {len(getattr(self, name))}."
+                )
+        if self.num_vq_embeddings < 2:
+            raise ValueError(f"JamVQConfig: `num_vq_embeddings` must be at least 2, got {self.num_vq_embeddings}.")
+        if self.sample_size < self.downsampling_factor or self.sample_size % self.downsampling_factor:
+            raise ValueError(
+                f"JamVQConfig: `sample_size` ({self.sample_size}) must be a multiple of the downsampling factor "
+                f"{self.downsampling_factor} (= 2 ** (levels - 1), {levels} levels in `block_out_channels`)."
+            )
+
+    @property
+    def downsampling_factor(self) -> int:
+        """Pixels per code along one side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def grid_size(self) -> int:
+        """Codes per side of a picture."""
+        return self.sample_size // self.downsampling_factor
+
+    @property
+    def image_seq_length(self) -> int:
+        """Codes in one picture (N = grid_size ** 2)."""
+        return self.grid_size**2
+
+    def diffusers_kwargs(self) -> dict[str, Any]:
+        """The keyword arguments for `diffusers.VQModel(...)`."""
+        names = (
+            "in_channels out_channels down_block_types up_block_types block_out_channels layers_per_block act_fn "
+            "latent_channels sample_size num_vq_embeddings norm_num_groups vq_embed_dim norm_type "
+            "mid_block_add_attention"
+        ).split()
+        values = {name: getattr(self, name) for name in names}
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+@strict
+class JamConfig(PreTrainedConfig):
+    r"""Configuration of a Joint Autoregressive Mixture (arXiv 2309.15564).
+
+    Args:
+        fusion_mode (`str`, defaults to `"cross"`): `"uniform"` and `"width"` are one stock decoder (of one parent's size,
+            of twice the hidden size); `"cross"` is two stock decoders in lockstep with cross blocks between them.
+        text_config (`PreTrainedConfig` or `dict`): the decoder (uniform, width) or the text stream (cross). Families:
+            Llama, OPT.
+        image_config (`PreTrainedConfig` or `dict`, *optional*): the image stream; cross only.
+        vq_config ([`JamVQConfig`] or `dict`): the image tokenizer, arguments of `diffusers.VQModel`.
+        cross_attention_interval (`int`, defaults to 2): cross blocks follow layers 0, interval, 2*interval, ...
+        cross_form (`str`, defaults to `"preserving"`): `"paper"`: one embedding feeds both streams, and a new linear layer
+            over both final states feeds one output projection. `"preserving"` (ours): each stream reads its own parent's
+            embedding, text logits are read from the text stream and image logits from the image stream, and the cross
+            blocks' outputs start at zero, so that a fusion reproduces both parents.
+        break_token_id, mask_token_id, image_token_id (`int`): `<break>` on both sides of a picture, the first CM3
+            sentinel `<mask>`, and the placeholder `<image>` that stands for a code in text.
+        num_mask_tokens (`int`, defaults to 8): CM3 sentinels, ids `mask_token_id + i` (paper: 512).
+        mask_end_token_id (`int`, *optional*): end of an infilled span; right after the sentinels where `None`.
+        image_token_offset (`int`, *optional*): id of image code 0; the last codes of the vocabulary where `None`.
+        image_seq_length (`int`, *optional*): codes in one picture (N). Follows from `vq_config`; checked if given.
+        tie_word_embeddings (`bool`, *optional*): follows `text_config` where `None`; never in the preserving form.
+
+    `vocab_size`, `hidden_size`, `num_hidden_layers` and their like are read from, and written to, the decoders' configs.
+
+    Raises:
+        ValueError: if the parts contradict each other; the message says what was expected and what came.
+    """
+
+    model_type = "jam"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        "image_config": SubConfigSpec(config_class=AutoConfig, model_type="llama", optional=True),
+        "vq_config": JamVQConfig,
+    }
+
+    fusion_mode: str = "cross"
+    text_config: dict | PreTrainedConfig | None = None
+    image_config: dict | PreTrainedConfig | None = None
+    vq_config: dict | PreTrainedConfig | None = None
+    cross_attention_interval: int = 2
+    cross_form: str = "preserving"
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    break_token_id: int = 3
+    image_token_id: int = 4
+    mask_token_id: int = 5
+    num_mask_tokens: int = 8
+    mask_end_token_id: int | None = None
+    image_token_offset: int | None = None
+    image_seq_length: int | None = None
+    tie_word_embeddings: bool | None = None
+
+    def __post_init__(self, **kwargs):
+        # Checked before the sub-configs are built: a wrong mode must not surface as a wrong shape.
+        _check_choice("fusion_mode", self.fusion_mode, FUSION_MODES)
+        _check_choice("cross_form", self.cross_form, CROSS_FORMS)
+        if self.fusion_mode == "cross" and self.image_config is None:
+            self.image_config = copy.deepcopy(self.text_config) if self.text_config is not None else {}
+        elif self.fusion_mode != "cross" and self.image_config is not None:
+            raise ValueError(
+                f"JamConfig: `image_config` is for fusion_mode='cross'; a JAM of fusion_mode='{self.fusion_mode}' is one "
+                "decoder, described by `text_config`. Leave `image_config` out."
+            )
+        super().__post_init__(**kwargs)
+        self._check_family("text_config")
+        if self.image_config is not None:
+            self._check_family("image_config")
+            self._check_streams()
+        if self.cross_attention_interval < 1:
+            raise ValueError(
+                f"JamConfig: `cross_attention_interval` must be at least 1, got {self.cross_attention_interval}."
+            )
+        self._derive_and_check_tying()
+        self._derive_and_check_ids()
+
+    # ----- checks -----------------------------------------------------------------------------------------------------
+
+    def _check_family(self, name: str) -> None:
+        family = getattr(self, name).model_type
+        if family not in SUPPORTED_FAMILIES:
+            raise ValueError(
+                f"JamConfig: `{name}` is of the family '{family}', which JAM does not support yet. Supported families: "
+                f"{', '.join(SUPPORTED_FAMILIES)}. (Others may scale embeddings, slide windows or cap logits; fusing "
+                "them unseen would give a wrong model, not an error.)"
+            )
+
+    def _check_streams(self) -> None:
+        text, image = self.text_config, self.image_config
+        for name in ("vocab_size", "num_hidden_layers"):
+            if getattr(text, name) != getattr(image, name):
+                raise ValueError(
+                    f"JamConfig: in cross mode both streams need the same `{name}`, got {getattr(text, name)} in "
+                    f"text_config and {getattr(image, name)} in image_config."
+                )
+        if self.cross_form == "paper" and self._embedding_size(text) != self._embedding_size(image):
+            raise ValueError(
+                "JamConfig: cross_form='paper' feeds both streams from one embedding, so both need the same hidden size, "
+                f"got {self._embedding_size(text)} in text_config and {self._embedding_size(image)} in image_config. "
+                "Use cross_form='preserving' for streams of different widths."
+            )
+        for name, config in (("text_config", text), ("image_config", image)):
+            if getattr(config, "layerdrop", 0.0):
+                raise ValueError(
+                    f"JamConfig: LayerDrop would break the lockstep of the two streams; set {name}.layerdrop to 0.0 (it "
+                    f"is {config.layerdrop})."
+                )
+
+    def _derive_and_check_tying(self) -> None:
+        preserving = self.fusion_mode == "cross" and self.cross_form == "preserving"
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = False if preserving else bool(self.text_config.tie_word_embeddings)
+        if preserving and self.tie_word_embeddings:
+            raise ValueError(
+                "JamConfig: a cross JAM in the preserving form keeps both parents' input embeddings side by side, so its "
+                "output projection cannot be tied to them. Set tie_word_embeddings=False (a tied parent is untied by "
+                "`jam_hf.fuse`)."
+            )
+
+    def _derive_and_check_ids(self) -> None:
+        vocab_size, codes = self.vocab_size, self.num_image_tokens
+        expected = self.vq_config.image_seq_length
+        if self.image_seq_length is None:
+            self.image_seq_length = expected
+        elif self.image_seq_length != expected:
+            raise ValueError(
+                f"JamConfig: `image_seq_length` is {self.image_seq_length}, but vq_config makes a grid of "
+                f"{self.grid_size}x{self.grid_size} = {expected} codes (sample_size {self.vq_config.sample_size}, "
+                f"downsampling {self.vq_config.downsampling_factor}). Leave it out, or change vq_config."
+            )
+        if self.mask_end_token_id is None:
+            self.mask_end_token_id = self.mask_token_id + self.num_mask_tokens
+        if self.image_token_offset is None:
+            self.image_token_offset = vocab_size - codes
+        if self.num_mask_tokens < 1:
+            raise ValueError(f"JamConfig: `num_mask_tokens` must be at least 1, got {self.num_mask_tokens}.")
+        first, last = self.image_token_offset, self.image_token_offset + codes
+        if not 0 <= first < last <= vocab_size:
+            raise ValueError(
+                f"JamConfig: the {codes} image codes would take the ids [{first}, {last}), outside the vocabulary of "
+                f"{vocab_size}. Enlarge vocab_size of the decoders or move `image_token_offset`."
+            )
+        eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        singles = {
+            "pad_token_id": self.pad_token_id,
+            "bos_token_id": self.bos_token_id,
+            **{f"eos_token_id[{i}]" if len(eos) > 1 else "eos_token_id": value for i, value in enumerate(eos)},
+            "break_token_id": self.break_token_id,
+            "image_token_id": self.image_token_id,
+            "mask_end_token_id": self.mask_end_token_id,
+        }
+        sentinels = {f"mask_token_id + {i}": self.mask_token_id + i for i in range(self.num_mask_tokens)}
+        for name, value in {**singles, **sentinels}.items():
+            if value is None:
+                continue
+            if not 0 <= value < vocab_size:
+                raise ValueError(
+                    f"JamConfig: {name} is {value}, outside the vocabulary of {vocab_size} (ids 0..{vocab_size - 1})."
+                )
+            if first <= value < last:
+                raise ValueError(f"JamConfig: {name} is {value}, inside the range of image codes [{first}, {last}).")
+        # pad, bos and eos may coincide (OPT and metaseq start a document with eos); what marks pictures may not.
+        taken: dict[int, str] = {}
+        strict_names = ["break_token_id", "image_token_id", "mask_end_token_id", *sentinels]
+        for name in strict_names:
+            value = {**singles, **sentinels}[name]
+            if value in taken:
+                raise ValueError(f"JamConfig: {name} and {taken[value]} have the same id {value}; each needs its own.")
+            taken[value] = name
+        for name in ("pad_token_id", "bos_token_id", *(n for n in singles if n.startswith("eos"))):
+            if singles[name] in taken:
+                raise ValueError(
+                    f"JamConfig: {name} and {taken[singles[name]]} have the same id {singles[name]}; each needs its own."
+                )
+
+    # ----- derived ----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _embedding_size(config: PreTrainedConfig) -> int:
+        return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+
+    @property
+    def embedding_sizes(self) -> tuple[int, ...]:
+        """Widths of the parts of one row of the input embedding: one, or text and image in the preserving cross form."""
+        if self.fusion_mode == "cross" and self.cross_form == "preserving":
+            return self._embedding_size(self.text_config), self._embedding_size(self.image_config)
+        return (self._embedding_size(self.text_config),)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Size of the codebook (K): image codes take the ids `[image_token_offset, image_token_offset + K)`."""
+        return self.vq_config.num_vq_embeddings
+
+    @property
+    def grid_size(self) -> int:
+        """Codes per side of a picture."""
+        return self.vq_config.grid_size
+
+    @property
+    def cross_attention_layers(self) -> tuple[int, ...]:
+        """Depths followed by a pair of cross blocks (empty for uniform and width)."""
+        if self.fusion_mode != "cross":
+            return ()
+        return tuple(range(0, self.num_hidden_layers, self.cross_attention_interval))
+
+    @property
+    def initializer_range(self) -> float:
+        for name in ("initializer_range", "init_std"):
+            if (value := getattr(self.text_config, name, None)) is not None:
+                return value
+        return 0.02
+
+    @property
+    def per_layer_config(self) -> list[PreTrainedConfig]:
+        """One config per cached attention, in the order of the caches: text layers, image layers, cross blocks."""
+        if self.fusion_mode != "cross":
+            return [self.text_config] * self.num_hidden_layers
+        pairs = [self.text_config, self.image_config] * len(self.cross_attention_layers)
+        return (
+            [self.text_config] * self.text_config.num_hidden_layers
+            + [self.image_config] * self.image_config.num_hidden_layers
+            + pairs
+        )
+
+    @per_layer_config.setter
+    def per_layer_config(self, value: Any) -> None:
+        if value is not None:
+            raise ValueError("JamConfig: per-layer overrides are not supported; set them in text_config or image_config.")
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The JAM is the language model: vocabulary and caches are its own, not one stream's."""
+        return self
+
+    # ----- the paper --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def paper(cls, fusion_mode: str = "cross", **kwargs: Any) -> JamConfig:
+        """The paper's 7B parents, fused: about 7B ("uniform"), 26B ("width") or 19B ("cross") parameters.
+
+        Parents: 32 layers, hidden size 4096, 32 heads, FFN 4 x 4096, 4096 learned positions, no biases, no LayerNorm
+        parameters, no dropout (CM3leon, arXiv 2309.02591); vocabulary 56,320 + 8,192 image codes. Width doubles hidden
+        size, heads (64) and FFN. GELU, and the tying of input and output embeddings (which the counts suggest), are our
+        reconstruction.
+        """
+        from transformers import OPTConfig
+
+        _check_choice("fusion_mode", fusion_mode, FUSION_MODES)
+        scale = 2 if fusion_mode == "width" else 1
+        codes, text_vocab = 8192, 56320
+        parent = OPTConfig(
+            vocab_size=text_vocab + codes,
+            hidden_size=4096 * scale,
+            ffn_dim=4 * 4096 * scale,
+            num_attention_heads=32 * scale,
+            num_hidden_layers=32,
+            max_position_embeddings=4096,
+            enable_bias=False,
+            layer_norm_elementwise_affine=False,
+            dropout=0.0,
+            activation_function="gelu",
+            init_std=0.006,
+            pad_token_id=1,
+            bos_token_id=2,
+            eos_token_id=2,
+            tie_word_embeddings=True,
+        )
+        settings: dict[str, Any] = {
+            "fusion_mode": fusion_mode,
+            "text_config": parent,
+            "image_config": copy.deepcopy(parent) if fusion_mode == "cross" else None,
+            "cross_form": "paper",
+            "cross_attention_interval": 2,
+            "pad_token_id": 1,
+            "bos_token_id": 2,
+            "eos_token_id": 2,
+            "break_token_id": 3,
+            "image_token_id": 4,
+            "mask_token_id": 5,
+            "num_mask_tokens": 512,
+            "image_token_offset": text_vocab,
+            "tie_word_embeddings": True,
+        }
+        return cls(**{**settings, **kwargs})
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"JamConfig: `{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _delegate(name: str) -> property:
+    """A property that reads the text config's value and writes every decoder's."""
+
+    def read(self: JamConfig) -> Any:
+        if name == "head_dim":
+            config = self.text_config
+            return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if name == "num_key_value_heads":
+            return getattr(self.text_config, name, None) or self.text_config.num_attention_heads
+        return getattr(self.text_config, name)
+
+    def write(self: JamConfig, value: Any) -> None:
+        for config in (self.text_config, self.image_config):
+            if config is not None:
+                setattr(config, name, value)
+
+    return property(read, write, doc=f"`{name}` of the decoders; written to each of them.")
+
+
+for _name in _DELEGATED:
+    setattr(JamConfig, _name, _delegate(_name))
+
+
+__all__ = ["JamConfig", "JamVQConfig"]

@@ -1,0 +1,255 @@
+"""Writing interleaved documents: the grammar of pictures in a token sequence, guidance, and `generate()` for both.
+
+It knows token ids only. The grammar is a plain object, tested without a model; its state is read off the ids themselves, so
+it holds for each row of a batch on its own, whatever reorders or repeats the rows (beams, several return sequences).
+
+Shape suffixes: B rows, T positions, V vocabulary, N codes a picture, R rows inside a picture.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from transformers import DynamicCache, GenerationMixin, LogitsProcessor, LogitsProcessorList
+
+
+if TYPE_CHECKING:
+    from .configuration_jam import JamConfig
+
+GENERATION_MODES = ("interleaved", "text", "image")
+
+
+class PictureState(NamedTuple):
+    """Where each row stands; all `[B]`.
+
+    in_picture (bool): after an opening `<break>`, before the closing one. num_codes (int64): codes of that picture so far.
+    closed (bool): the last token is a closing `<break>`.
+    """
+
+    in_picture: torch.Tensor
+    num_codes: torch.Tensor
+    closed: torch.Tensor
+
+
+class PictureGrammar:
+    """`text* (<break> N codes <break> text*)* <eos>`, row by row (paper, Decoding: one image of exactly N tokens).
+
+    A `<break>` opens a picture unless a code stands before it; then it closes one.
+    """
+
+    def __init__(self, config: JamConfig):
+        self.break_token_id = config.break_token_id
+        self.image_token_id = config.image_token_id
+        self.first_code = config.image_token_offset
+        self.last_code = config.image_token_offset + config.num_image_tokens - 1
+        self.image_seq_length = config.image_seq_length
+        self.eos_token_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        self.eos_token_ids = [i for i in self.eos_token_ids if i is not None]
+        reserved = [config.image_token_id, config.mask_end_token_id, config.pad_token_id]
+        reserved += [config.mask_token_id + i for i in range(config.num_mask_tokens)]
+        self.reserved = [i for i in reserved if i is not None and i not in self.eos_token_ids]
+
+    def is_code(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        """Image codes, and the placeholders that stand for them."""
+        codes = (input_ids >= self.first_code) & (input_ids <= self.last_code)
+        return codes | (input_ids == self.image_token_id)
+
+    def state(self, input_ids: torch.LongTensor) -> PictureState:
+        """Read the state off the last N + 2 ids of each row; `input_ids` is int64 `[B, T]`, T >= 1."""
+        codes_BT = self.is_code(input_ids[:, -(self.image_seq_length + 2) :])
+        num_codes = codes_BT.flip(1).to(torch.int64).cumprod(1).sum(1)
+        is_break = input_ids[:, -1] == self.break_token_id
+        after_code = codes_BT[:, -2] if codes_BT.shape[1] > 1 else torch.zeros_like(is_break)
+        return PictureState((num_codes > 0) | (is_break & ~after_code), num_codes, is_break & after_code)
+
+    def allowed(
+        self, input_ids: torch.LongTensor, vocab_size: int, mode: str, prompt_length: int, max_length: int
+    ) -> torch.Tensor:
+        """Which ids may come next.
+
+        Args:
+            input_ids: int64 `[B, T]`, prompt and what was written so far.
+            mode: "interleaved" (pictures wherever the model opens one), "text" (none), "image" (one picture, at once).
+            prompt_length, max_length: in tokens; a picture that could not be closed within `max_length` is not begun.
+        Returns:
+            bool `[B, V]`.
+        """
+        state = self.state(input_ids)
+        length, device = input_ids.shape[1], input_ids.device
+        text_V = torch.ones(vocab_size, dtype=torch.bool, device=device)
+        text_V[self.first_code : self.last_code + 1] = False
+        text_V[self.reserved] = False
+        room = length + 2 + self.image_seq_length <= max_length
+        text_V[self.break_token_id] = mode == "interleaved" and room
+        codes_V = torch.zeros_like(text_V)
+        codes_V[self.first_code : self.last_code + 1] = True
+        break_V = torch.zeros_like(text_V)
+        break_V[self.break_token_id] = True
+        complete = state.num_codes >= self.image_seq_length
+        inside_BV = torch.where(complete[:, None], break_V, codes_V)
+        if mode == "image":
+            end_V = torch.zeros_like(text_V)
+            end_V[self.eos_token_ids] = True
+            done = state.closed & (length > prompt_length)
+            if self.eos_token_ids:  # once closed, only the end is left; without an <eos>, max_length ends the row
+                done = done | torch.isin(input_ids[:, -1], torch.tensor(self.eos_token_ids, device=device))
+                outside_BV = torch.where(done[:, None], end_V, break_V)
+            else:
+                outside_BV = torch.where(done[:, None], text_V, break_V)
+        else:
+            outside_BV = text_V.expand(input_ids.shape[0], -1)
+        return torch.where(state.in_picture[:, None], inside_BV, outside_BV)
+
+
+class PictureGrammarLogitsProcessor(LogitsProcessor):
+    """Sets the scores of ids that the grammar does not allow to minus infinity."""
+
+    def __init__(self, grammar: PictureGrammar, mode: str, prompt_length: int, max_length: int):
+        self.grammar, self.mode = grammar, mode
+        self.prompt_length, self.max_length = prompt_length, max_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        allowed = self.grammar.allowed(input_ids, scores.shape[-1], self.mode, self.prompt_length, self.max_length)
+        return scores.masked_fill(~allowed, float("-inf"))
+
+
+class PictureGuidanceLogitsProcessor(LogitsProcessor):
+    """Classifier-free guidance for rows inside a picture: `uncond + scale * (cond - uncond)` [P].
+
+    The unconditional branch sees `<bos> <mask> <break>` and the codes so far [A], nothing of the prompt, with a cache of its
+    own. The cache is used while the branch grows by one code per call, and rebuilt when other rows enter, leave or move.
+    """
+
+    def __init__(self, model: Any, grammar: PictureGrammar, scale: float):
+        self.model, self.grammar, self.scale = model, grammar, scale
+        config = model.config
+        prefix = [config.bos_token_id, config.mask_token_id, config.break_token_id]
+        self.prefix = [i for i in prefix if i is not None]
+        self.pad = config.pad_token_id if config.pad_token_id is not None else config.break_token_id
+        self.cache: DynamicCache | None = None
+        self.cached_ids: torch.LongTensor | None = None
+
+    def branch(
+        self, input_ids: torch.LongTensor, num_codes: torch.LongTensor
+    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """Ids and mask, both int64 `[R, P + max codes]`, left-padded, of the unconditional branch of rows `[R, T]`."""
+        longest = int(num_codes.max())
+        prefix = torch.tensor(self.prefix, device=input_ids.device)
+        ids = torch.full((input_ids.shape[0], len(prefix) + longest), self.pad, device=input_ids.device)
+        mask = torch.zeros_like(ids)
+        for row, count in enumerate(num_codes.tolist()):
+            start = longest - count
+            mask[row, start:] = 1
+            ids[row, start : start + len(prefix)] = prefix
+            if count:
+                ids[row, start + len(prefix) :] = input_ids[row, -count:]
+        return ids, mask
+
+    @torch.no_grad()
+    def unconditional_logits(self, ids: torch.LongTensor, mask: torch.LongTensor) -> torch.FloatTensor:
+        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+        grown = self.cached_ids is not None and torch.equal(ids[:, :-1], self.cached_ids)
+        if not grown:
+            self.cache = DynamicCache(config=self.model.config)
+        new = 1 if grown else ids.shape[1]
+        logits = self.model(
+            input_ids=ids[:, -new:],
+            attention_mask=mask,
+            position_ids=position_ids[:, -new:],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        self.cached_ids = ids
+        return logits[:, -1]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        state = self.grammar.state(input_ids)
+        rows = (state.in_picture & (state.num_codes < self.grammar.image_seq_length)).nonzero().flatten()
+        if rows.numel() == 0:
+            self.cache = self.cached_ids = None
+            return scores
+        ids, mask = self.branch(input_ids[rows], state.num_codes[rows])
+        uncond = self.unconditional_logits(ids, mask).to(scores)
+        return scores.index_copy(0, rows, uncond + self.scale * (scores[rows] - uncond))
+
+
+class JamGenerationMixin(GenerationMixin):
+    """`generate()` with pictures: everything of `GenerationMixin`, plus `generation_mode` and guidance inside pictures."""
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """Write text, pictures, or both.
+
+        Args:
+            generation_mode (`str`, *optional*): "interleaved", "text" or "image" (one picture, at once). `None` (and not
+                set in the generation config): plain next-token generation without a grammar.
+            guidance_scale (`float`, *optional*): classifier-free guidance inside pictures; 1.0 or `None`: none.
+            pixel_values (float `[P, 3, H, W]`, *optional*): pictures of the prompt, as the processor makes them.
+
+            Everything else as in `GenerationMixin.generate`. Pictures of the prompt come back as their codes.
+        Raises:
+            ValueError: on an unknown mode, placeholders without pictures, or no room for a picture in "image" mode.
+        """
+        defaults = self.generation_config
+        if not hasattr(defaults, "generation_mode"):
+            defaults.generation_mode = None
+        mode = kwargs.get("generation_mode", getattr(generation_config, "generation_mode", defaults.generation_mode))
+        if mode is not None and mode not in GENERATION_MODES:
+            raise ValueError(f"generation_mode must be one of {', '.join(map(repr, GENERATION_MODES))}, got {mode!r}.")
+        if kwargs.get("negative_prompt_ids") is not None:
+            raise ValueError(
+                "negative_prompt_ids are not supported: guidance compares with <mask> in place of the whole context. "
+                "Leave them out."
+            )
+
+        pixel_values = kwargs.pop("pixel_values", None)
+        if inputs is not None and "input_ids" not in kwargs:
+            inputs, kwargs["input_ids"] = None, inputs
+        input_ids = kwargs.get("input_ids")
+        if pixel_values is not None:
+            if input_ids is None:
+                raise ValueError("pixel_values need input_ids with placeholders <image>; pass the processor's output.")
+            kwargs["input_ids"] = self.model.insert_image_tokens(input_ids, pixel_values)
+        elif input_ids is not None and bool((input_ids == self.config.image_token_id).any()):
+            raise ValueError(
+                "The prompt has placeholders <image> but no pixel_values came with it. Pass the picture(s) to the processor "
+                "(images=[...]) and its whole output to generate()."
+            )
+        if mode == "image" and not any(
+            getattr(source, name, None) if not isinstance(source, dict) else source.get(name)
+            for source in (kwargs, generation_config, defaults)
+            for name in ("max_length", "max_new_tokens")
+        ):
+            kwargs["max_new_tokens"] = self.config.image_seq_length + 2
+        return super().generate(inputs=inputs, generation_config=generation_config, **kwargs)
+
+    def _get_logits_processor(
+        self, generation_config: Any, input_ids_seq_length: int | None = None, **kwargs: Any
+    ) -> LogitsProcessorList:
+        # GenerationMixin would answer `guidance_scale` with a second forward over the whole prompt at every step.
+        scale, generation_config.guidance_scale = generation_config.guidance_scale, None
+        try:
+            processors = super()._get_logits_processor(
+                generation_config=generation_config, input_ids_seq_length=input_ids_seq_length, **kwargs
+            )
+        finally:
+            generation_config.guidance_scale = scale
+        grammar = PictureGrammar(self.config)
+        mode = getattr(generation_config, "generation_mode", None)
+        ours = LogitsProcessorList()
+        if scale is not None and scale != 1 and mode != "text":
+            ours.append(PictureGuidanceLogitsProcessor(self, grammar, scale))
+        if mode is not None:  # after guidance: minus infinity minus minus infinity is not a number
+            max_length, needed = generation_config.max_length, self.config.image_seq_length + 1
+            if mode == "image" and max_length - input_ids_seq_length < needed:
+                raise ValueError(
+                    f"generation_mode='image' needs room for <break>, {self.config.image_seq_length} codes and <break>: "
+                    f"max_new_tokens={needed + 1}; got {max_length - input_ids_seq_length}."
+                )
+            ours.append(PictureGrammarLogitsProcessor(grammar, mode, input_ids_seq_length, max_length))
+        return LogitsProcessorList([*ours, *processors])
+
+
+__all__ = ["JamGenerationMixin", "PictureGrammar", "PictureGrammarLogitsProcessor", "PictureGuidanceLogitsProcessor"]

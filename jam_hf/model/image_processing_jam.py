@@ -1,0 +1,104 @@
+"""Pictures in and out: any PIL picture or array to the square RGB tensor the VQ model reads, and back.
+
+It knows pixels only. PIL and numpy do the work: torchvision, which has no CPU build everywhere, is not needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import PILImageResampling
+from transformers.processing_utils import ImagesKwargs, Unpack
+
+
+class JamImageProcessor(PilBackend):
+    """Resize the shorter side to `size`, cut the centre square, scale to [-1, 1].
+
+    Grey pictures become RGB, transparent ones are laid on white; the sides may have any length.
+
+    Args:
+        size (`dict`, defaults to `{"shortest_edge": 256}`), crop_size (`dict`, defaults to 256x256): in pixels; both the
+            side that `JamVQConfig.sample_size` says.
+    """
+
+    resample = PILImageResampling.BICUBIC
+    image_mean = [0.5, 0.5, 0.5]
+    image_std = [0.5, 0.5, 0.5]
+    size = {"shortest_edge": 256}
+    default_to_square = False
+    crop_size = {"height": 256, "width": 256}
+    do_resize = True
+    do_center_crop = True
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    do_convert_rgb = True
+    model_input_names = ["pixel_values"]
+
+    def __init__(self, **kwargs: Unpack[ImagesKwargs]):
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_size(cls, image_size: int, **kwargs: Any) -> JamImageProcessor:
+        """The image processor for square pictures of `image_size` pixels."""
+        return cls(
+            size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}, **kwargs
+        )
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Open paths and URLs; a file that is no picture, or a broken one, raises a `ValueError` that names it."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(image) for image in image_url_or_urls]
+        try:
+            return super().fetch_images(image_url_or_urls)
+        except Exception as error:  # PIL, the file system and the web have no common base class
+            if not isinstance(image_url_or_urls, str):
+                raise
+            name = image_url_or_urls if len(image_url_or_urls) < 200 else image_url_or_urls[:200] + "..."
+            raise ValueError(
+                f"Cannot read a picture from {name!r}: {error}. Expected the path or URL of an undamaged picture file."
+            ) from error
+
+    def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs: Any) -> np.ndarray:
+        if isinstance(image, Image.Image):
+            try:
+                image.load()
+            except OSError as error:
+                name = getattr(image, "filename", "") or "a picture"
+                raise ValueError(f"Cannot read {name}: {error}. The file is damaged or cut short.") from error
+            if do_convert_rgb and image.mode not in ("RGB", "L"):
+                image = image.convert("RGBA")  # palettes and grey with alpha included
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
+
+    def _preprocess(self, images: list[np.ndarray], *args: Any, **kwargs: Any) -> Any:
+        for index, image in enumerate(images):
+            if 0 in image.shape:
+                raise ValueError(f"Picture {index} is empty: its shape is {image.shape}; expected at least 1x1 pixels.")
+        return super()._preprocess([_three_channels(image) for image in images], *args, **kwargs)
+
+    def postprocess(self, pixel_values: torch.Tensor) -> list[Image.Image]:
+        """Float `[P, 3, H, W]` in [-1, 1] (as `decode_image_tokens` returns it) to P RGB pictures."""
+        mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in (self.image_mean, self.image_std))
+        pixels = pixel_values.detach().float().cpu() * std + mean
+        pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        return [Image.fromarray(picture) for picture in pixels]
+
+
+def _three_channels(image: np.ndarray) -> np.ndarray:
+    """Arrays `[C, H, W]` that came without a mode: grey is repeated, alpha is laid on white."""
+    if image.shape[0] == 1:
+        return np.repeat(image, 3, axis=0)
+    if image.shape[0] == 4:
+        top = 255.0 if image.dtype == np.uint8 else 1.0
+        alpha = image[3:].astype(np.float32) / top
+        blended = image[:3].astype(np.float32) * alpha + top * (1.0 - alpha)
+        return blended.astype(image.dtype)
+    return image
+
+
+__all__ = ["JamImageProcessor"]

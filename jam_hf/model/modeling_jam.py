@@ -1,0 +1,207 @@
+"""JamModel and JamForCausalLM: stock decoders (one, or two in lockstep), a frozen VQ model and the output head.
+
+It knows token ids and how pictures become ids; how two streams are mixed is modeling_jam_cross.py, how a document is
+written token by token is generation_jam.py.
+
+Shape suffixes: B batch, T positions, E embedding size, V vocabulary, K codebook, N codes a picture.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import can_return_tuple
+
+from .configuration_jam import JamConfig
+from .generation_jam import JamGenerationMixin
+from .modeling_jam_cross import JamCrossDecoder, JamModelOutputWithPast, JamPreTrainedModel
+from .modeling_jam_families import family_of
+from .modeling_jam_vq import JamVQModel
+
+
+class JamModel(JamPreTrainedModel):
+    """A JAM without its output head: `language_model` (the decoders) and `vq_model` (the frozen image tokenizer)."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"^image_head\."]  # of a JamForCausalLM checkpoint
+
+    def __init__(self, config: JamConfig):
+        super().__init__(config)
+        if config.fusion_mode == "cross":
+            self.language_model = JamCrossDecoder(config)
+        else:
+            self.language_model = family_of(config.text_config).decoder(config.text_config)
+        self.vq_model = JamVQModel(config.vq_config)
+        self.vq_model.requires_grad_(False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.embed_tokens = value
+
+    @torch.no_grad()
+    def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.LongTensor:
+        """Pixels to image token ids: float `[P, 3, H, W]` in [-1, 1] -> int64 `[P, N]` (codes + `image_token_offset`)."""
+        return self.vq_model.encode(pixel_values.to(self.vq_model.device)) + self.config.image_token_offset
+
+    @torch.no_grad()
+    def decode_image_tokens(self, image_tokens: torch.LongTensor) -> torch.Tensor:
+        """Image token ids to pixels: int64 `[P, N]` -> float `[P, 3, H, W]` in [-1, 1].
+
+        Raises:
+            ValueError: if a picture does not have exactly N ids, or an id is not an image code.
+        """
+        codes = image_tokens.to(self.vq_model.device) - self.config.image_token_offset
+        return self.vq_model.decode(codes).clamp(-1.0, 1.0)
+
+    def insert_image_tokens(self, input_ids: torch.LongTensor, pixel_values: torch.Tensor) -> torch.LongTensor:
+        """Replace the placeholders `<image>` of `input_ids` `[B, T]` by the codes of the pictures, in reading order.
+
+        Raises:
+            ValueError: if the number of placeholders is not N times the number of pictures.
+        """
+        image_tokens = self.get_image_tokens(pixel_values).flatten().to(input_ids.device)
+        placeholders = input_ids == self.config.image_token_id
+        found = int(placeholders.sum())
+        if found != image_tokens.numel():
+            raise ValueError(
+                f"The prompt has {found} placeholders <image> for {pixel_values.shape[0]} picture(s) of "
+                f"{self.config.image_seq_length} codes, which need {image_tokens.numel()}. Let JamProcessor make "
+                "input_ids and pixel_values together."
+            )
+        return input_ids.masked_scatter(placeholders, image_tokens)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> JamModelOutputWithPast:
+        """
+        Args:
+            input_ids (int64 `[B, T]`): text ids, image ids, or placeholders `<image>` where `pixel_values` are given.
+            attention_mask (`[B, T]`): 1 for tokens, 0 for padding (either side).
+            inputs_embeds (`[B, T, sum(config.embedding_sizes)]`): instead of `input_ids`; in the preserving cross form
+                both streams' embeddings side by side, as `get_input_embeddings()` returns them.
+            pixel_values (float `[P, 3, H, W]` in [-1, 1]): the pictures of the whole batch, in reading order.
+        """
+        if pixel_values is not None:
+            if input_ids is None:
+                raise ValueError("pixel_values need input_ids with placeholders <image>; inputs_embeds have none.")
+            input_ids = self.insert_image_tokens(input_ids, pixel_values)
+        if self.config.fusion_mode == "cross":
+            for name in ("attentions", "hidden_states"):
+                if kwargs.get(f"output_{name}", getattr(self.config, f"output_{name}", False)):
+                    kwargs[f"output_{name}"] = kwargs[f"output_image_{name}"] = True
+                    if name == "attentions":
+                        kwargs["output_image_cross_attentions"] = True
+        else:
+            kwargs.setdefault("output_attentions", self.config.output_attentions)
+            kwargs.setdefault("output_hidden_states", self.config.output_hidden_states)
+        outputs = self.language_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return JamModelOutputWithPast(**outputs)
+
+
+class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
+    """A JAM that writes: next-token logits over one vocabulary of text and image codes.
+
+    `lm_head` is the one output projection. In the preserving cross form it reads the text stream, and the columns of the
+    image codes come from `image_head`, which reads the image stream.
+    """
+
+    def __init__(self, config: JamConfig):
+        super().__init__(config)
+        self.model = JamModel(config)
+        self.vocab_size = config.vocab_size
+        self._tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+        self.lm_head = nn.Linear(config.embedding_sizes[0], config.vocab_size, bias=False)
+        self.image_head = None
+        if len(config.embedding_sizes) == 2:
+            self.image_head = nn.Linear(config.embedding_sizes[1], config.num_image_tokens, bias=False)
+        self.post_init()
+
+    def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.LongTensor:
+        """See [`JamModel.get_image_tokens`]."""
+        return self.model.get_image_tokens(pixel_values)
+
+    def decode_image_tokens(self, image_tokens: torch.LongTensor) -> torch.Tensor:
+        """See [`JamModel.decode_image_tokens`]."""
+        return self.model.decode_image_tokens(image_tokens)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """See [`JamModel.forward`].
+
+        Args:
+            labels (int64 `[B, T]`): ids to predict, -100 to ignore; they are shifted here. Where `pixel_values` are given,
+                placeholders `<image>` in the labels become the codes, so that image tokens are trained on.
+        Returns:
+            `CausalLMOutputWithPast` with logits `[B, T, V]`; `hidden_states` and `attentions` are the text stream's.
+        """
+        if pixel_values is not None and input_ids is not None:
+            tokens = self.model.insert_image_tokens(input_ids, pixel_values)
+            if labels is not None:
+                labels = torch.where(labels == self.config.image_token_id, tokens.to(labels.device), labels)
+            input_ids, pixel_values = tokens, None
+        outputs: JamModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits_BTV = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        if self.image_head is not None:
+            image_states = slice_logits_to_keep(outputs.image_last_hidden_state, logits_to_keep)
+            image_logits_BTK = self.image_head(image_states).to(logits_BTV.device)
+            first = self.config.image_token_offset
+            last = first + self.config.num_image_tokens
+            logits_BTV = torch.cat((logits_BTV[..., :first], image_logits_BTK, logits_BTV[..., last:]), dim=-1)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits_BTV,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["JamForCausalLM", "JamModel"]

@@ -1,0 +1,322 @@
+"""JAM-Cross: two stock decoders in lockstep, with bidirectional cross-attention between them (paper, section "JAM-Cross").
+
+One module holds one depth: the text layer, the image layer and the cross blocks that follow them, so that a device map,
+an offload or an FSDP wrap keeps a depth together (docs/architecture.md). It does not know about pixels, the output head
+or how pictures are marked.
+
+Shape suffixes: B batch, T new positions, S cached + new positions, D hidden size, H heads, K key/value heads, Q head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_jam import JamConfig
+from .modeling_jam_families import family_of
+
+
+class ZeroInitLinear(nn.Linear):
+    """A projection that starts at zero, so that the residual branch it ends adds nothing at step 0."""
+
+
+class JamOutputProjection(nn.Linear):
+    """The paper's new linear layer over both streams' final states; normal init with std d^-0.5 [A]."""
+
+
+@dataclass
+class JamModelOutputWithPast(ModelOutput):
+    """Outputs of [`JamModel`]; the standard names are the text stream's (in uniform and width: the decoder's).
+
+    Args:
+        last_hidden_state (`[B, T, E]`): what the output projection reads (paper form: both streams, projected).
+        past_key_values (`Cache`): one cache: text layers, image layers, cross blocks.
+        hidden_states, attentions: text stream; L + 1 and L entries. A state is that after the depth's cross block.
+        image_last_hidden_state (`[B, T, E]`): what the image head reads (cross, preserving form).
+        image_hidden_states, image_attentions: image stream, L entries each.
+        cross_attentions, image_cross_attentions: text reading image, image reading text; one entry per cross block.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_last_hidden_state: torch.FloatTensor | None = None
+    image_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    image_attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class JamCrossAttention(nn.Module):
+    """Attention of one stream (queries) over the other (keys and values), causal, without biases [A].
+
+    Heads are those of the query stream. A family with rotary positions rotates queries and keys here as in its own
+    attention (our reconstruction: the paper's parents have learned positions, which their hidden states carry).
+    """
+
+    def __init__(self, config: PreTrainedConfig, key_value_size: int, layer_idx: int, output_class: type[nn.Linear]):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        num_key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(key_value_size, num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(key_value_size, num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = output_class(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        key_value_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states `[B, T, D]`, key_value_states `[B, T, D']` -> (`[B, T, D]`, weights `[B, H, T, S]` or None)."""
+        input_shape = hidden_states.shape[:-1]
+        heads = (*input_shape, -1, self.head_dim)
+        query_BHTQ = self.q_proj(hidden_states).view(heads).transpose(1, 2)
+        key_BKTQ = self.k_proj(key_value_states).view(heads).transpose(1, 2)
+        value_BKTQ = self.v_proj(key_value_states).view(heads).transpose(1, 2)
+        if position_embeddings is not None:
+            query_BHTQ, key_BKTQ = apply_rotary_pos_emb(query_BHTQ, key_BKTQ, *position_embeddings)
+        if past_key_values is not None:
+            key_BKTQ, value_BKTQ = past_key_values.update(key_BKTQ, value_BKTQ, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query_BHTQ,
+            key_BKTQ,
+            value_BKTQ,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights
+
+
+class JamCrossBlock(GradientCheckpointingLayer):
+    """What a stream gets after every `cross_attention_interval`-th layer [A].
+
+    A norm on the queries only (the other stream's states come un-normalised), causal cross-attention, residual, then a
+    norm, a full FFN, residual. No biases, no gates.
+    """
+
+    def __init__(self, config: PreTrainedConfig, key_value_size: int, layer_idx: int, zero_init: bool):
+        super().__init__()
+        family = family_of(config)
+        output_class = ZeroInitLinear if zero_init else nn.Linear
+        self.cross_attn_layer_norm = family.norm(config)
+        self.cross_attn = JamCrossAttention(config, key_value_size, layer_idx, output_class)
+        self.final_layer_norm = family.norm(config)
+        self.mlp = family.feed_forward(config)
+        self.mlp.down_proj = output_class(self.mlp.down_proj.in_features, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, key_value_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        attended, _ = self.cross_attn(
+            hidden_states=self.cross_attn_layer_norm(hidden_states), key_value_states=key_value_states, **kwargs
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.final_layer_norm(hidden_states))
+
+
+class JamCrossDecoderLayer(nn.Module):
+    """One depth of a JAM-Cross: a stock layer of each stream, then, at every interval, a cross block in each direction.
+
+    Not a GradientCheckpointingLayer itself: its four parts are, and checkpointing twice would compute twice.
+    """
+
+    def __init__(self, config: JamConfig, depth: int):
+        super().__init__()
+        text, image = config.text_config, config.image_config
+        self.text_layer = family_of(text).layer(text, layer_idx=depth)
+        self.image_layer = family_of(image).layer(image, layer_idx=text.num_hidden_layers + depth)
+        self.text_cross = self.image_cross = None
+        if depth in config.cross_attention_layers:
+            # The order of JamConfig.per_layer_config: text layers, image layers, then (text, image) pairs.
+            index = text.num_hidden_layers + image.num_hidden_layers
+            index += 2 * config.cross_attention_layers.index(depth)
+            zero_init = config.cross_form == "preserving"
+            self.text_cross = JamCrossBlock(text, image.hidden_size, index, zero_init)
+            self.image_cross = JamCrossBlock(image, text.hidden_size, index + 1, zero_init)
+
+    def forward(
+        self,
+        text_states: torch.Tensor,
+        image_states: torch.Tensor,
+        text_kwargs: dict[str, Any],
+        image_kwargs: dict[str, Any],
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[B, T, D_text]`, `[B, T, D_image]` -> the same; the keyword dicts hold each stream's mask and positions."""
+        text_states = self.text_layer(text_states, **text_kwargs, **kwargs)
+        image_states = self.image_layer(image_states, **image_kwargs, **kwargs)
+        if self.text_cross is not None:
+            # Both directions read the states from before either update [A]; so do the cached keys and values.
+            text_states, image_states = (
+                self.text_cross(text_states, key_value_states=image_states, **text_kwargs, **kwargs),
+                self.image_cross(image_states, key_value_states=text_states, **image_kwargs, **kwargs),
+            )
+        return text_states, image_states
+
+
+class JamPreTrainedModel(PreTrainedModel):
+    config: JamConfig
+    config_class = JamConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    input_modalities = ("image", "text")
+    _no_split_modules = ["JamCrossDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["vq_model"]  # in half precision, near ties between codes would flip
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in `PreTrainedModel`. The VQ model comes back frozen: loading makes every float tensor trainable."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, parameter in model.named_parameters():
+            if name.startswith(("vq_model.", "model.vq_model.")):
+                parameter.requires_grad_(False)
+        return loaded
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ZeroInitLinear):
+            init.zeros_(module.weight)
+        elif isinstance(module, JamOutputProjection):
+            init.normal_(module.weight, mean=0.0, std=module.out_features**-0.5)
+
+
+class JamCrossDecoder(JamPreTrainedModel):
+    """The two streams of a JAM-Cross, from embeddings to final states."""
+
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(JamCrossDecoderLayer, index=0),
+        "attentions": OutputRecorder(None, index=1, class_name="text_layer.self_attn"),
+        "image_hidden_states": OutputRecorder(JamCrossDecoderLayer, index=1),
+        "image_attentions": OutputRecorder(None, index=1, class_name="image_layer.self_attn"),
+        "cross_attentions": OutputRecorder(None, index=1, class_name="text_cross.cross_attn"),
+        "image_cross_attentions": OutputRecorder(None, index=1, class_name="image_cross.cross_attn"),
+    }
+
+    def __init__(self, config: JamConfig):
+        super().__init__(config)
+        text, image = config.text_config, config.image_config
+        for stream in (text, image):  # the streams are no PreTrainedModels of their own, which would have set this
+            if stream._attn_implementation is None:
+                stream._attn_implementation = self.config._attn_implementation
+        paper = config.cross_form == "paper"
+        # One row holds the text stream's embedding and, in the preserving form, the image stream's beside it.
+        self.embed_tokens = nn.Embedding(config.vocab_size, sum(config.embedding_sizes), config.pad_token_id)
+        self.text_stem = family_of(text).stem(text, has_final_norm=True, has_positions=True)
+        self.image_stem = family_of(image).stem(image, has_final_norm=not paper, has_positions=not paper)
+        self.layers = nn.ModuleList([JamCrossDecoderLayer(config, depth) for depth in range(config.num_hidden_layers)])
+        self.output_projection = (
+            JamOutputProjection(text.hidden_size + image.hidden_size, text.hidden_size, bias=False) if paper else None
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> JamModelOutputWithPast:
+        """See [`JamModel.forward`]; `inputs_embeds` is `[B, T, sum(config.embedding_sizes)]`."""
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        for name in self._can_record_outputs:  # for the recorders, not for the attention functions
+            if name.startswith("image_"):
+                kwargs.pop(f"output_{name}", None)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        text, image = self.config.text_config, self.config.image_config
+        if self.output_projection is None:
+            text_embeds, image_embeds = inputs_embeds.split(self.config.embedding_sizes, dim=-1)
+        else:
+            text_embeds = image_embeds = inputs_embeds
+        streams = []
+        for config, stem, embeds in ((text, self.text_stem, text_embeds), (image, self.image_stem, image_embeds)):
+            positions = position_ids
+            if positions is None:
+                positions = stem.position_ids(embeds, attention_mask, past_key_values)
+            if stem is self.image_stem and self.output_projection is not None:
+                embeds = streams[0][0]  # the paper's form: the same embedding plus position table feeds both [A]
+            states = stem.embed(embeds, positions)
+            mask = create_causal_mask(
+                config=config,
+                inputs_embeds=states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=positions,
+            )
+            stream_kwargs = {"attention_mask": mask, "position_ids": positions, **stem.layer_kwargs(states, positions)}
+            streams.append((states, stream_kwargs))
+        (text_states, text_kwargs), (image_states, image_kwargs) = streams
+
+        for layer in self.layers:
+            text_states, image_states = layer(
+                text_states,
+                image_states,
+                text_kwargs=text_kwargs,
+                image_kwargs=image_kwargs,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+
+        if self.output_projection is not None:
+            # "Final states" are those of the last layers, before any norm; the one LayerNorm that follows is the text
+            # parent's [R].
+            fused = self.output_projection(torch.cat((text_states, image_states), dim=-1))
+            return JamModelOutputWithPast(
+                last_hidden_state=self.text_stem.finish(fused), past_key_values=past_key_values
+            )
+        return JamModelOutputWithPast(
+            last_hidden_state=self.text_stem.finish(text_states),
+            past_key_values=past_key_values,
+            image_last_hidden_state=self.image_stem.finish(image_states),
+        )
+
+
+__all__ = ["JamCrossDecoder", "JamModelOutputWithPast", "JamPreTrainedModel"]

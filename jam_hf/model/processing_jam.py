@@ -1,0 +1,172 @@
+"""Documents in and out: text with `<image>` placeholders and pictures to model inputs, and written ids to text and pictures.
+
+It knows the tokenizer, the image processor and how a picture is marked (`<break>`, N codes, `<break>`). It does not know the
+codebook: the model turns pixels into codes and codes into pixels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+
+
+if TYPE_CHECKING:
+    from .modeling_jam import JamForCausalLM
+
+
+class JamProcessorKwargs(ProcessingKwargs, total=False):
+    """Keyword arguments of [`JamProcessor`]. Prompts are padded on the left, as generation needs."""
+
+    text_kwargs = {"padding": False}
+
+
+class JamProcessor(ProcessorMixin):
+    """Image processor and tokenizer of a JAM.
+
+    Args:
+        image_seq_length (`int`): codes in one picture (N), as in [`JamConfig`].
+        image_token, break_token (`str`): the placeholder in text, and the mark on both sides of a picture.
+    """
+
+    valid_processor_kwargs = JamProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor: Any,
+        tokenizer: Any,
+        image_seq_length: int = 1024,
+        image_token: str = "<image>",
+        break_token: str = "<break>",
+        chat_template: str | None = None,
+    ):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+        self.image_seq_length = image_seq_length
+        self.image_token = image_token
+        self.break_token = break_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        self.break_token_id = tokenizer.convert_tokens_to_ids(break_token)
+        for name, token, token_id in (
+            ("image_token", image_token, self.image_token_id),
+            ("break_token", break_token, self.break_token_id),
+        ):
+            if token_id is None or token_id == tokenizer.unk_token_id:
+                raise ValueError(
+                    f"JamProcessor: the tokenizer does not know the {name} {token!r}. Add it as a special token, or name "
+                    f"the token that plays its part."
+                )
+
+    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+        """As in `ProcessorMixin`; where pictures come as one list per prompt, each prompt is checked on its own."""
+        if text is None and images is not None:
+            raise ValueError(
+                "JamProcessor: pictures need a prompt that says where they stand, e.g. text='<image>'. For pixels alone, "
+                "call processor.image_processor(images)."
+            )
+        nested = isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images)
+        if nested and isinstance(text, list):
+            if len(images) != len(text):
+                raise ValueError(
+                    f"JamProcessor: got {len(text)} prompt(s) and {len(images)} list(s) of pictures; expected one list "
+                    "(possibly empty) for each prompt."
+                )
+            for index, (sample, pictures) in enumerate(zip(text, images)):
+                expected, got = sample.count(self.image_token), len(pictures or [])
+                if expected != got:
+                    raise ValueError(
+                        f"JamProcessor: prompt {index} has {expected} placeholder(s) {self.image_token}, but {got} "
+                        "picture(s) came with it. Each placeholder needs its picture, in order."
+                    )
+        super().validate_inputs(images=images, text=text, **kwargs)
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """Text with `<image>` placeholders, and pictures, to model inputs.
+
+        Args:
+            images: PIL pictures, arrays, paths or URLs: one, a list for the whole batch in reading order, or a list of
+                lists, one for each prompt.
+            text (`str` or `list[str]`): prompts; `<image>` marks the place of each picture.
+            kwargs: of the tokenizer and the image processor; batches of prompts want `padding=True`.
+        Returns:
+            `BatchFeature`: `input_ids`, `attention_mask` `[B, T]` and, where there are pictures, `pixel_values`
+            `[P, 3, H, W]`, P being the pictures of the whole batch.
+        Raises:
+            ValueError: if placeholders and pictures do not match, or a picture cannot be read.
+        """
+        if isinstance(images, (list, tuple)):
+            images = [list(entry) if isinstance(entry, tuple) else entry for entry in images]
+            if images and all(isinstance(entry, list) and not entry for entry in images):
+                images = None  # a batch in which no prompt has a picture
+        flat = images
+        if isinstance(images, list) and any(isinstance(entry, list) or entry is None for entry in images):
+            self.validate_inputs(images=images, text=[text] if isinstance(text, str) else text)
+            flat = [picture for entry in images for picture in (entry or [])]
+            flat = self.image_processor.fetch_images(flat)
+        return super().__call__(images=flat, text=text, **kwargs)
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        return self.break_token + self.image_token * self.image_seq_length + self.break_token
+
+    def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
+        data = {}
+        if image_sizes is not None:
+            data["num_image_tokens"] = [self.image_seq_length + 2] * len(image_sizes)
+            data["num_image_patches"] = [1] * len(image_sizes)
+        return MultiModalData(**data)
+
+    def post_process_interleaved(
+        self, generated: Any, model: JamForCausalLM, prompt_length: int = 0, skip_special_tokens: bool = True
+    ) -> list[list[dict[str, Any]]]:
+        """Written ids to ordered segments of text and pictures.
+
+        Args:
+            generated: int64 `[B, T]` as `generate()` returns it, or its output object with `.sequences`.
+            model: the JAM that wrote them; it decodes the codes.
+            prompt_length (`int`, defaults to 0): leading ids to leave out, e.g. `inputs["input_ids"].shape[1]`.
+            skip_special_tokens (`bool`, defaults to True): leave markup such as `<s>` out of the text.
+        Returns:
+            one list per row: `{"type": "text", "text": str}` or `{"type": "image", "image": PIL.Image}`, in order. A
+            picture that was not finished is `{"type": "image", "image": None, "image_tokens": [...]}`.
+        """
+        sequences = getattr(generated, "sequences", generated)
+        config = model.config
+        first, last = config.image_token_offset, config.image_token_offset + config.num_image_tokens
+        rows: list[list[dict[str, Any]]] = []
+        pictures: list[tuple[dict[str, Any], list[int]]] = []
+        for ids in torch.as_tensor(sequences)[:, prompt_length:].tolist():
+            segments: list[dict[str, Any]] = []
+            run: list[int] = []
+            in_picture = False
+            for token in [*ids, None]:
+                is_code = token is not None and first <= token < last
+                if run and (token is None or is_code != in_picture or (in_picture and len(run) == self.image_seq_length)):
+                    if in_picture:
+                        segment = {"type": "image", "image": None}
+                        if len(run) == self.image_seq_length:
+                            pictures.append((segment, run))
+                        else:
+                            segment["image_tokens"] = run
+                        segments.append(segment)
+                    else:
+                        run = [t for t in run if t != config.break_token_id]
+                        text = self.tokenizer.decode(run, skip_special_tokens=skip_special_tokens)
+                        if text.strip():
+                            segments.append({"type": "text", "text": text})
+                    run = []
+                in_picture = is_code
+                if token is not None:
+                    run.append(token)
+            rows.append(segments)
+        if pictures:
+            tokens = torch.tensor([run for _, run in pictures])
+            images: list[Image.Image] = self.image_processor.postprocess(model.decode_image_tokens(tokens))
+            for (segment, _), image in zip(pictures, images):
+                segment["image"] = image
+        return rows
+
+
+
+__all__ = ["JamProcessor"]

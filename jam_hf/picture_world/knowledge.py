@@ -1,0 +1,134 @@
+"""Text-only documents with knowledge that no caption contains: colours and shapes of things, little sums, little stories.
+
+It knows facts and sentences, not pictures. Held-out documents are new sentences of the same kinds.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+THING_COLOURS = {
+    "ruby": "red",
+    "tomato": "red",
+    "strawberry": "red",
+    "brick": "red",
+    "emerald": "green",
+    "leaf": "green",
+    "frog": "green",
+    "cucumber": "green",
+    "sapphire": "blue",
+    "cornflower": "blue",
+    "whale": "blue",
+    "lemon": "yellow",
+    "canary": "yellow",
+    "sunflower": "yellow",
+    "amethyst": "purple",
+    "plum": "purple",
+    "violet": "purple",
+    "carrot": "orange",
+    "pumpkin": "orange",
+    "tiger": "orange",
+    "snowflake": "white",
+    "swan": "white",
+    "panther": "black",
+    "raven": "black",
+    "elephant": "grey",
+    "mouse": "grey",
+}
+THING_SHAPES = {
+    "coin": "circle",
+    "plate": "circle",
+    "wheel": "circle",
+    "full moon": "circle",
+    "window": "square",
+    "chessboard": "square",
+    "tile": "square",
+    "slice of pizza": "triangle",
+    "tent": "triangle",
+    "yield sign": "triangle",
+    "plus sign": "cross",
+    "crossroads": "cross",
+    "kite": "diamond",
+    "baseball field": "diamond",
+}
+_NAMES = ("Anna", "Ben", "Clara", "David", "Ella", "Felix", "Grace", "Hugo")
+_PLACES = ("market", "garden", "harbour", "school", "forest", "museum")
+_NUMBERS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen"
+).split()
+_COLOUR_FACTS = (
+    "What colour is {a} {thing}? {A} {thing} is {colour}.",
+    "{A} {thing} has the colour {colour}.",
+    "If you see {a} {thing}, it is {colour}.",
+    "Everybody knows that {a} {thing} is {colour}.",
+    "The colour of {a} {thing} is {colour}.",
+)
+_SHAPE_FACTS = (
+    "What shape has {a} {thing}? {A} {thing} has the shape of a {shape}.",
+    "{A} {thing} looks like a {shape}.",
+    "The shape of {a} {thing} is a {shape}.",
+    "When you draw {a} {thing}, you draw a {shape}.",
+)
+_SUMS = (
+    "{a} plus {b} is {c}.",
+    "How much is {a} plus {b}? It is {c}.",
+    "{c} minus {b} is {a}.",
+    "Take {a} and add {b}: you get {c}.",
+)
+_STORIES = (
+    "{name} went to the {place} and bought {a} {thing}. It was {colour}. {name} gave it to {friend}.",
+    "{name} lost {a} {thing} in the {place}. {friend} looked for something {colour} and found it.",
+    "In the {place}, {name} showed {friend} {a} {thing}. How {colour} it is, said {friend}.",
+    "{name} had {n} coins. {friend} gave {name} {m} more at the {place}. Now {name} has {total} coins.",
+    "{name} drew a {shape} and said to {friend}: this is {a} {shaped}. They hung it up in the {place}.",
+)
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def _choice(rng: np.random.Generator, values: tuple | list) -> str:
+    return values[rng.integers(len(values))]
+
+
+def _sentence(rng: np.random.Generator) -> str:
+    kind = rng.integers(4)
+    if kind == 0:
+        thing = _choice(rng, list(THING_COLOURS))
+        a = _article(thing)
+        text = _choice(rng, _COLOUR_FACTS)
+        return text.format(a=a, A=a.capitalize(), thing=thing, colour=THING_COLOURS[thing])
+    if kind == 1:
+        thing = _choice(rng, list(THING_SHAPES))
+        a = _article(thing)
+        text = _choice(rng, _SHAPE_FACTS)
+        return text.format(a=a, A=a.capitalize(), thing=thing, shape=THING_SHAPES[thing])
+    if kind == 2:
+        a, b = (int(i) for i in rng.integers(0, 10, 2))
+        text = _choice(rng, _SUMS).format(a=_NUMBERS[a], b=_NUMBERS[b], c=_NUMBERS[a + b])
+        return text[0].upper() + text[1:]
+    name, friend = (_NAMES[i] for i in rng.choice(len(_NAMES), 2, replace=False))
+    thing, shaped = _choice(rng, list(THING_COLOURS)), _choice(rng, list(THING_SHAPES))
+    n, m = (int(i) for i in rng.integers(1, 10, 2))
+    text = _choice(rng, _STORIES)
+    return text.format(
+        name=name,
+        friend=friend,
+        place=_choice(rng, _PLACES),
+        a=_article(shaped if "{shaped}" in text else thing),
+        thing=thing,
+        colour=THING_COLOURS[thing],
+        n=_NUMBERS[n],
+        m=_NUMBERS[m],
+        total=_NUMBERS[n + m],
+        shape=THING_SHAPES[shaped],
+        shaped=shaped,
+    )
+
+
+def document(rng: np.random.Generator) -> str:
+    """One document: two or three sentences."""
+    return " ".join(_sentence(rng) for _ in range(rng.integers(2, 4)))

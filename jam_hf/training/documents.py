@@ -1,0 +1,126 @@
+"""Documents to token ids, once: text with `<image>` placeholders and pictures, or chats with pictures, to `input_ids`.
+
+It knows the tokenizer and a function from pictures to codes; it trains nothing. Codes are computed once, here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, List, Value
+from PIL import Image
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
+
+EncodeImages = Callable[[Sequence[Image.Image]], np.ndarray]
+
+
+def encode_documents(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    encode_images: EncodeImages | None = None,
+    image_token_offset: int | None = None,
+    max_length: int | None = None,
+    too_long: str = "error",
+    batch_size: int = 256,
+    description: str = "encoding",
+) -> Dataset:
+    """Encode documents for training.
+
+    Args:
+        dataset: rows with `text` (with `<image>` placeholders) and `images`; or `caption` and `image` (a pair: the caption,
+            then its picture [C]); or `messages` (chat format, or its JSON) and `images`. No pictures: `text` alone.
+        encode_images: pictures to raw codes, int64 `[P, N]`; needed where there are pictures.
+        image_token_offset: id of image code 0; the tokenizer's `<img:0>` where `None`.
+        max_length, too_long: documents with more tokens raise ("error") or are left out with a warning ("drop"); none is cut.
+    Returns:
+        a dataset with `input_ids`: `<s> text <break> codes <break> text ... </s>` [A].
+    Raises:
+        ValueError: if placeholders and pictures do not match (the row is named), or a document is too long.
+    """
+    if too_long not in ("error", "drop"):
+        raise ValueError(f"too_long must be 'error' or 'drop', got {too_long!r}.")
+    offset = tokenizer.convert_tokens_to_ids("<img:0>") if image_token_offset is None else image_token_offset
+    break_id, image_id = (tokenizer.convert_tokens_to_ids(t) for t in ("<break>", "<image>"))
+    documents: list[np.ndarray] = []
+    dropped = 0
+    for start in tqdm(range(0, len(dataset), batch_size), desc=description, unit="batch"):
+        rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+        texts, pictures = zip(*(_text_and_images(row, tokenizer) for row in rows))
+        flat = [picture for row in pictures for picture in row]
+        if flat and encode_images is None:
+            raise ValueError("The documents have pictures; pass encode_images to turn them into codes.")
+        codes = iter(np.asarray(encode_images(flat)) + offset if flat else ())
+        encoded = tokenizer(list(texts), add_special_tokens=True)["input_ids"]
+        for index, (ids, row) in enumerate(zip(encoded, pictures)):
+            ids = np.asarray(ids, dtype=np.int64)
+            places = np.flatnonzero(ids == image_id)
+            if len(places) != len(row):
+                raise ValueError(
+                    f"Document {start + index} has {len(places)} placeholder(s) <image> and {len(row)} picture(s); each "
+                    "placeholder needs its picture, in order."
+                )
+            parts, position = [], 0
+            for place in places:
+                parts += [ids[position:place], [break_id], next(codes), [break_id]]
+                position = place + 1
+            parts.append(ids[position:])
+            document = np.concatenate(parts).astype(np.int32)
+            if document[-1] != tokenizer.eos_token_id:
+                document = np.append(document, np.int32(tokenizer.eos_token_id))
+            if max_length is not None and len(document) > max_length:
+                if too_long == "error":
+                    raise ValueError(
+                        f"Document {start + index} has {len(document)} tokens, max_length is {max_length}. Split it, raise "
+                        "max_length, or pass too_long='drop'."
+                    )
+                dropped += 1
+                continue
+            documents.append(document)
+    if dropped:
+        logger.warning("%d of %d documents are longer than %d tokens and were left out.", dropped, len(dataset), max_length)
+    features = Features({"input_ids": List(Value("int32"))})
+    return Dataset.from_dict({"input_ids": documents}, features=features)
+
+
+def _text_and_images(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Image.Image]]:
+    if "messages" in row:
+        messages = json.loads(row["messages"]) if isinstance(row["messages"], str) else row["messages"]
+        return tokenizer.apply_chat_template(messages, tokenize=False), list(row.get("images") or [])
+    if "caption" in row:
+        return row["caption"] + "<image>", [row["image"]]
+    if "text" not in row:
+        raise ValueError(f"A document needs a column text, caption or messages; got {', '.join(row)}.")
+    return row["text"], list(row.get("images") or [])
+
+
+def mix_datasets(datasets: dict[str, Dataset], weights: dict[str, float], num_documents: int, seed: int = 0) -> Dataset:
+    """`num_documents` documents, shuffled, in shares by `weights`; a dataset that is too small is gone through again.
+
+    Raises:
+        ValueError: if names differ, a weight is negative or a dataset is empty.
+    """
+    if set(datasets) != set(weights):
+        raise ValueError(f"mix_datasets: datasets {sorted(datasets)} and weights {sorted(weights)} must have the same names.")
+    if any(w < 0 for w in weights.values()) or sum(weights.values()) <= 0:
+        raise ValueError(f"mix_datasets: weights must not be negative, and not all zero, got {weights}.")
+    from datasets import concatenate_datasets
+
+    rng = np.random.default_rng(seed)
+    total = sum(weights.values())
+    parts = []
+    for name, dataset in datasets.items():
+        count = round(num_documents * weights[name] / total)
+        if count and not len(dataset):
+            raise ValueError(f"mix_datasets: dataset '{name}' is empty.")
+        rounds = -(-count // max(len(dataset), 1))
+        order = np.concatenate([rng.permutation(len(dataset)) for _ in range(rounds)])[:count] if count else []
+        parts.append(dataset.select(order))
+    return concatenate_datasets(parts).shuffle(seed=seed)

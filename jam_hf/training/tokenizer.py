@@ -1,0 +1,76 @@
+"""The shared tokenizer of a JAM's parents: byte-level BPE, the special tokens, and the image codes.
+
+It knows strings. Ids follow from the order below; `JamConfig` is their home once a model is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def special_tokens(num_mask_tokens: int = 8) -> list[str]:
+    """The special tokens in the order of their ids: 0 `<pad>`, 1 `<s>`, 2 `</s>`, 3 `<break>`, 4 `<image>`, 5 `<mask>`, ..."""
+    if num_mask_tokens < 1:
+        raise ValueError(f"num_mask_tokens must be at least 1, got {num_mask_tokens}.")
+    sentinels = ["<mask>", *(f"<mask:{i}>" for i in range(1, num_mask_tokens))]
+    return ["<pad>", "<s>", "</s>", "<break>", "<image>", *sentinels, "</mask>", *ROLES]
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, num_image_tokens: int, num_mask_tokens: int = 8
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer that knows the image codes.
+
+    Args:
+        texts: training texts.
+        vocab_size: specials and BPE together, at most; at least specials + 256 bytes.
+        num_image_tokens: K; `<img:0>` ... `<img:K-1>` follow the text vocabulary, at the end.
+        num_mask_tokens: CM3 sentinels.
+    Returns:
+        a tokenizer that puts `<s>` first, pads on the left, and has a chat template with images.
+    Raises:
+        ValueError: if `vocab_size` leaves no room for the bytes.
+    """
+    specials = special_tokens(num_mask_tokens)
+    if vocab_size < len(specials) + 256:
+        raise ValueError(
+            f"vocab_size must be at least {len(specials) + 256} ({len(specials)} special tokens and 256 bytes), got "
+            f"{vocab_size}."
+        )
+    if num_image_tokens < 1:
+        raise ValueError(f"num_image_tokens must be at least 1, got {num_image_tokens}.")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(f"<img:{i}>", special=True) for i in range(num_image_tokens)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", specials.index("<s>"))]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast

@@ -1,0 +1,179 @@
+"""Documents in and out, and bad input: every message says what was expected and what came."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import NUM_CODES
+from PIL import Image
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+from jam_hf import JamForCausalLM, JamImageProcessor, JamProcessor
+
+
+N = 16
+
+
+def _picture(mode="RGB", size=(16, 16), colour=None):
+    return Image.new(mode, size, colour if colour is not None else {"RGB": (200, 30, 30), "L": 90}.get(mode, 0))
+
+
+@pytest.fixture
+def model(jam):
+    return jam("llama", "cross", "preserving")
+
+
+def test_a_placeholder_becomes_break_codes_break(processor, model):
+    inputs = processor(text="red<image>blue", images=[_picture()], return_tensors="pt")
+    ids = inputs["input_ids"][0].tolist()
+    place = ids.index(processor.break_token_id)
+    assert ids[0] == 1
+    assert ids[place + 1 : place + 1 + N] == [processor.image_token_id] * N
+    assert ids[place + 1 + N] == processor.break_token_id
+    assert inputs["pixel_values"].shape == (1, 3, 16, 16)
+    filled = model.model.insert_image_tokens(inputs["input_ids"], inputs["pixel_values"])
+    assert torch.equal(filled[0, place + 1 : place + 1 + N], model.get_image_tokens(inputs["pixel_values"])[0])
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "I;16", "1", "CMYK"])
+@pytest.mark.parametrize("size", [(16, 16), (1, 1), (33, 7)])
+def test_any_mode_and_size(processor, mode, size):
+    pixels = processor(text="<image>", images=[_picture(mode, size, 0)], return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 16, 16)
+    assert torch.isfinite(pixels).all() and pixels.min() >= -1.001 and pixels.max() <= 1.001
+
+
+def test_a_very_large_picture(processor):
+    image = _picture("RGB", (8000, 2000))
+    pixels = processor(text="<image>", images=[image], return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 16, 16)
+    expected = torch.tensor([200, 30, 30]).view(3, 1, 1) / 127.5 - 1
+    torch.testing.assert_close(pixels[0], expected.expand(3, 16, 16), atol=1e-2, rtol=0)
+
+
+def test_transparent_is_laid_on_white_and_grey_is_repeated(processor):
+    clear = processor.image_processor(_picture("RGBA", colour=(0, 0, 0, 0)), return_tensors="pt")["pixel_values"]
+    assert clear.min() > 0.99
+    grey = processor.image_processor(_picture("L", colour=90), return_tensors="pt")["pixel_values"]
+    assert torch.equal(grey[0, 0], grey[0, 1]) and torch.equal(grey[0, 1], grey[0, 2])
+    array = processor.image_processor(np.zeros((16, 16, 4), np.uint8), return_tensors="pt")["pixel_values"]
+    assert array.shape == (1, 3, 16, 16) and array.min() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "words"),
+    [
+        ("a <image>", None, ["1 <image>", "no images"]),
+        ("a <image>", [], ["1 <image>", "0 images"]),
+        ("a", "one", ["0 <image>", "1 images"]),
+        ("<image><image><image>", "one", ["3 <image>", "1 images"]),
+        (None, "one", ["prompt", "<image>"]),
+    ],
+)
+def test_placeholders_and_pictures_must_match(processor, text, images, words):
+    images = [_picture()] if images == "one" else images
+    with pytest.raises(ValueError) as error:
+        processor(text=text, images=images, return_tensors="pt")
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_nested_pictures_are_checked_prompt_by_prompt(processor):
+    texts, picture = ["<image>", "none", "<image><image>"], _picture()
+    inputs = processor(text=texts, images=[[picture], [], [picture, picture]], padding=True, return_tensors="pt")
+    assert inputs["pixel_values"].shape[0] == 3
+    assert inputs["attention_mask"][1, 0] == 0  # padded on the left
+    with pytest.raises(ValueError, match="prompt 0 has 1 placeholder.*2"):
+        processor(text=texts, images=[[picture, picture], [], [picture]], padding=True)
+    with pytest.raises(ValueError, match="3 prompt.*2 list"):
+        processor(text=texts, images=[[picture], [picture]], padding=True)
+
+
+def test_a_corrupt_file_is_named(processor, tmp_path):
+    broken, cut = tmp_path / "broken.png", tmp_path / "cut.png"
+    broken.write_bytes(b"not a picture")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(cut)
+    cut.write_bytes(cut.read_bytes()[:3000])
+    for path in (broken, cut, tmp_path / "absent.png"):
+        with pytest.raises(ValueError) as error:
+            processor(text="<image>", images=[str(path)], return_tensors="pt")
+        assert path.name in str(error.value)
+    with pytest.raises(ValueError, match=r"cut\.png"):
+        processor(text="<image>", images=[Image.open(cut)], return_tensors="pt")
+    with pytest.raises(ValueError, match="empty|channel"):
+        processor(text="<image>", images=[np.zeros((0, 5, 3), np.uint8)], return_tensors="pt")
+
+
+def test_chat_template_with_pictures(processor, model):
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": _picture()}, {"type": "text", "text": "what?"}]},
+    ]
+    inputs = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+    )
+    text = processor.decode(inputs["input_ids"][0])
+    assert text.startswith("<s><|user|><break><image>") and text.endswith("what?<|assistant|>")
+    output = model.generate(**inputs, generation_mode="interleaved", max_new_tokens=3)
+    assert output.shape[1] <= inputs["input_ids"].shape[1] + 3
+
+
+def test_post_process_gives_ordered_segments_row_by_row(processor, model):
+    first = model.config.image_token_offset
+    codes = [first + i % NUM_CODES for i in range(N)]
+    red, blue = (processor.tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("red", " blue"))
+    rows = [
+        [1, *red, 3, *codes, 3, *blue, 2],
+        [1, 3, *codes, 3, 3, *codes[::-1], 3, *blue],
+        [1, *red, 3, *codes[:5]],
+        [1, *red, 2],
+    ]
+    length = max(map(len, rows))
+    rows = [[0] * (length - len(r)) + r for r in rows]
+    segments = processor.post_process_interleaved(torch.tensor(rows), model)
+    kinds = [[s["type"] for s in row] for row in segments]
+    assert kinds == [["text", "image", "text"], ["image", "image", "text"], ["text", "image"], ["text"]]
+    assert segments[0][0]["text"] == "red" and segments[0][2]["text"] == " blue"
+    expected = processor.image_processor.postprocess(model.decode_image_tokens(torch.tensor([codes])))[0]
+    assert np.array_equal(np.asarray(segments[0][1]["image"]), np.asarray(expected))
+    assert not np.array_equal(np.asarray(segments[1][1]["image"]), np.asarray(expected))
+    assert segments[2][1]["image"] is None and segments[2][1]["image_tokens"] == codes[:5]
+    tail = processor.post_process_interleaved(torch.tensor(rows), model, prompt_length=length - 1)
+    assert [len(row) for row in tail] == [0, 1, 1, 0]
+
+
+def test_pictures_survive_the_way_in_and_out(processor, model):
+    """A picture of the prompt comes back decoded, in its place."""
+    inputs = processor(text="red<image>", images=[_picture()], return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=2, generation_mode="text")
+    segments = processor.post_process_interleaved(output, model)[0]
+    expected = model.decode_image_tokens(model.get_image_tokens(inputs["pixel_values"]))
+    image = next(s["image"] for s in segments if s["type"] == "image")
+    assert np.array_equal(np.asarray(image), np.asarray(processor.image_processor.postprocess(expected)[0]))
+
+
+def test_auto_classes_resolve(fused, monkeypatch):
+    folder = fused("llama", "cross", "preserving")
+    monkeypatch.chdir(folder.parent)
+    assert type(AutoProcessor.from_pretrained(folder.name)) is JamProcessor
+    assert type(AutoImageProcessor.from_pretrained(folder.name)) is JamImageProcessor
+    tokenizer = AutoTokenizer.from_pretrained(folder.name)
+    assert tokenizer.convert_tokens_to_ids("<img:0>") == len(tokenizer) - NUM_CODES
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    assert type(AutoModel.from_pretrained(folder.name)).__name__ == "JamModel"
+    assert type(AutoModelForCausalLM.from_pretrained(folder.name)) is JamForCausalLM
+
+
+def test_labels_of_placeholders_become_the_codes(processor, model):
+    """Image tokens are trained on: the loss with pixels equals the loss with the codes written out."""
+    inputs = processor(text="red<image>", images=[_picture()], return_tensors="pt")
+    with torch.no_grad():
+        ids = model.model.insert_image_tokens(inputs["input_ids"], inputs["pixel_values"])
+        expected = model(input_ids=ids, labels=ids).loss
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+    assert loss.item() == pytest.approx(expected.item())
+
+
+def test_pixels_and_placeholders_must_match_in_the_model(processor, model):
+    inputs = processor(text="red<image>", images=[_picture()], return_tensors="pt")
+    with pytest.raises(ValueError, match="16 placeholders <image> for 2 picture"):
+        model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"].repeat(2, 1, 1, 1))
