@@ -6,7 +6,7 @@ Everything follows from the seed and the sizes; nothing is downloaded.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,9 +60,13 @@ def build_vq_pictures(seed: int, count: int) -> list[PILImage.Image]:
     return [render(sample_picture(rng, int(rng.integers(3, 8)))) for _ in range(count)]
 
 
-def _pairs(rng: np.random.Generator, pictures: Iterator[Picture]) -> Dataset:
-    rows = [{"caption": caption(rng, p), "image": render(p), "picture": p.to_json()} for p in pictures]
+def _pair_rows(pairs: Iterable[tuple[str, Picture]]) -> Dataset:
+    rows = [{"caption": text, "image": render(p), "picture": p.to_json()} for text, p in pairs]
     return Dataset.from_list(rows, features=PAIR_FEATURES)
+
+
+def _pairs(rng: np.random.Generator, pictures: Iterable[Picture]) -> Dataset:
+    return _pair_rows((caption(rng, p), p) for p in pictures)
 
 
 def build_pairs(seed: int, sizes: PictureWorldSizes) -> DatasetDict:
@@ -71,16 +75,15 @@ def build_pairs(seed: int, sizes: PictureWorldSizes) -> DatasetDict:
     validation = [sample_picture(rng, int(rng.choice(3, p=_OBJECT_SHARES)) + 1) for _ in range(sizes.validation)]
     splits = {
         "train": _pairs(_rng(seed, "captions"), training_pictures(seed, sizes.pairs)),
-        "validation": _pairs(rng, iter(validation)),
+        "validation": _pairs(rng, validation),
     }
     for name, num_objects, held_out in (("unseen_single", 1, "object"), ("unseen_pair", 2, "pair")):
         rng = _rng(seed, name)
-        pictures: list[Picture] = []
-        while len(pictures) < sizes.unseen:
+        rows: dict[str, Picture] = {}  # no caption twice
+        while len(rows) < sizes.unseen:
             picture = sample_picture(rng, num_objects, held_out)
-            if picture not in pictures:
-                pictures.append(picture)
-        splits[name] = _pairs(rng, iter(pictures))
+            rows.setdefault(caption(rng, picture), picture)
+        splits[name] = _pair_rows(rows.items())
     return DatasetDict(splits)
 
 

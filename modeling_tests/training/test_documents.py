@@ -1,0 +1,70 @@
+"""Documents to ids: pairs, chats, texts; mismatches are named and nothing is cut in silence."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from PIL import Image
+
+from jam_hf.training.documents import encode_documents, mix_datasets
+
+
+def _encode(images):
+    return np.stack([np.arange(4) + image.getpixel((0, 0))[0] % 8 for image in images])
+
+
+def _image(value):
+    return Image.new("RGB", (2, 2), (value, 0, 0))
+
+
+def test_pairs_chats_and_texts(tokenizer):
+    offset = tokenizer.convert_tokens_to_ids("<img:0>")
+    rows = Dataset.from_list([{"caption": "red", "image": _image(1)}, {"caption": "a", "image": _image(2)}])
+    ids = encode_documents(rows, tokenizer, _encode)["input_ids"]
+    red = tokenizer("red", add_special_tokens=False)["input_ids"]
+    assert ids[0] == [1, *red, 3, *(offset + 1 + i for i in range(4)), 3, 2]
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "red"}]},
+        {"role": "assistant", "content": [{"type": "image"}, {"type": "text", "text": "red"}, {"type": "image"}]},
+    ]
+    chats = Dataset.from_list([{"messages": json.dumps(messages), "images": [_image(1), _image(3)]}])
+    (ids,) = encode_documents(chats, tokenizer, _encode)["input_ids"]
+    roles = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
+    pictures = [[3, *(offset + start + i for i in range(4)), 3] for start in (1, 3)]
+    assert ids == [1, roles[0], *red, roles[1], *pictures[0], *red, *pictures[1], 2]
+    (ids,) = encode_documents(Dataset.from_list([{"text": "red"}]), tokenizer)["input_ids"]
+    assert ids == [1, *red, 2]
+
+
+def test_mismatches_are_named(tokenizer):
+    rows = Dataset.from_list([{"text": "<image>", "images": [_image(1)]}, {"text": "<image><image>", "images": [_image(1)]}])
+    with pytest.raises(ValueError, match=r"Document 1 has 2 placeholder\(s\) <image> and 1 picture"):
+        encode_documents(rows, tokenizer, _encode)
+    with pytest.raises(ValueError, match="pass encode_images"):
+        encode_documents(rows, tokenizer)
+    with pytest.raises(ValueError, match="column text, caption or messages; got other"):
+        encode_documents(Dataset.from_list([{"other": "x"}]), tokenizer)
+
+
+def test_long_documents_are_refused_or_dropped_aloud(tokenizer, caplog):
+    rows = Dataset.from_list([{"text": "red"}, {"text": "a small red circle " * 9}])
+    with pytest.raises(ValueError, match="Document 1 has .* max_length is 20"):
+        encode_documents(rows, tokenizer, max_length=20)
+    with caplog.at_level(logging.WARNING):
+        assert len(encode_documents(rows, tokenizer, max_length=20, too_long="drop")) == 1
+    assert "1 of 2 documents" in caplog.text
+
+
+def test_mixing():
+    a, b = (Dataset.from_dict({"input_ids": [[i, j] for j in range(10)]}) for i in (1, 2))
+    mixed = mix_datasets({"a": a, "b": b}, {"a": 1, "b": 3}, 40, seed=1)
+    firsts = [row[0] for row in mixed["input_ids"]]
+    assert firsts.count(1) == 10 and firsts.count(2) == 30
+    assert {tuple(r) for r in mixed["input_ids"] if r[0] == 2} == {(2, j) for j in range(10)}
+    assert mixed["input_ids"][:] == mix_datasets({"a": a, "b": b}, {"a": 1, "b": 3}, 40, seed=1)["input_ids"][:]
+    with pytest.raises(ValueError, match="same names"):
+        mix_datasets({"a": a}, {"b": 1}, 4)
+    with pytest.raises(ValueError, match="negative"):
+        mix_datasets({"a": a}, {"a": -1}, 4)
