@@ -45,7 +45,10 @@ def draw(
         batch = list(captions[start : start + batch_size])
         inputs = processor(text=batch, padding=True, return_tensors="pt").to(model.device)
         output = model.generate(
-            **inputs, generation_mode="image", guidance_scale=guidance_scale, **{"do_sample": False, **generation_kwargs}
+            **inputs,
+            generation_mode="image",
+            guidance_scale=guidance_scale,
+            **{"do_sample": False, **generation_kwargs},
         )
         prompt_length = inputs["input_ids"].shape[1]
         for segments in processor.post_process_interleaved(output, model, prompt_length=prompt_length):

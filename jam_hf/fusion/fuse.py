@@ -97,9 +97,7 @@ def fuse(
         raise ValueError(f"mode must be one of {', '.join(map(repr, FUSION_MODES))}, got {mode!r}.")
     init = DEFAULT_INIT[mode] if init is None else init
     if init not in tables.INITS[mode]:
-        raise ValueError(
-            f"init for mode {mode!r} must be one of {', '.join(map(repr, tables.INITS[mode]))}, got {init!r}."
-        )
+        raise ValueError(f"init for mode {mode!r} must be one of {', '.join(map(repr, tables.INITS[mode]))}, got {init!r}.")
     if vq_model is None:
         raise ValueError("vq_model is missing: a JAM carries the image tokenizer that made its image parent's codes.")
     text, image = Parent(text_model, "text parent"), Parent(image_model, "image parent")

@@ -185,9 +185,7 @@ class JamConfig(PreTrainedConfig):
             self._check_family("image_config")
             self._check_streams()
         if self.cross_attention_interval < 1:
-            raise ValueError(
-                f"JamConfig: `cross_attention_interval` must be at least 1, got {self.cross_attention_interval}."
-            )
+            raise ValueError(f"JamConfig: `cross_attention_interval` must be at least 1, got {self.cross_attention_interval}.")
         self._derive_and_check_tying()
         self._derive_and_check_ids()
 

@@ -130,9 +130,7 @@ class PictureGuidanceLogitsProcessor(LogitsProcessor):
         self.cache: DynamicCache | None = None
         self.cached_ids: torch.LongTensor | None = None
 
-    def branch(
-        self, input_ids: torch.LongTensor, num_codes: torch.LongTensor
-    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+    def branch(self, input_ids: torch.LongTensor, num_codes: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
         """Ids and mask, both int64 `[R, P + max codes]`, left-padded, of the unconditional branch of rows `[R, T]`."""
         longest = int(num_codes.max())
         prefix = torch.tensor(self.prefix, device=input_ids.device)

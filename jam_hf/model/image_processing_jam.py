@@ -45,9 +45,7 @@ class JamImageProcessor(PilBackend):
     @classmethod
     def from_size(cls, image_size: int, **kwargs: Any) -> JamImageProcessor:
         """The image processor for square pictures of `image_size` pixels."""
-        return cls(
-            size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}, **kwargs
-        )
+        return cls(size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}, **kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Open paths and URLs; a file that is no picture, or a broken one, raises a `ValueError` that names it."""

@@ -102,9 +102,7 @@ class JamCrossAttention(nn.Module):
             query_BHTQ, key_BKTQ = apply_rotary_pos_emb(query_BHTQ, key_BKTQ, *position_embeddings)
         if past_key_values is not None:
             key_BKTQ, value_BKTQ = past_key_values.update(key_BKTQ, value_BKTQ, self.layer_idx)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
             self,
             query_BHTQ,
@@ -309,9 +307,7 @@ class JamCrossDecoder(JamPreTrainedModel):
             # "Final states" are those of the last layers, before any norm; the one LayerNorm that follows is the text
             # parent's [R].
             fused = self.output_projection(torch.cat((text_states, image_states), dim=-1))
-            return JamModelOutputWithPast(
-                last_hidden_state=self.text_stem.finish(fused), past_key_values=past_key_values
-            )
+            return JamModelOutputWithPast(last_hidden_state=self.text_stem.finish(fused), past_key_values=past_key_values)
         return JamModelOutputWithPast(
             last_hidden_state=self.text_stem.finish(text_states),
             past_key_values=past_key_values,

@@ -168,5 +168,4 @@ class JamProcessor(ProcessorMixin):
         return rows
 
 
-
 __all__ = ["JamProcessor"]

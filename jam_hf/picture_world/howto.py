@@ -19,7 +19,11 @@ _REQUESTS = (
     "Please draw {things} {background}, step by step.",
 )
 _FIRST = ("Start {background} and put a {object} in the {cell}.", "Begin {background}: draw a {object} in the {cell}.")
-_NEXT = ("Then add a {object} in the {cell}.", "Now draw a {object} in the {cell}.", "Next, put a {object} in the {cell}.")
+_NEXT = (
+    "Then add a {object} in the {cell}.",
+    "Now draw a {object} in the {cell}.",
+    "Next, put a {object} in the {cell}.",
+)
 
 
 def _choice(rng: np.random.Generator, values: tuple[str, ...]) -> str:

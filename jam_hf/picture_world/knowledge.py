@@ -55,8 +55,7 @@ THING_SHAPES = {
 _NAMES = ("Anna", "Ben", "Clara", "David", "Ella", "Felix", "Grace", "Hugo")
 _PLACES = ("market", "garden", "harbour", "school", "forest", "museum")
 _NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen"
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen"
 ).split()
 _COLOUR_FACTS = (
     "What colour is {a} {thing}? {A} {thing} is {colour}.",

@@ -70,9 +70,7 @@ def read_picture(image: Image.Image) -> Reading:
     chosen, errors, background = best
     picture = None
     if errors.max() <= MAX_ERROR:
-        objects = [
-            PictureObject((i // GRID, i % GRID), *label) for i, label in enumerate(chosen) if label is not None
-        ]
+        objects = [PictureObject((i // GRID, i % GRID), *label) for i, label in enumerate(chosen) if label is not None]
         picture = Picture(tuple(objects), background)
     return Reading(picture, errors.reshape(GRID, GRID))
 

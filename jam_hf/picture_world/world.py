@@ -69,9 +69,7 @@ class Picture:
     def __post_init__(self) -> None:
         object.__setattr__(self, "objects", tuple(sorted(self.objects)))
         if self.background not in BACKGROUNDS:
-            raise ValueError(
-                f"Picture: background must be one of {', '.join(BACKGROUNDS)}, got {self.background!r}."
-            )
+            raise ValueError(f"Picture: background must be one of {', '.join(BACKGROUNDS)}, got {self.background!r}.")
         cells = [o.cell for o in self.objects]
         if len(set(cells)) != len(cells):
             raise ValueError(f"Picture: at most one object to a cell, got {sorted(cells)}.")
@@ -90,7 +88,7 @@ class Picture:
 # ----- rendering ------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _mask(shape: str, size: str, cell: int) -> np.ndarray:
     """Coverage of one cell by a shape, float `[cell, cell]` in 0..1."""
     n = cell * _SUPERSAMPLE
@@ -197,9 +195,7 @@ def sample_picture(rng: np.random.Generator, num_objects: int, held_out: str | N
     return Picture(_sample_objects(rng, num_objects, background), background)
 
 
-def _sample_objects(
-    rng: np.random.Generator, num_objects: int, background: str | None = None
-) -> tuple[PictureObject, ...]:
+def _sample_objects(rng: np.random.Generator, num_objects: int, background: str | None = None) -> tuple[PictureObject, ...]:
     """Objects in different cells; with a background, only such as training may show together."""
     objects: tuple[PictureObject, ...] = ()
     tries = 0

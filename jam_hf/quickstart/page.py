@@ -78,23 +78,23 @@ def write_documents(run: Run, folder: Path) -> None:
     processor = JamProcessor.from_pretrained(run.path("jam-cross"))
     howtos = run.data("howtos")["validation"].select(range(min(48, settings.sizes.validation)))
     requests = [json.loads(text)[:1] for text in howtos["messages"]]
-    prompts = [
-        processor.tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in requests
-    ]
+    prompts = [processor.tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in requests]
     documents, pictures, right = [], 0, 0
     for start in range(0, len(prompts), 24):
         inputs = processor(text=prompts[start : start + 24], padding=True, return_tensors="pt")
         output = model.generate(
-            **inputs, generation_mode="interleaved", guidance_scale=settings.guidance_scale, do_sample=False
+            **inputs,
+            generation_mode="interleaved",
+            guidance_scale=settings.guidance_scale,
+            max_new_tokens=settings.document_tokens,
+            do_sample=False,
         )
         rows = processor.post_process_interleaved(output, model, prompt_length=inputs["input_ids"].shape[1])
         for offset, segments in enumerate(rows):
             index = start + offset
             expected = [Picture.from_json(text) for text in howtos[index]["pictures"]]
             drawn = [s["image"] for s in segments if s["type"] == "image"]
-            scores = [
-                image is not None and score_picture(image, picture).correct for image, picture in zip(drawn, expected)
-            ]
+            scores = [image is not None and score_picture(image, picture).correct for image, picture in zip(drawn, expected)]
             pictures += len(expected)
             right += sum(scores)
             if index < settings.num_documents:
@@ -209,9 +209,7 @@ def render_page(run: Run) -> str:
     times = json.loads(times_path.read_text(encoding="utf-8")) if times_path.is_file() else {}
     documents = []
     for document in written["documents"]:
-        segments = [
-            {**s, "image": Image.open(folder / s["file"]) if s.get("file") else None} for s in document["segments"]
-        ]
+        segments = [{**s, "image": Image.open(folder / s["file"]) if s.get("file") else None} for s in document["segments"]]
         documents.append(document_html(document["prompt"], segments))
     tiles = []
     for tile in written["tiles"]:
@@ -226,9 +224,7 @@ def render_page(run: Run) -> str:
         ("stage 2, jam-cross (how-tos)", "jam-cross"),
     ):
         curves.append(_curve(f"{title}, loss", _history(run.path(place) / "history.json", "loss")))
-    checks = "".join(
-        f'<li class="{"ok" if reached else "no"}">{html.escape(text)}</li>' for text, reached in verdicts(results)
-    )
+    checks = "".join(f'<li class="{"ok" if reached else "no"}">{html.escape(text)}</li>' for text, reached in verdicts(results))
     share = written["howto_pictures_right"] / max(written["howto_pictures"], 1)
     seconds = ", ".join(f"{name} {value:g} s" for name, value in times.items())
     torch_note = f"torch {torch.__version__}, {torch.get_num_threads()} threads"

@@ -74,6 +74,7 @@ class QuickstartSettings:
     instruct: RecipeSettings = field(default_factory=lambda: RecipeSettings(max_steps=200, learning_rate=1e-3))
     guidance_scale: float = 2.0
     num_documents: int = 8
+    document_tokens: int = 320
     train_all: bool = False
 
     @classmethod
@@ -82,7 +83,7 @@ class QuickstartSettings:
         return cls(
             sizes=PictureWorldSizes(texts=40, pairs=40, howtos=10, validation=6, unseen=4),
             vq_pictures=24,
-            vq=VQTrainingSettings(steps=8, warmup_steps=4, batch_size=4),
+            vq=VQTrainingSettings(steps=50, warmup_steps=25, batch_size=4),
             vq_channels=(4, 4, 4, 8),
             vq_latents=4,
             num_codes=24,
@@ -96,6 +97,7 @@ class QuickstartSettings:
             pretrain=recipe,
             instruct=recipe,
             num_documents=2,
+            document_tokens=60,
         )
 
 

@@ -39,9 +39,7 @@ class CM3Settings:
         if self.mean_spans < 0:
             raise ValueError(f"CM3Settings: mean_spans must not be negative, got {self.mean_spans}.")
         if not 0 <= self.whole_segment_probability <= 1:
-            raise ValueError(
-                f"CM3Settings: whole_segment_probability must be in 0..1, got {self.whole_segment_probability}."
-            )
+            raise ValueError(f"CM3Settings: whole_segment_probability must be in 0..1, got {self.whole_segment_probability}.")
 
     @classmethod
     def from_config(cls, config: Any, **settings: Any) -> CM3Settings:
@@ -158,9 +156,7 @@ def unmask(ids: np.ndarray, settings: CM3Settings) -> np.ndarray:
     return np.concatenate([*pieces, front[position:]])
 
 
-def cm3(
-    ids: np.ndarray, settings: CM3Settings, rng: np.random.Generator, max_length: int | None = None
-) -> np.ndarray:
+def cm3(ids: np.ndarray, settings: CM3Settings, rng: np.random.Generator, max_length: int | None = None) -> np.ndarray:
     """A document, masked or as it is: `draw_spans`, then `apply_spans` (loss: -log p of every token [P])."""
     ids = np.asarray(ids)
     return apply_spans(ids, draw_spans(ids, settings, rng), settings, max_length)

@@ -46,9 +46,7 @@ class RecipeSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"RecipeSettings: {name} must be at least 1, got {getattr(self, name)}.")
         if self.freeze not in FREEZE_PRESETS:
-            raise ValueError(
-                f"RecipeSettings: freeze must be one of {', '.join(FREEZE_PRESETS)}, got {self.freeze!r}."
-            )
+            raise ValueError(f"RecipeSettings: freeze must be one of {', '.join(FREEZE_PRESETS)}, got {self.freeze!r}.")
 
 
 # Trainable parameters of each preset, by name; the VQ model is frozen in all of them.

@@ -31,7 +31,7 @@ class VQTrainingSettings:
     """
 
     steps: int = field(default=950, metadata={"help": "optimizer steps in all"})
-    warmup_steps: int = field(default=700, metadata={"help": "steps with the teacher, before the codebook starts"})
+    warmup_steps: int = field(default=700, metadata={"help": "steps with the teacher, before quantisation"})
     batch_size: int = field(default=16, metadata={"help": "pictures per step"})
     learning_rate: float = field(default=4e-3, metadata={"help": "peak learning rate (AdamW, cosine)"})
     commitment: float = field(default=0.25, metadata={"help": "weight of the commitment loss"})
@@ -49,8 +49,7 @@ def pixels_of(images: Sequence[Image.Image], model: JamVQModel, batch_size: int 
     """Pictures to float `[P, 3, H, W]` in [-1, 1], by the same image processor that inference uses."""
     processor = JamImageProcessor.from_size(model.config.sample_size)
     parts = [
-        processor(images[i : i + batch_size], return_tensors="pt")["pixel_values"]
-        for i in range(0, len(images), batch_size)
+        processor(images[i : i + batch_size], return_tensors="pt")["pixel_values"] for i in range(0, len(images), batch_size)
     ]
     return torch.cat(parts)
 
@@ -59,8 +58,7 @@ def encode_images(model: JamVQModel, images: Sequence[Image.Image], batch_size: 
     """Pictures to raw codes, int64 `[P, N]`."""
     device = model.device
     parts = [
-        model.encode(pixels_of(images[i : i + batch_size], model).to(device)).cpu()
-        for i in range(0, len(images), batch_size)
+        model.encode(pixels_of(images[i : i + batch_size], model).to(device)).cpu() for i in range(0, len(images), batch_size)
     ]
     return torch.cat(parts).numpy()
 

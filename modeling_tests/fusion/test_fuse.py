@@ -140,7 +140,12 @@ def test_different_widths_and_heads_cross(tokenizer, parents, vq, tmp_path):
 )
 def test_parents_that_differ_are_named(mode, changes, words, parents, vq, tokenizer, tmp_path):
     text, _ = parents("llama")
-    image = parent_model("llama", changes.get("vocab_size", len(tokenizer)), 3, **{k: v for k, v in changes.items() if k != "vocab_size"})
+    image = parent_model(
+        "llama",
+        changes.get("vocab_size", len(tokenizer)),
+        3,
+        **{k: v for k, v in changes.items() if k != "vocab_size"},
+    )
     image.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError) as error:
         jam_hf.fuse(text, tmp_path / "other", mode, tmp_path / "jam", vq_model=vq)
@@ -199,7 +204,10 @@ def _damaged(parents, tmp_path, change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda s: {k: v for k, v in s.items() if "layers.1.mlp.up_proj" not in k}, "no tensor 'model.layers.1.mlp.up_proj.weight'"),
+        (
+            lambda s: {k: v for k, v in s.items() if "layers.1.mlp.up_proj" not in k},
+            "no tensor 'model.layers.1.mlp.up_proj.weight'",
+        ),
         (lambda s: {**s, "model.extra.weight": torch.ones(2)}, "no place for: model.extra.weight"),
         (lambda s: {**s, "model.norm.weight": s["model.norm.weight"] * float("nan")}, "norm.weight"),
     ],
@@ -223,7 +231,13 @@ def test_a_truncated_file_is_named(parents, vq, tmp_path):
 def test_the_checkpoint_is_complete(fused):
     folder = fused("llama", "cross", "preserving")
     names = {p.name for p in folder.iterdir()}
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "processor_config.json"} <= names
+    assert {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "processor_config.json",
+    } <= names
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["JamForCausalLM"] and config["vq_config"]["num_vq_embeddings"] == NUM_CODES
     with safe_open(folder / "model.safetensors", framework="pt") as file:

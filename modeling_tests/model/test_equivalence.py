@@ -37,7 +37,8 @@ def test_preserving_reproduces_both_parents_bit_for_bit(family, parents, jam):
 
 @pytest.mark.parametrize("family", ["llama", "opt-paper"])
 @pytest.mark.parametrize(
-    "planted", ["layers.1.text_layer", "layers.2.image_layer", "text_cross.mlp.down_proj", "image_cross.cross_attn.o_proj"]
+    "planted",
+    ["layers.1.text_layer", "layers.2.image_layer", "text_cross.mlp.down_proj", "image_cross.cross_attn.o_proj"],
 )
 def test_a_planted_error_is_seen(family, planted, parents, jam):
     text, image, model = _parents_and_jam(family, parents, jam)

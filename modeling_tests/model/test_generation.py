@@ -21,7 +21,13 @@ def grammar():
 
 def _config():
     vq = {"block_out_channels": (8, 8, 8), "sample_size": 16, "num_vq_embeddings": NUM_CODES, "norm_num_groups": 4}
-    text = {"model_type": "llama", "vocab_size": 100, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    text = {
+        "model_type": "llama",
+        "vocab_size": 100,
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+    }
     return JamConfig(text_config=text, vq_config=vq)
 
 
@@ -166,9 +172,7 @@ def test_guidance_is_not_idle(jam):
 def test_grammar_holds_under_beams_and_sampling(settings, jam):
     model = jam("llama", "cross", "preserving")
     torch.manual_seed(0)
-    output = model.generate(
-        input_ids=torch.tensor([[1, 30, 31]]), generation_mode="image", guidance_scale=2.0, **settings
-    )
+    output = model.generate(input_ids=torch.tensor([[1, 30, 31]]), generation_mode="image", guidance_scale=2.0, **settings)
     first = model.config.image_token_offset
     for row in output.tolist():
         assert row[3] == BREAK and row[4 + N] == BREAK

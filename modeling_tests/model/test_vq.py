@@ -11,7 +11,9 @@ from jam_hf import JamVQConfig, JamVQModel
 
 @torch.no_grad()
 def test_codes_and_pixels_equal_those_of_diffusers(vq):
-    original = VQModel(**{**VQ_SETTINGS, "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3})
+    original = VQModel(
+        **{**VQ_SETTINGS, "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    )
     original.load_state_dict(vq.vq.state_dict())
     original.eval()
     pixels = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -36,7 +38,16 @@ def test_saving_and_loading(vq, tmp_path):
 
 def test_initialisation_is_diffusers_scale():
     torch.manual_seed(0)
-    ours, theirs = JamVQModel(JamVQConfig(**VQ_SETTINGS)), VQModel(block_out_channels=(8, 8, 8), norm_num_groups=4, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3)
+    ours, theirs = (
+        JamVQModel(JamVQConfig(**VQ_SETTINGS)),
+        VQModel(
+            block_out_channels=(8, 8, 8),
+            norm_num_groups=4,
+            latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+        ),
+    )
     a, b = ours.vq.encoder.conv_in.weight.std(), theirs.encoder.conv_in.weight.std()
     assert 0.7 < a / b < 1.4
 

@@ -104,7 +104,10 @@ def test_splits_do_not_overlap_and_are_repeatable(world):
     assert len(set(pairs["unseen_single"]["caption"])) == len(set(pairs["unseen_pair"]["caption"])) == 200
     again = build_pairs(0, PictureWorldSizes(texts=1, pairs=5, howtos=1, validation=2, unseen=2))
     assert again["train"]["caption"][:] == pairs["train"]["caption"][:5]
-    assert build_pairs(1, PictureWorldSizes(texts=1, pairs=5, howtos=1, validation=2, unseen=2))["train"]["caption"][:] != again["train"]["caption"][:]
+    assert (
+        build_pairs(1, PictureWorldSizes(texts=1, pairs=5, howtos=1, validation=2, unseen=2))["train"]["caption"][:]
+        != again["train"]["caption"][:]
+    )
     assert howtos["train"].num_rows == 40
 
 
@@ -177,7 +180,13 @@ def test_wrong_pictures_are_refused():
         (lambda: PictureObject((0, 0), "star", "red", "small"), "shape must be one of circle"),
         (lambda: PictureObject((3, 0), "circle", "red", "small"), "0..2"),
         (lambda: Picture((), "pink"), "background must be one of white"),
-        (lambda: Picture((PictureObject((0, 0), "circle", "red", "small"), PictureObject((0, 0), "cross", "red", "small")), "white"), "at most one"),
+        (
+            lambda: Picture(
+                (PictureObject((0, 0), "circle", "red", "small"), PictureObject((0, 0), "cross", "red", "small")),
+                "white",
+            ),
+            "at most one",
+        ),
         (lambda: sample_picture(np.random.default_rng(0), 0), "1..9"),
         (lambda: sample_picture(np.random.default_rng(0), 2, "object"), "held_out"),
         (lambda: render(Picture((), "white"), 50), "multiple of 3"),

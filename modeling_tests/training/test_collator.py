@@ -23,7 +23,12 @@ def test_padding_and_labels():
 
 @pytest.mark.parametrize(
     ("row", "words"),
-    [([1, -100], "Row 1.*-100"), ([1, 200], "Row 1.*0..199"), ([], "non-empty"), ([1] * 9, "9 tokens, max_length is 8")],
+    [
+        ([1, -100], "Row 1.*-100"),
+        ([1, 200], "Row 1.*0..199"),
+        ([], "non-empty"),
+        ([1] * 9, "9 tokens, max_length is 8"),
+    ],
 )
 def test_bad_rows_are_named(row, words):
     with pytest.raises(ValueError, match=words):
@@ -33,7 +38,14 @@ def test_bad_rows_are_named(row, words):
 def test_masking_depends_on_seed_and_call_and_can_be_continued():
     first, second = JamDataCollator(0, 200, CM3, seed=3), JamDataCollator(0, 200, CM3, seed=3)
     batches = [first(_features()) for _ in range(4)]
-    assert not all(torch.equal(batches[0]["input_ids"], b["input_ids"]) for b in batches[1:] if b["input_ids"].shape == batches[0]["input_ids"].shape) or len({b["input_ids"].shape for b in batches}) > 1
+    assert (
+        not all(
+            torch.equal(batches[0]["input_ids"], b["input_ids"])
+            for b in batches[1:]
+            if b["input_ids"].shape == batches[0]["input_ids"].shape
+        )
+        or len({b["input_ids"].shape for b in batches}) > 1
+    )
     second.skip_batches(3)
     assert torch.equal(second(_features())["input_ids"], batches[3]["input_ids"])
 

@@ -23,7 +23,14 @@ def _collator(model):
     return JamDataCollator(0, model.config.vocab_size, cm3)
 
 
-SETTINGS = {"max_steps": 6, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 1, "save_steps": 2, "logging_steps": 1}
+SETTINGS = {
+    "max_steps": 6,
+    "batch_size": 4,
+    "learning_rate": 1e-2,
+    "warmup_steps": 1,
+    "save_steps": 2,
+    "logging_steps": 1,
+}
 
 
 @pytest.mark.parametrize("preset", list(FREEZE_PRESETS))
@@ -69,9 +76,7 @@ def test_accumulation_equals_a_larger_batch(parents, tmp_path):
     results = []
     for batch, accumulation in ((8, 1), (1, 8)):
         model = AutoModelForCausalLM.from_pretrained(parents("llama")[0])
-        settings = RecipeSettings(
-            **{**SETTINGS, "max_steps": 3, "batch_size": batch}, gradient_accumulation_steps=accumulation
-        )
+        settings = RecipeSettings(**{**SETTINGS, "max_steps": 3, "batch_size": batch}, gradient_accumulation_steps=accumulation)
         collator = JamDataCollator(0, model.config.vocab_size)
         train_causal_lm(model, _data(model), tmp_path / f"{batch}", settings, collator)
         results.append(model.state_dict())
