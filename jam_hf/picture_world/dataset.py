@@ -23,9 +23,9 @@ from .world import Picture, render, sample_picture
 class PictureWorldSizes:
     """Numbers of documents. unseen: captions of held-out objects, and as many of held-out pairs."""
 
-    texts: int = 20_000
-    pairs: int = 40_000
-    howtos: int = 6_000
+    texts: int = 12_000
+    pairs: int = 32_000
+    howtos: int = 3_000
     validation: int = 300
     unseen: int = 200
 

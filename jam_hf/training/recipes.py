@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class RecipeSettings:
     save_steps: int = field(default=200, metadata={"help": "steps between checkpoints that a killed run continues from"})
     logging_steps: int = field(default=10, metadata={"help": "steps between points of the loss curve"})
     freeze: str = field(default="vq", metadata={"help": "what stays as it is: see FREEZE_PRESETS"})
+    group_by_length: bool = field(default=False, metadata={"help": "batches of documents of like length: less padding"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "trade compute for memory"})
 
     def __post_init__(self) -> None:
@@ -153,6 +155,7 @@ def train_causal_lm(
         gradient_checkpointing=settings.gradient_checkpointing,
         report_to="none",
         remove_unused_columns=False,
+        train_sampling_strategy="group_by_length" if settings.group_by_length else "random",
         dataloader_num_workers=0,
     )
     trainer = _PlainEvaluationTrainer(
@@ -173,4 +176,5 @@ def train_causal_lm(
         (folder / "history.json").write_text(
             json.dumps({"settings": asdict(settings), "history": history}, indent=1) + "\n", encoding="utf-8"
         )
+    shutil.rmtree(run_dir, ignore_errors=True)
     return history

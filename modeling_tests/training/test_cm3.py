@@ -47,7 +47,7 @@ def test_masking_is_undone_exactly_and_keeps_to_the_rules(seed, pictures, mean, 
         assert end < start  # disjoint, and not touching
     for start, end in spans:
         assert start >= 1 and any(a <= start < end <= b for a, b in found)
-    assert len(masked) == len(ids) + 2 * len(spans)
+    assert len(masked) == len(ids) + 3 * len(spans)
     assert sorted(masked[(masked < 5) | (masked > 13)]) == sorted(ids)
 
 
