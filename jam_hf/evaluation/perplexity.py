@@ -71,10 +71,11 @@ def perplexity(
     Args:
         image_token_range: `[first, last)` ids of image codes.
     Raises:
-        ValueError: if the dataset is empty.
+        ValueError: if the dataset is empty, or no document has a second token.
     """
     if not len(dataset):
         raise ValueError("perplexity: the dataset is empty.")
+    was_training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.int64)
@@ -88,6 +89,9 @@ def perplexity(
         for index, chosen in enumerate((counted & ~image, counted & image)):
             sums[index] += losses[chosen].sum().cpu()
             counts[index] += chosen.sum().cpu()
+    model.train(was_training)
+    if not counts.sum():
+        raise ValueError("perplexity: no document has more than one token, so none is predicted.")
     means = (sums / counts.clamp(min=1)).tolist()
     means = [mean if count else float("nan") for mean, count in zip(means, counts.tolist())]
     return PerplexityResult(means[0], means[1], int(counts[0]), int(counts[1]))

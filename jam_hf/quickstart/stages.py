@@ -69,11 +69,15 @@ class QuickstartSettings:
     num_layers: int = 4
     num_heads: int = 4
     intermediate_size: int = 512
-    initializer_range: float = 0.06  # about d^-0.5: at 0.02, so narrow a model learns half as fast
+    initializer_range: float = 0.06  # about d^-0.5; at 0.02 so narrow a model learns half as fast
     llm: RecipeSettings = field(default_factory=lambda: RecipeSettings(max_steps=400, learning_rate=3e-3))
-    image_model: RecipeSettings = field(default_factory=lambda: RecipeSettings(max_steps=1000, learning_rate=3e-3))
+    image_model: RecipeSettings = field(
+        default_factory=lambda: RecipeSettings(max_steps=1000, learning_rate=3e-3, schedule="linear")
+    )
     pretrain: RecipeSettings = field(default_factory=lambda: RecipeSettings(max_steps=300, learning_rate=1e-3))
-    instruct: RecipeSettings = field(default_factory=lambda: RecipeSettings(max_steps=160, learning_rate=1e-3, group_by_length=True))
+    instruct: RecipeSettings = field(
+        default_factory=lambda: RecipeSettings(max_steps=160, learning_rate=1e-3, group_by_length=True)
+    )
     guidance_scale: float = 2.0
     num_documents: int = 8
     document_tokens: int = 320
@@ -274,10 +278,14 @@ class Run:
     def train_image_model(self) -> None:
         """Train the image parent on captions and image tokens."""
         tokenizer, model = self.tokenizer(), self._parent()
-        initialise_image_embeddings(model, self.vq(), self._image_token_range()[0], self.settings.initializer_range)
+        documents = self.encoded("pairs")["train"]
+        std = 1.5 * self.settings.initializer_range
+        initialise_image_embeddings(
+            model, self.vq(), self._image_token_range()[0], std, documents[:8000]["input_ids"], self.settings.seed
+        )
         train_causal_lm(
             model,
-            self.encoded("pairs")["train"],
+            documents,
             self.path("image-model"),
             self.settings.image_model,
             self._collator(tokenizer, mean_spans=0.0, whole_segment_probability=0.1, text_segments_only=True),

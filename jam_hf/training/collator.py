@@ -24,7 +24,9 @@ class JamDataCollator:
         cm3: settings of the CM3 objective; `None`: plain causal documents.
         max_length: longer documents raise a `ValueError` (they are never cut in silence); CM3 cuts as [M] says.
         pad_to_multiple_of: of the batch's length.
-        seed: documents are masked anew each time they are seen; the order of calls and the seed decide how.
+        seed: documents are masked anew each time they are seen; the order of calls and the seed decide how. In dataloader
+            workers, which start afresh each epoch, the seed that torch gives the worker decides as well.
+        cm3_probability: share of documents that go through `cm3`; the others stay plain.
     """
 
     pad_token_id: int
@@ -33,14 +35,17 @@ class JamDataCollator:
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
     seed: int = 0
+    cm3_probability: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.cm3_probability <= 1:
+            raise ValueError(f"JamDataCollator: cm3_probability must be in 0..1, got {self.cm3_probability}.")
         self._calls = 0
 
     def _generator(self) -> np.random.Generator:
         worker = torch.utils.data.get_worker_info()
         self._calls += 1
-        return np.random.default_rng([self.seed, worker.id if worker else 0, self._calls])
+        return np.random.default_rng([self.seed, worker.seed if worker else 0, self._calls])
 
     def skip_batches(self, count: int) -> None:
         """Go on as if `count` batches had been made: for a run that continues."""
@@ -53,24 +58,39 @@ class JamDataCollator:
             ids = np.asarray(feature["input_ids"], dtype=np.int64)
             if ids.ndim != 1 or ids.size == 0:
                 raise ValueError(f"Row {index} of the batch: expected a non-empty list of ids, got shape {ids.shape}.")
-            if ids.min() < 0 or ids.max() >= self.vocab_size:
-                raise ValueError(
-                    f"Row {index} of the batch has ids {ids.min()}..{ids.max()}, outside the vocabulary "
-                    f"0..{self.vocab_size - 1}. (-100 belongs into labels, which are made here, never into input_ids.)"
-                )
             if self.max_length is not None and len(ids) > self.max_length:
                 raise ValueError(
                     f"Row {index} of the batch has {len(ids)} tokens, max_length is {self.max_length}. Split or drop long "
                     "documents when encoding them."
                 )
-            rows.append(cm3(ids, self.cm3, rng, self.max_length) if self.cm3 is not None else ids)
-        length = max(map(len, rows))
+            rows.append(ids)
+        self._check_vocabulary(rows)
+        if self.cm3 is not None:
+            rows = [self._mask(index, ids, rng) for index, ids in enumerate(rows)]
+        lengths = np.array([len(ids) for ids in rows])
+        length = int(lengths.max())
         if self.pad_to_multiple_of:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        input_ids = torch.full((len(rows), length), self.pad_token_id, dtype=torch.int64)
-        attention_mask = torch.zeros_like(input_ids)
-        for index, ids in enumerate(rows):
-            input_ids[index, : len(ids)] = torch.from_numpy(ids)
-            attention_mask[index, : len(ids)] = 1
-        labels = input_ids.masked_fill(attention_mask == 0, -100)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        kept = np.arange(length) < lengths[:, None]
+        padded = np.full((len(rows), length), self.pad_token_id, dtype=np.int64)
+        padded[kept] = np.concatenate(rows)
+        input_ids, mask = torch.from_numpy(padded), torch.from_numpy(kept)
+        return {"input_ids": input_ids, "attention_mask": mask.long(), "labels": input_ids.masked_fill(~mask, -100)}
+
+    def _check_vocabulary(self, rows: list[np.ndarray]) -> None:
+        together = np.concatenate(rows)
+        if together.min() >= 0 and together.max() < self.vocab_size:
+            return
+        index = next(i for i, ids in enumerate(rows) if ids.min() < 0 or ids.max() >= self.vocab_size)
+        raise ValueError(
+            f"Row {index} of the batch has ids {rows[index].min()}..{rows[index].max()}, outside the vocabulary "
+            f"0..{self.vocab_size - 1}. (-100 belongs into labels, which are made here, never into input_ids.)"
+        )
+
+    def _mask(self, index: int, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if self.cm3_probability < 1 and rng.random() >= self.cm3_probability:
+            return ids
+        try:
+            return cm3(ids, self.cm3, rng, self.max_length)
+        except ValueError as error:
+            raise ValueError(f"Row {index} of the batch: {error}") from None

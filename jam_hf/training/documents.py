@@ -43,12 +43,15 @@ def encode_documents(
     Returns:
         a dataset with `input_ids`: `<s> text <break> codes <break> text ... </s>` [A].
     Raises:
-        ValueError: if placeholders and pictures do not match (the row is named), or a document is too long.
+        ValueError: if placeholders and pictures do not match (the row is named), a document is too long, a text has
+            `<break>` or image codes of its own, the codes are not what `encode_images` must return, or the tokenizer lacks
+            a token.
     """
     if too_long not in ("error", "drop"):
         raise ValueError(f"too_long must be 'error' or 'drop', got {too_long!r}.")
-    offset = tokenizer.convert_tokens_to_ids("<img:0>") if image_token_offset is None else image_token_offset
-    break_id, image_id = (tokenizer.convert_tokens_to_ids(t) for t in ("<break>", "<image>"))
+    offset = _token_id(tokenizer, "<img:0>") if image_token_offset is None else image_token_offset
+    break_id, image_id = (_token_id(tokenizer, t) for t in ("<break>", "<image>"))
+    num_codes = len(tokenizer) - offset if image_token_offset is None else None
     documents: list[np.ndarray] = []
     dropped = 0
     for start in tqdm(range(0, len(dataset), batch_size), desc=description, unit="batch"):
@@ -57,10 +60,15 @@ def encode_documents(
         flat = [picture for row in pictures for picture in row]
         if flat and encode_images is None:
             raise ValueError("The documents have pictures; pass encode_images to turn them into codes.")
-        codes = iter(np.asarray(encode_images(flat)) + offset if flat else ())
+        codes = iter(_checked_codes(encode_images(flat), len(flat), num_codes) + offset if flat else ())
         encoded = tokenizer(list(texts), add_special_tokens=True)["input_ids"]
         for index, (ids, row) in enumerate(zip(encoded, pictures)):
             ids = np.asarray(ids, dtype=np.int64)
+            if ((ids == break_id) | (ids >= offset)).any():
+                raise ValueError(
+                    f"The text of document {start + index} has <break> or image codes itself; they are put in here, for each "
+                    "<image>. Take them out of the text."
+                )
             places = np.flatnonzero(ids == image_id)
             if len(places) != len(row):
                 raise ValueError(
@@ -90,6 +98,26 @@ def encode_documents(
     return Dataset.from_dict({"input_ids": documents}, features=features)
 
 
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    index = tokenizer.get_vocab().get(token)
+    if index is None:
+        raise ValueError(f"The tokenizer has no token {token}; encode_documents needs a JAM's (see train_tokenizer).")
+    return index
+
+
+def _checked_codes(codes: np.ndarray, num_images: int, num_codes: int | None) -> np.ndarray:
+    codes = np.asarray(codes)
+    if codes.ndim != 2 or len(codes) != num_images or not np.issubdtype(codes.dtype, np.integer):
+        raise ValueError(
+            f"encode_images must return integers [{num_images}, N] for {num_images} picture(s), got {codes.dtype} "
+            f"{list(codes.shape)}."
+        )
+    if codes.min() < 0 or (num_codes is not None and codes.max() >= num_codes):
+        allowed = "0 or more" if num_codes is None else f"0..{num_codes - 1}"
+        raise ValueError(f"encode_images must return raw codes, {allowed}, got {codes.min()}..{codes.max()}.")
+    return codes
+
+
 def _text_and_images(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Image.Image]]:
     if "messages" in row:
         messages = json.loads(row["messages"]) if isinstance(row["messages"], str) else row["messages"]
@@ -114,10 +142,14 @@ def mix_datasets(datasets: dict[str, Dataset], weights: dict[str, float], num_do
     from datasets import concatenate_datasets
 
     rng = np.random.default_rng(seed)
-    total = sum(weights.values())
+    exact = {name: num_documents * weights[name] / sum(weights.values()) for name in datasets}
+    counts = {name: int(share) for name, share in exact.items()}
+    rest = num_documents - sum(counts.values())  # what rounding down left over goes to the largest remainders
+    for name in sorted(exact, key=lambda name: counts[name] - exact[name])[:rest]:
+        counts[name] += 1
     parts = []
     for name, dataset in datasets.items():
-        count = round(num_documents * weights[name] / total)
+        count = counts[name]
         if count and not len(dataset):
             raise ValueError(f"mix_datasets: dataset '{name}' is empty.")
         rounds = -(-count // max(len(dataset), 1))

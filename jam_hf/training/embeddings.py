@@ -1,26 +1,64 @@
-"""A head start for image codes: embedding rows that know which codes look alike.
+"""A head start for image codes: embedding rows that know which codes look alike, and which words they come with.
 
-A language model that meets its image codes as strangers must learn from counts alone that two of them show the same colour.
-The codebook knows: its vectors are what the codes look like. It knows no data and trains nothing.
+A language model that meets its image codes as strangers must learn from counts alone that two of them show the same colour, or
+the same shape. The codebook knows what codes look like; captions know what they are called. It trains nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from ..model.modeling_jam_vq import JamVQModel
 
 
+def word_features(
+    documents: Sequence[Sequence[int]], image_token_offset: int, num_codes: int, vocab_size: int, size: int = 24
+) -> torch.Tensor:
+    """Latent semantic features of image codes, float `[num_codes, size]`: what they are called.
+
+    The left singular vectors (times the root of their singular values) of the pointwise mutual information of "code occurs in
+    the document" and "text token occurs in the document". Codes that never occur, and tokens in fewer than 0.5 % of the
+    documents, count as zero.
+    """
+    last = image_token_offset + num_codes
+    counts = np.zeros((num_codes, vocab_size))
+    for document in documents:
+        ids = np.unique(np.asarray(document))
+        codes = ids[(ids >= image_token_offset) & (ids < last)] - image_token_offset
+        words = ids[(ids < image_token_offset) | (ids >= last)]
+        counts[np.ix_(codes, words)] += 1
+    joint = torch.from_numpy(counts)
+    codes, words = joint.sum(1, keepdim=True), joint.sum(0, keepdim=True)
+    information = torch.log((joint * joint.sum() + 1e-9) / (codes * words + 1e-9)).clamp(-3, 3)
+    rare = joint.amax(0) < 0.005 * len(documents)
+    information[:, rare] = 0.0
+    occurs = codes[:, 0] > 0
+    information[~occurs] = 0.0
+    information[occurs] -= information[occurs].mean(0)
+    left, values, _ = torch.linalg.svd(information, full_matrices=False)
+    return (left * values.sqrt())[:, :size].float()
+
+
 @torch.no_grad()
 def initialise_image_embeddings(
-    model: PreTrainedModel, vq: JamVQModel, image_token_offset: int, std: float, seed: int = 0
+    model: PreTrainedModel,
+    vq: JamVQModel,
+    image_token_offset: int,
+    std: float,
+    documents: Sequence[Sequence[int]] | None = None,
+    seed: int = 0,
 ) -> int:
-    """Set the input and output embedding rows of image codes to a random rotation of their codebook vectors (ours [R]).
+    """Set the input and output embedding rows of image codes to a random rotation of what is known of them (ours [R]).
+
+    Known are the codebook vectors and, where encoded `documents` are given, the `word_features` (with twice the weight).
 
     Args:
         model: causal LM whose vocabulary holds the image codes.
-        std: standard deviation of the rows' entries, as of the other rows.
+        std: standard deviation of the rows' entries.
     Returns:
         the number of rows set; codes whose vectors lie far off (never used by the VQ model) keep their random rows.
     Raises:
@@ -36,15 +74,24 @@ def initialise_image_embeddings(
         )
     norms = codebook.norm(dim=1)
     used = norms <= 3 * norms.median()
-    centred = codebook - codebook[used].mean(0)
-    centred = centred / centred[used].std()
+    features = _standardised(codebook, used)
+    if documents is not None:
+        words = word_features(documents, image_token_offset, len(codebook), len(tables[0]))
+        features = torch.cat((0.5 * features, _standardised(words, used)), dim=1)
     generator = torch.Generator().manual_seed(seed)
     for index, table in enumerate(tables):
         if index and table is tables[0]:
             continue  # tied
-        directions = torch.linalg.qr(torch.randn(table.shape[1], codebook.shape[1], generator=generator))[0]
-        rows = centred @ directions.T
+        directions = torch.randn(table.shape[1], features.shape[1], generator=generator)
+        if features.shape[1] <= table.shape[1]:
+            directions = torch.linalg.qr(directions)[0]
+        rows = features @ directions.T
         rows = rows * (std / rows[used].std())
         target = table[image_token_offset:last]
         target[used.to(table.device)] = rows[used].to(table)
     return int(used.sum())
+
+
+def _standardised(features: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+    centred = features - features[used].mean(0)
+    return centred / centred[used].std().clamp(min=1e-6)

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..fusion.checkpoint import whole_folder
 from .collator import JamDataCollator
@@ -51,8 +52,9 @@ class RecipeSettings:
             raise ValueError(f"RecipeSettings: freeze must be one of {', '.join(FREEZE_PRESETS)}, got {self.freeze!r}.")
 
 
-# Trainable parameters of each preset, by name; the VQ model is frozen in all of them.
+# Trainable parameters of each preset, by name; the VQ model is frozen in all of them, so "none" and "vq" are the same.
 FREEZE_PRESETS = {
+    "none": r".*",
     "vq": r".*",
     "cross_only": r".*(text_cross|image_cross|output_projection|lm_head|image_head)\b.*",
     "text_stream": r".*(text_layer|text_stem|text_cross|lm_head)\b.*",
@@ -75,6 +77,12 @@ def freeze(model: PreTrainedModel, preset: str) -> list[str]:
     if preset not in FREEZE_PRESETS:
         raise ValueError(f"freeze: preset must be one of {', '.join(FREEZE_PRESETS)}, got {preset!r}.")
     pattern = re.compile(FREEZE_PRESETS[preset])
+    # Every preset but these two names parts that only a cross JAM has; in another model its lm_head would match alone.
+    if preset not in ("none", "vq") and not any("_cross." in name for name, _ in model.named_parameters()):
+        raise ValueError(
+            f"freeze: preset {preset!r} leaves nothing to train in a {type(model).__name__} without cross blocks; "
+            "use 'none' or 'vq'."
+        )
     trainable = []
     for name, parameter in model.named_parameters():
         keep = pattern.fullmatch(name) is not None and "vq_model." not in name
@@ -93,11 +101,44 @@ class _Continue(TrainerCallback):
         self.collator = collator
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self.collator.skip_batches(state.global_step * args.gradient_accumulation_steps)
+        # The last step of an epoch may have fewer batches than gradient_accumulation_steps.
+        batches = len(kwargs["train_dataloader"])
+        epochs, steps = divmod(state.global_step, -(-batches // args.gradient_accumulation_steps))
+        self.collator.skip_batches(epochs * batches + steps * args.gradient_accumulation_steps)
 
 
-class _PlainEvaluationTrainer(Trainer):
-    """Evaluates on documents as they are, without CM3 masking."""
+def _last_whole_checkpoint(run_dir: Path) -> str | None:
+    """The newest checkpoint that was written to its end: `trainer_state.json` is what the Trainer writes last."""
+    folders = [path for path in run_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for folder in sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # the run was killed while it wrote this one
+        return str(folder)
+    return None
+
+
+class _SeededLengthGroupedSampler(LengthGroupedSampler):
+    """Its order follows from seed and epoch; the stock one draws on torch's generator, so a continued run has another order."""
+
+    def __init__(self, batch_size: int, dataset: Dataset, seed: int):
+        super().__init__(batch_size, dataset, generator=torch.Generator().manual_seed(seed))
+        self.seed = seed
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
+
+
+class _JamTrainer(Trainer):
+    """Evaluates on documents as they are, without CM3 masking, and groups by length in an order that can be continued."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return _SeededLengthGroupedSampler(size, dataset, self.args.seed)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         training_collator = self.data_collator
@@ -158,7 +199,7 @@ def train_causal_lm(
         train_sampling_strategy="group_by_length" if settings.group_by_length else "random",
         dataloader_num_workers=0,
     )
-    trainer = _PlainEvaluationTrainer(
+    trainer = _JamTrainer(
         model=model,
         args=arguments,
         train_dataset=train_dataset,
@@ -166,8 +207,7 @@ def train_causal_lm(
         data_collator=collator,
         callbacks=[_Continue(collator), *(callbacks or [])],
     )
-    checkpoint = get_last_checkpoint(str(run_dir)) if run_dir.is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(run_dir))
     history = [row for row in trainer.state.log_history if "loss" in row or any(k.startswith("eval_") for k in row)]
     with whole_folder(output_dir, overwrite=True) as folder:
         model.save_pretrained(folder)

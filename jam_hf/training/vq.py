@@ -26,8 +26,8 @@ from ..model.modeling_jam_vq import JamVQModel
 class VQTrainingSettings:
     """Settings of [`train_vq`].
 
-    steps: optimizer steps in all. warmup_steps: of them with the teacher, without quantisation.
-    commitment: weight of the commitment loss. revive_every: steps between revivals of unused codes (none in the last quarter, so that codes settle).
+    steps: optimizer steps in all. warmup_steps: of them with the teacher, without quantisation. commitment: weight of the
+    commitment loss. revive_every: steps between revivals of unused codes (none in the last quarter, so that codes settle).
     """
 
     steps: int = field(default=800, metadata={"help": "optimizer steps in all"})
@@ -63,6 +63,11 @@ def encode_images(model: JamVQModel, images: Sequence[Image.Image], batch_size: 
     return torch.cat(parts).numpy()
 
 
+def _distances(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """Distances `[P, C]`, exact: by way of a matrix product, a point would lie off its own centre."""
+    return torch.cdist(points, centres, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 @torch.no_grad()
 def _kmeans(points: torch.Tensor, count: int, generator: torch.Generator, iterations: int = 10) -> torch.Tensor:
     """Centres `[count, E]` of `points` `[P, E]`: k-means++ seeding by blocks, then Lloyd's iterations.
@@ -73,15 +78,15 @@ def _kmeans(points: torch.Tensor, count: int, generator: torch.Generator, iterat
     far = 4 * points.norm(dim=1).max() * F.normalize(torch.randn(count, points.shape[1], generator=generator), dim=1)
     negligible = 1e-4 * points.var(0).sum().sqrt()
     centres = points[torch.randint(len(points), (1,), generator=generator)]
-    distances = torch.cdist(points, centres).amin(1)
+    distances = _distances(points, centres).amin(1)
     while len(centres) < count and distances.max() > negligible:
         block = min(count - len(centres), max(1, len(centres) // 16))
         weights = torch.where(distances > negligible, distances.square(), 0.0)
         chosen = points[torch.multinomial(weights, block, replacement=True, generator=generator)].unique(dim=0)
         centres = torch.cat((centres, chosen))
-        distances = torch.minimum(distances, torch.cdist(points, chosen).amin(1))
+        distances = torch.minimum(distances, _distances(points, chosen).amin(1))
     for _ in range(iterations):
-        nearest = torch.cdist(points, centres).argmin(1)
+        nearest = _distances(points, centres).argmin(1)
         sums = torch.zeros_like(centres).index_add_(0, nearest, points)
         counts = torch.bincount(nearest, minlength=len(centres))[:, None]
         centres = torch.where(counts > 0, sums / counts.clamp(min=1), far[: len(centres)])

@@ -37,11 +37,22 @@ def test_against_a_slow_loop_whatever_the_batch_size(setting):
         assert result.image_nll == pytest.approx(sums[1] / counts[1], abs=1e-5)
         assert result.perplexity == pytest.approx(math.exp(sum(sums) / sum(counts)), rel=1e-4)
     assert counts[0] and counts[1]
+    one, eight = (perplexity(model, dataset, (first, last), batch_size=n) for n in (1, 8))
+    assert (one.text_nll, one.image_nll) == pytest.approx((eight.text_nll, eight.image_nll), abs=1e-6)
 
 
 def test_an_empty_dataset_is_refused(setting):
     with pytest.raises(ValueError, match="empty"):
         perplexity(setting[0], setting[2].select([]), setting[3])
+    with pytest.raises(ValueError, match="no document has more than one token"):
+        perplexity(setting[0], Dataset.from_dict({"input_ids": [[1], [1]]}), setting[3])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_model_stays_in_its_mode(setting, training):
+    setting[0].train(training)
+    perplexity(setting[0], setting[2], setting[3])
+    assert setting[0].training is training
 
 
 @torch.no_grad()

@@ -157,7 +157,7 @@ def test_wrong_pictures_are_refused():
     others = [
         Picture((PictureObject((1, 1), "circle", "red", "small"),), "white"),
         Picture((PictureObject((1, 2), "circle", "red", "large"),), "white"),
-        Picture((PictureObject((1, 1), "diamond", "red", "large"),), "white"),
+        Picture((PictureObject((1, 1), "cross", "red", "large"),), "white"),
         Picture((PictureObject((1, 1), "circle", "blue", "large"),), "white"),
         Picture((o, PictureObject((0, 0), "square", "green", "small")), "white"),
         Picture((), "white"),

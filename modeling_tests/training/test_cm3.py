@@ -137,3 +137,37 @@ def test_ids_come_from_the_config():
     assert settings_.mask_token_id == config.mask_token_id and settings_.mean_spans == 2.0
     assert settings_.boundary_token_ids == (3, 1, 2)
     assert settings_.image_token_range == (config.image_token_offset, config.vocab_size)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 3), st.integers(0, 12), st.floats(0, 1))
+def test_infills_that_do_not_fit_are_not_masked_and_those_that_stay_are_whole(seed, pictures, room, whole):
+    rng = np.random.default_rng(seed)
+    ids = _document(rng, pictures)
+    chosen = CM3Settings(5, 8, 13, (BREAK, BOS, EOS), 3.0, whole, image_token_range=(100, 200))
+    masked = cm3(ids, chosen, rng, max_length=len(ids) + room)
+    assert len(masked) <= len(ids) + room
+    back = masked[np.flatnonzero(masked == 13)[0] :] if (masked == 13).any() else masked[:0]
+    assert len(back) == 0 or masked[-1] == 13  # nothing is cut from the infills
+    assert masked[0] == BOS
+
+
+def test_a_document_of_full_length_is_left_causal_when_its_only_infill_leaves_no_room():
+    ids = np.array([BOS, *[20] * 14, EOS])
+    whole = CM3Settings(5, 8, 13, (BREAK, BOS, EOS), 0.0, 1.0)
+    assert cm3(ids, whole, np.random.default_rng(0), max_length=16).tolist() == ids.tolist()
+    assert len(cm3(ids, whole, np.random.default_rng(0), max_length=17)) == 17
+
+
+@pytest.mark.parametrize("mark", [5, 12, 13])
+def test_a_document_that_is_masked_already_is_refused_unless_nothing_would_be_masked(mark):
+    ids = np.array([BOS, 20, mark, 21, 22, EOS])
+    with pytest.raises(ValueError, match=f"end of span {mark} at position 2"):
+        cm3(ids, SETTINGS, np.random.default_rng(0))
+    off = CM3Settings(5, 8, 13, (BREAK, BOS, EOS), 0.0, 0.0)
+    assert cm3(ids, off, np.random.default_rng(0)).tolist() == ids.tolist()
+
+
+def test_masking_only_texts_needs_to_know_the_images():
+    with pytest.raises(ValueError, match="text_segments_only needs image_token_range"):
+        CM3Settings(5, 8, 13, (BREAK,), text_segments_only=True)

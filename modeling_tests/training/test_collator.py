@@ -50,6 +50,37 @@ def test_masking_depends_on_seed_and_call_and_can_be_continued():
     assert torch.equal(second(_features())["input_ids"], batches[3]["input_ids"])
 
 
-def test_works_with_dataloader_workers():
-    loader = torch.utils.data.DataLoader(_features(8), batch_size=4, collate_fn=JamDataCollator(0, 200, CM3), num_workers=2)
-    assert sum(len(b["input_ids"]) for b in loader) == 8
+def _epochs(workers, torch_seed):
+    torch.manual_seed(torch_seed)
+    collator = JamDataCollator(0, 200, CM3)
+    loader = torch.utils.data.DataLoader(_features(16), batch_size=4, collate_fn=collator, num_workers=workers)
+    return [[batch["input_ids"].tolist() for batch in loader] for _ in range(3)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_epoch_is_masked_anew_and_the_seeds_repeat_it_with_and_without_workers(workers):
+    first, second, third = _epochs(workers, 1)
+    assert sum(len(batch) for batch in first) == 16
+    assert first != second and second != third and first != third
+    assert _epochs(workers, 1) == [first, second, third]
+
+
+def test_some_documents_may_stay_plain():
+    whole = CM3Settings(5, 8, 13, (3, 1, 2), 0.0, 1.0, image_token_range=(100, 200))
+
+    def share(probability):
+        ids = JamDataCollator(0, 200, whole, cm3_probability=probability)(_features(1) * 2000)["input_ids"]
+        return (ids == 13).any(1).double().mean().item()
+
+    assert share(0.0) == 0 and share(1.0) == 1
+    assert share(0.3) == pytest.approx(0.3, abs=0.04)
+    with pytest.raises(ValueError, match="cm3_probability"):
+        JamDataCollator(0, 200, cm3_probability=1.5)
+
+
+def test_documents_of_full_length_never_stop_a_run_and_a_masked_one_is_named():
+    collator = JamDataCollator(0, 200, CM3, max_length=16)
+    for _ in range(200):
+        assert collator([{"input_ids": [1, *[20] * 14, 2]}] * 4)["input_ids"].shape[1] <= 16
+    with pytest.raises(ValueError, match="Row 1 of the batch.*sentinel"):
+        collator([{"input_ids": [1, 20, 2]}, {"input_ids": [1, 5, 2]}])

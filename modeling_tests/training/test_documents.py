@@ -68,3 +68,41 @@ def test_mixing():
         mix_datasets({"a": a}, {"b": 1}, 4)
     with pytest.raises(ValueError, match="negative"):
         mix_datasets({"a": a}, {"a": -1}, 4)
+
+
+@pytest.mark.parametrize(
+    ("codes", "words"),
+    [
+        (lambda x: np.full((len(x), 4), -1), "raw codes, 0..15, got -1..-1"),
+        (lambda x: np.full((len(x), 4), 16), "raw codes, 0..15, got 16..16"),
+        (lambda x: np.zeros((len(x) + 1, 4), dtype=int), r"integers \[2, N\] for 2 picture\(s\), got int64 \[3, 4\]"),
+        (lambda x: np.zeros((len(x) - 1, 4), dtype=int), r"got int64 \[1, 4\]"),
+        (lambda x: np.zeros((len(x), 4)), "got float64"),
+        (lambda x: np.zeros(len(x), dtype=int), r"got int64 \[2\]"),
+    ],
+)
+def test_codes_that_are_no_codes_are_refused(tokenizer, codes, words):
+    rows = Dataset.from_list([{"caption": "red", "image": _image(1)}, {"caption": "a", "image": _image(2)}])
+    with pytest.raises(ValueError, match=words):
+        encode_documents(rows, tokenizer, codes)
+
+
+@pytest.mark.parametrize("text", ["a<break>b", "a<img:3>"])
+def test_markup_in_a_text_is_refused(tokenizer, text):
+    with pytest.raises(ValueError, match="text of document 1 has <break> or image codes itself"):
+        encode_documents(Dataset.from_list([{"text": "red"}, {"text": text}]), tokenizer)
+
+
+def test_a_foreign_tokenizer_is_refused(tokenizer):
+    class Foreign:
+        def get_vocab(self):
+            return {"<break>": 3, "<image>": 4}
+
+    with pytest.raises(ValueError, match="no token <img:0>"):
+        encode_documents(Dataset.from_list([{"text": "red"}]), Foreign())
+
+
+def test_a_mixture_has_as_many_documents_as_asked_for():
+    sets = {name: Dataset.from_dict({"input_ids": [[1]] * 9}) for name in "abc"}
+    for count in (10, 11, 12):
+        assert len(mix_datasets(sets, dict.fromkeys("abc", 1), count)) == count

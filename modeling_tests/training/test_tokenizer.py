@@ -51,3 +51,10 @@ def test_bad_sizes():
         train_tokenizer(["a"], 100, 4)
     with pytest.raises(ValueError, match="num_image_tokens"):
         train_tokenizer(["a"], 300, 0)
+
+
+def test_what_a_chat_cannot_hold_is_refused(tokenizer):
+    with pytest.raises(Exception, match="must be text or image, got video"):
+        tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], tokenize=False)
+    with pytest.raises(Exception, match="role must be system, user or assistant, got robot"):
+        tokenizer.apply_chat_template([{"role": "robot", "content": "hi"}], tokenize=False)

@@ -7,7 +7,7 @@ from conftest import VQ_SETTINGS
 
 from jam_hf import JamVQConfig, JamVQModel
 from jam_hf.picture_world.dataset import build_vq_pictures
-from jam_hf.training.vq import VQTrainingSettings, _kmeans, encode_images, train_vq
+from jam_hf.training.vq import VQTrainingSettings, _kmeans, encode_images, pixels_of, train_vq
 
 
 def _model():
@@ -24,7 +24,7 @@ def test_training_learns_and_repeats():
         history = train_vq(model, images, settings)
         runs.append((history, encode_images(model, images[:8])))
     (history, codes), (_, again) = runs
-    assert history[-1]["reconstruction"] < 0.3 * history[0]["reconstruction"]
+    assert history[-1]["reconstruction"] < 0.25 * pixels_of(images, _model()).var().item()  # three quarters explained
     assert history[-1]["codes"] > 5 and not model.training
     assert codes.shape == (8, 36) and codes.dtype == np.int64
     assert np.array_equal(codes, again) and runs[0][0] == runs[1][0]
@@ -36,9 +36,9 @@ def test_kmeans_finds_clusters_and_puts_the_surplus_away():
     points = places.repeat(30, 1)
     centres = _kmeans(points, 10, generator)
     nearest = torch.cdist(places, centres)
-    assert nearest.amin(1).max() < 1e-3
+    assert nearest.amin(1).max() < 0.1
     assert len(torch.cdist(points, centres).argmin(1).unique()) == 6
-    assert (torch.cdist(points, centres).amin(0) > 1e-3).sum() == 4
+    assert (torch.cdist(points, centres).amin(0) > 1.0).sum() == 4
 
 
 def test_bad_settings():
