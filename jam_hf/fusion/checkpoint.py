@@ -1,16 +1,13 @@
-"""Reading parents tensor by tensor and writing a checkpoint whole or not at all. It knows nothing of the maths.
+"""Reading parents tensor by tensor, and writing tensors shard by shard. It knows nothing of the maths.
 
-Only safetensors are read. What is written appears under its name when it is complete, and not before.
+Only safetensors are read.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,31 +104,6 @@ def _tensor_files(folder: Path, role: str) -> dict[str, Path]:
             return dict.fromkeys(file.keys(), path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"Cannot read {path} of the {role}: {error}. The file is damaged or cut short.") from error
-
-
-@contextlib.contextmanager
-def whole_folder(output_dir: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary sibling of `output_dir` that becomes `output_dir` when the block ends well, and vanishes otherwise.
-
-    Raises:
-        FileExistsError: if `output_dir` holds anything and `overwrite` is False.
-    """
-    target = Path(output_dir).absolute()
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"'{output_dir}' is a file. Choose another output folder.")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise FileExistsError(f"'{output_dir}' is not empty. Choose another output folder, or pass overwrite=True.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    try:
-        partial.chmod(0o755)
-        yield partial
-        if target.is_dir():
-            shutil.rmtree(target)
-        partial.replace(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def write_tensors(

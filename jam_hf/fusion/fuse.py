@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..files import whole_folder
 from ..model.configuration_jam import FUSION_MODES, SUPPORTED_FAMILIES, JamConfig, JamVQConfig
 from ..model.image_processing_jam import JamImageProcessor
 from ..model.modeling_jam import JamForCausalLM
@@ -26,7 +27,7 @@ from ..model.modeling_jam_families import family_of
 from ..model.modeling_jam_vq import JamVQModel
 from ..model.processing_jam import JamProcessor
 from . import inits, tables
-from .checkpoint import Parent, whole_folder, write_tensors
+from .checkpoint import Parent, write_tensors
 
 
 DEFAULT_INIT = {"uniform": "average", "width": "copy", "cross": "preserving"}

@@ -88,7 +88,8 @@ class JamProcessor(ProcessorMixin):
         Args:
             images: PIL pictures, arrays, paths or URLs: one, a list for the whole batch in reading order, or a list of
                 lists, one for each prompt.
-            text (`str` or `list[str]`): prompts; `<image>` marks the place of each picture.
+            text (`str` or `list[str]`): prompts; `<image>` marks the place of each picture. The tokenizer puts `<s>` first,
+                once: a prompt that brings its own, as chat templates do, gets no second one.
             kwargs: of the tokenizer and the image processor; batches of prompts want `padding=True`.
         Returns:
             `BatchFeature`: `input_ids`, `attention_mask` `[B, T]` and, where there are pictures, `pixel_values`
@@ -105,6 +106,10 @@ class JamProcessor(ProcessorMixin):
             self.validate_inputs(images=images, text=[text] if isinstance(text, str) else text)
             flat = [picture for entry in images for picture in (entry or [])]
             flat = self.image_processor.fetch_images(flat)
+        bos = self.tokenizer.bos_token
+        if bos and text is not None and kwargs.get("add_special_tokens", True):
+            single = isinstance(text, str)
+            text = text.removeprefix(bos) if single else [t.removeprefix(bos) if isinstance(t, str) else t for t in text]
         return super().__call__(images=flat, text=text, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:

@@ -121,7 +121,8 @@ def _checked_codes(codes: np.ndarray, num_images: int, num_codes: int | None) ->
 def _text_and_images(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Image.Image]]:
     if "messages" in row:
         messages = json.loads(row["messages"]) if isinstance(row["messages"], str) else row["messages"]
-        return tokenizer.apply_chat_template(messages, tokenize=False), list(row.get("images") or [])
+        text = tokenizer.apply_chat_template(messages, tokenize=False).removeprefix(tokenizer.bos_token or "")
+        return text, list(row.get("images") or [])  # the tokenizer puts the <s> first, as for all documents
     if "caption" in row:
         return row["caption"] + "<image>", [row["image"]]
     if "text" not in row:

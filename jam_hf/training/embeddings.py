@@ -74,7 +74,7 @@ def initialise_image_embeddings(
         )
     norms = codebook.norm(dim=1)
     used = norms <= 3 * norms.median()
-    features = _standardised(codebook, used)
+    features = _standardised(_half_whitened(codebook, used), used)
     if documents is not None:
         words = word_features(documents, image_token_offset, len(codebook), len(tables[0]))
         features = torch.cat((0.5 * features, _standardised(words, used)), dim=1)
@@ -90,6 +90,13 @@ def initialise_image_embeddings(
         target = table[image_token_offset:last]
         target[used.to(table.device)] = rows[used].to(table)
     return int(used.sum())
+
+
+def _half_whitened(features: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+    """Principal components, each divided by the root of its standard deviation: faint differences count for more."""
+    centred = features - features[used].mean(0)
+    _, values, directions = torch.linalg.svd(centred[used], full_matrices=False)
+    return centred @ directions.T / (values / len(values) ** 0.5).clamp(min=1e-6).sqrt()
 
 
 def _standardised(features: torch.Tensor, used: torch.Tensor) -> torch.Tensor:

@@ -9,17 +9,19 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from ..fusion.checkpoint import whole_folder
+from ..files import whole_folder, write_whole
 from .collator import JamDataCollator
+from .muon import MuonAdamW, muon_parameter_groups
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,12 @@ class RecipeSettings:
     batch_size: int = field(default=32, metadata={"help": "documents per device and step"})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "batches per optimizer step"})
     learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate (AdamW)"})
+    muon_learning_rate: float = field(
+        default=0.0, metadata={"help": "peak learning rate of Muon for the matrices of the layers; 0: AdamW for all"}
+    )
     warmup_steps: int = field(default=50, metadata={"help": "steps of linear warm-up"})
     schedule: str = field(default="cosine", metadata={"help": "learning rate schedule, as in TrainingArguments"})
+    decay_steps: int = field(default=0, metadata={"help": "last steps of the schedule warmup_stable_decay"})
     weight_decay: float = field(default=0.01, metadata={"help": "weight decay"})
     beta2: float = field(default=0.98, metadata={"help": "second AdamW beta"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping"})
@@ -48,6 +54,11 @@ class RecipeSettings:
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "save_steps", "logging_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"RecipeSettings: {name} must be at least 1, got {getattr(self, name)}.")
+        if (self.schedule == "warmup_stable_decay") != (self.decay_steps > 0):
+            raise ValueError(
+                "RecipeSettings: the schedule warmup_stable_decay and decay_steps need each other, got schedule "
+                f"{self.schedule!r} and decay_steps {self.decay_steps}."
+            )
         if self.freeze not in FREEZE_PRESETS:
             raise ValueError(f"RecipeSettings: freeze must be one of {', '.join(FREEZE_PRESETS)}, got {self.freeze!r}.")
 
@@ -107,6 +118,16 @@ class _Continue(TrainerCallback):
         self.collator.skip_batches(epochs * batches + steps * args.gradient_accumulation_steps)
 
 
+class _Progress(ProgressCallback):
+    """One bar, with the loss in it, instead of a line for each point of the curve; evaluations are still written out."""
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs and self.training_bar is not None:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+        elif logs and any(key.startswith("eval_") for key in logs):
+            super().on_log(args, state, control, logs=logs, **kwargs)
+
+
 def _last_whole_checkpoint(run_dir: Path) -> str | None:
     """The newest checkpoint that was written to its end: `trainer_state.json` is what the Trainer writes last."""
     folders = [path for path in run_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
@@ -119,26 +140,79 @@ def _last_whole_checkpoint(run_dir: Path) -> str | None:
     return None
 
 
-class _SeededLengthGroupedSampler(LengthGroupedSampler):
-    """Its order follows from seed and epoch; the stock one draws on torch's generator, so a continued run has another order."""
+# What may change between the parts of an interrupted run: it decides what is reported, not what is learned.
+_REPORTING = ("save_steps", "logging_steps", "eval_steps")
 
-    def __init__(self, batch_size: int, dataset: Dataset, seed: int):
-        super().__init__(batch_size, dataset, generator=torch.Generator().manual_seed(seed))
-        self.seed = seed
+
+def _check_continues(run_dir: Path, settings: RecipeSettings) -> None:
+    """Refuse to continue a run with other settings; leave these behind for the next time."""
+    described = {k: v for k, v in asdict(settings).items() if k not in _REPORTING}
+    path = run_dir / "settings.json"
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = sorted(k for k in described if before.get(k) != described[k])
+        if changed:
+            raise ValueError(
+                f"'{run_dir}' holds an interrupted run with other settings ({', '.join(changed)}). Delete it to begin "
+                "again, or go on with the settings it has."
+            )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(described, indent=1) + "\n")
+
+
+class _LengthGroupedSampler(torch.utils.data.Sampler):
+    """Batches of documents of like length, in random order; all of it follows from seed and epoch.
+
+    The stock sampler goes from long to short, over and over: where long means dialogues and short means texts, training
+    would end on the one kind. It also draws on torch's generator, so a continued run would have another order.
+    """
+
+    def __init__(self, batch_size: int, dataset: Dataset, seed: int, batches_together: int = 50):
+        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+        self.together = batches_together * batch_size
+        self.lengths = np.array([len(ids) for ids in dataset["input_ids"]])
 
     def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(self.seed + epoch)
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(self.lengths))
+        parts = [order[i : i + self.together] for i in range(0, len(order), self.together)]
+        order = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts])
+        whole = len(order) // self.batch_size  # a smaller batch, if there is one, stays the last
+        batches = order[: whole * self.batch_size].reshape(whole, self.batch_size)
+        yield from rng.permutation(batches).reshape(-1).tolist()
+        yield from order[whole * self.batch_size :].tolist()
 
 
 class _JamTrainer(Trainer):
     """Evaluates on documents as they are, without CM3 masking, and groups by length in an order that can be continued."""
+
+    def __init__(self, *args: Any, muon_learning_rate: float = 0.0, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.muon_learning_rate = muon_learning_rate
+
+    def create_optimizer(self, model: PreTrainedModel | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.muon_learning_rate:
+            args = self.args
+            groups = muon_parameter_groups(
+                self.model if model is None else model, self.muon_learning_rate, args.learning_rate, args.weight_decay
+            )
+            self.optimizer = MuonAdamW(
+                groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon
+            )
+        return super().create_optimizer(model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         dataset = self.train_dataset if train_dataset is None else train_dataset
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return _SeededLengthGroupedSampler(size, dataset, self.args.seed)
+        return _LengthGroupedSampler(size, dataset, self.args.seed)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         training_collator = self.data_collator
@@ -168,6 +242,8 @@ def train_causal_lm(
         tokenizer: anything with `save_pretrained`, saved beside the model.
     Returns:
         the loss curve, `{"step", "loss", ...}` as the Trainer logs it; also in `history.json`.
+    Raises:
+        ValueError: if `<output_dir>.run` holds a run with other settings.
     """
     set_seed(settings.seed)
     freeze(model, settings.freeze)
@@ -181,6 +257,9 @@ def train_causal_lm(
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_steps,
         lr_scheduler_type=settings.schedule,
+        lr_scheduler_kwargs=(
+            {"num_decay_steps": settings.decay_steps, "decay_type": "linear"} if settings.decay_steps else None
+        ),
         weight_decay=settings.weight_decay,
         adam_beta2=settings.beta2,
         max_grad_norm=settings.max_grad_norm,
@@ -198,6 +277,7 @@ def train_causal_lm(
         remove_unused_columns=False,
         train_sampling_strategy="group_by_length" if settings.group_by_length else "random",
         dataloader_num_workers=0,
+        dataloader_pin_memory=torch.accelerator.is_available(),
     )
     trainer = _JamTrainer(
         model=model,
@@ -206,15 +286,21 @@ def train_causal_lm(
         eval_dataset=eval_datasets,
         data_collator=collator,
         callbacks=[_Continue(collator), *(callbacks or [])],
+        muon_learning_rate=settings.muon_learning_rate,
     )
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(_Progress)
+    if trainer.is_world_process_zero():
+        _check_continues(run_dir, settings)
     trainer.train(resume_from_checkpoint=_last_whole_checkpoint(run_dir))
     history = [row for row in trainer.state.log_history if "loss" in row or any(k.startswith("eval_") for k in row)]
-    with whole_folder(output_dir, overwrite=True) as folder:
-        model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        (folder / "history.json").write_text(
-            json.dumps({"settings": asdict(settings), "history": history}, indent=1) + "\n", encoding="utf-8"
-        )
-    shutil.rmtree(run_dir, ignore_errors=True)
+    if trainer.is_world_process_zero():
+        with whole_folder(output_dir, overwrite=True) as folder:
+            model.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            described = {"settings": asdict(settings), "history": history}
+            write_whole(folder / "history.json", json.dumps(described, indent=1) + "\n")
+        shutil.rmtree(run_dir, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     return history

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}"
+    "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
     "{{ raise_exception('role must be system, user or assistant, got ' + message['role']) }}{% endif %}"
     "{{ '<|' + message['role'] + '|>' }}"

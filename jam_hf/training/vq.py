@@ -30,8 +30,8 @@ class VQTrainingSettings:
     commitment loss. revive_every: steps between revivals of unused codes (none in the last quarter, so that codes settle).
     """
 
-    steps: int = field(default=800, metadata={"help": "optimizer steps in all"})
-    warmup_steps: int = field(default=600, metadata={"help": "steps with the teacher, before quantisation"})
+    steps: int = field(default=600, metadata={"help": "optimizer steps in all"})
+    warmup_steps: int = field(default=450, metadata={"help": "steps with the teacher, before quantisation"})
     batch_size: int = field(default=16, metadata={"help": "pictures per step"})
     learning_rate: float = field(default=4e-3, metadata={"help": "peak learning rate (AdamW, cosine)"})
     commitment: float = field(default=0.25, metadata={"help": "weight of the commitment loss"})

@@ -116,6 +116,20 @@ def test_chat_template_with_pictures(processor, model):
     assert output.shape[1] <= inputs["input_ids"].shape[1] + 3
 
 
+@pytest.mark.parametrize("content", ["hi", [{"type": "image", "image": _picture()}, {"type": "text", "text": "hi"}]])
+def test_a_rendered_chat_has_one_beginning_however_it_is_tokenized(content, processor):
+    messages = [{"role": "user", "content": content}]
+    options = {"add_generation_prompt": True}
+    expected = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **options)
+    rendered = processor.apply_chat_template(messages, tokenize=False, **options)
+    images = None if content == "hi" else [_picture()]
+    for text in (rendered, rendered.removeprefix("<s>"), [rendered]):
+        ids = processor(text=text, images=images, return_tensors="pt")["input_ids"]
+        assert torch.equal(ids, expected["input_ids"]) and (ids == processor.tokenizer.bos_token_id).sum() == 1
+    ids = processor(text=rendered, images=images, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    assert torch.equal(ids, expected["input_ids"])
+
+
 def test_post_process_gives_ordered_segments_row_by_row(processor, model):
     first = model.config.image_token_offset
     codes = [first + i % NUM_CODES for i in range(N)]

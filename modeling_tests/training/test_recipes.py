@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_ids
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from jam_hf import JamForCausalLM
 from jam_hf.training.cm3 import CM3Settings
 from jam_hf.training.collator import JamDataCollator
-from jam_hf.training.recipes import FREEZE_PRESETS, RecipeSettings, freeze, train_causal_lm
+from jam_hf.training.recipes import FREEZE_PRESETS, RecipeSettings, _LengthGroupedSampler, freeze, train_causal_lm
 
 
 def _data(model, rows=24):
@@ -66,10 +67,15 @@ class _Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(jam, tmp_path):
+MUON = {"muon_learning_rate": 0.01, "schedule": "warmup_stable_decay", "decay_steps": 3}
+
+
+@pytest.mark.parametrize("changes", [{}, MUON], ids=["adamw", "muon"])
+def test_a_killed_run_goes_on_to_the_same_weights(changes, jam, tmp_path):
     def run(folder, **kwargs):
         model = jam("llama", "cross", "preserving")
-        train_causal_lm(model, _data(model), tmp_path / folder, RecipeSettings(**SETTINGS), _collator(model), **kwargs)
+        settings = RecipeSettings(**{**SETTINGS, **changes})
+        train_causal_lm(model, _data(model), tmp_path / folder, settings, _collator(model), **kwargs)
         return model.state_dict()
 
     straight = run("straight")
@@ -139,6 +145,53 @@ def test_accumulation_equals_a_larger_batch(is_jam, jam, parents, tmp_path):
         torch.testing.assert_close(results[1][key], value, rtol=1e-3, atol=1e-4)
 
 
+def test_both_rates_of_muon_follow_the_schedule(parents, tmp_path):
+    class Rates(TrainerCallback):
+        seen = []
+
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            self.seen.append([group["lr"] for group in kwargs["optimizer"].param_groups])
+
+    model = AutoModelForCausalLM.from_pretrained(parents("llama")[0])
+    settings = RecipeSettings(**{**SETTINGS, **MUON, "warmup_steps": 2})
+    collator = JamDataCollator(0, model.config.vocab_size)
+    train_causal_lm(model, _data(model), tmp_path / "out", settings, collator, callbacks=[Rates()])
+    expected = [0, 0.5, 1, 1, 2 / 3, 1 / 3]  # two steps of warm-up, one at the peak, three of decay
+    for rates, share in zip(Rates.seen, expected, strict=True):
+        assert rates == pytest.approx([0.01 * share, 0.01 * share, 0.01 * share])
+
+
+def test_grouping_by_length_takes_each_document_once_and_wastes_little():
+    lengths = np.random.default_rng(0).integers(1, 200, size=407)
+    data = Dataset.from_dict({"input_ids": [[1] * n for n in lengths]})
+    sampler = _LengthGroupedSampler(8, data, seed=0)
+    order = list(sampler)
+    assert sorted(order) == list(range(407)) and len(sampler) == 407 and order == list(sampler)
+    batches = [lengths[order[i : i + 8]] for i in range(0, 400, 8)]
+    assert sum(8 * batch.max() for batch in batches) < 1.1 * sum(batch.sum() for batch in batches)
+    longest = [batch.max() for batch in batches]
+    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+    assert np.mean(longest[:10]) == pytest.approx(np.mean(longest), rel=0.35)  # no drift from long to short
+    sampler.set_epoch(1)
+    assert list(sampler) != order
+
+
+def test_a_run_with_other_settings_is_not_continued(parents, tmp_path):
+    def run(**changes):
+        model = AutoModelForCausalLM.from_pretrained(parents("llama")[0])
+        collator = JamDataCollator(0, model.config.vocab_size)
+        callbacks = [_Stop()] if not changes else []
+        settings = RecipeSettings(**{**SETTINGS, **changes})
+        train_causal_lm(model, _data(model), tmp_path / "out", settings, collator, callbacks=callbacks)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    with pytest.raises(ValueError, match=r"interrupted run with other settings \(learning_rate\)"):
+        run(learning_rate=2e-2)
+    run(logging_steps=2)  # decides what is reported, not what is learned
+    assert (tmp_path / "out" / "history.json").is_file() and not (tmp_path / "out.run").exists()
+
+
 def test_evaluation_is_without_masking(parents, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(parents("llama")[0])
     data = _data(model, 8)
@@ -161,6 +214,8 @@ def test_freezing_none_trains_all_but_the_vq_model(jam):
 def test_bad_settings(jam):
     with pytest.raises(ValueError, match="freeze must be one of"):
         RecipeSettings(freeze="everything")
+    with pytest.raises(ValueError, match="warmup_stable_decay and decay_steps need each other"):
+        RecipeSettings(schedule="warmup_stable_decay")
     with pytest.raises(ValueError, match="max_steps must be at least 1"):
         RecipeSettings(max_steps=0)
     for preset in ("cross_only", "text_stream", "image_stream"):

@@ -43,7 +43,9 @@ def test_chat_template(tokenizer):
         {"role": "assistant", "content": [{"type": "text", "text": "see"}, {"type": "image"}]},
     ]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert text == "<|user|>hi<|assistant|>see<image></s><|assistant|>"
+    assert text == "<s><|user|>hi<|assistant|>see<image></s><|assistant|>"
+    ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert ids == tokenizer("<|user|>hi<|assistant|>see<image></s>")["input_ids"] and ids.count(1) == 1
 
 
 def test_bad_sizes():

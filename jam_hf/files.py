@@ -1,0 +1,43 @@
+"""Files and folders that appear whole or not at all. It knows nothing of what is in them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole_folder(output_dir: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary sibling of `output_dir` that becomes `output_dir` when the block ends well, and vanishes otherwise.
+
+    Raises:
+        FileExistsError: if `output_dir` holds anything and `overwrite` is False.
+    """
+    target = Path(output_dir).absolute()
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"'{output_dir}' is a file. Choose another output folder.")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise FileExistsError(f"'{output_dir}' is not empty. Choose another output folder, or pass overwrite=True.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        partial.chmod(0o755)
+        yield partial
+        if target.is_dir():
+            shutil.rmtree(target)
+        partial.replace(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_whole(path: str | os.PathLike, text: str) -> None:
+    """Write a text file (UTF-8) aside, then rename it."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
