@@ -42,13 +42,14 @@ def howto(rng: np.random.Generator, num_steps: int) -> tuple[list[dict[str, Any]
     final = sample_picture(rng, num_steps)
     objects = [final.objects[i] for i in rng.permutation(num_steps)]
     background = f"on a {final.background} background"
-    things = join([f"a {object_name(rng, o)} in the {cell_name(rng, o.cell)}" for o in objects])
+    names = [(object_name(rng, o), cell_name(rng, o.cell)) for o in objects]  # the answer keeps to the words of the request
+    things = join([f"a {name} in the {cell}" for name, cell in names])
     request = _choice(rng, _REQUESTS).format(things=things, background=background)
     content: list[dict[str, str]] = []
     pictures: list[Picture] = []
-    for step, o in enumerate(objects):
+    for step, (name, cell) in enumerate(names):
         text = _choice(rng, _FIRST if step == 0 else _NEXT)
-        text = text.format(background=background, object=object_name(rng, o), cell=cell_name(rng, o.cell))
+        text = text.format(background=background, object=name, cell=cell)
         content += [{"type": "text", "text": f"Step {step + 1}. {text}"}, {"type": "image"}]
         pictures.append(Picture(tuple(objects[: step + 1]), final.background))
     messages = [

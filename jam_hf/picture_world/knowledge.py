@@ -83,6 +83,13 @@ _STORIES = (
     "{name} had {n} coins. {friend} gave {name} {m} more at the {place}. Now {name} has {total} coins.",
     "{name} drew a {shape} and said to {friend}: this is {a} {shaped}. They hung it up in the {place}.",
 )
+# Stories that tell a list a second time, in order: who answers a request must be able to repeat it.
+_RETOLD = (
+    ("{name} wants to buy {things} at the {place}.", "{name} takes a {item}."),
+    ("In the {place}, {friend} sees {things}.", "{friend} counts a {item}."),
+    ("{name} packs {things} for {friend}.", "{friend} unpacks a {item}."),
+)
+_SIZES = ("small", "little", "large", "big")
 
 
 def _article(word: str) -> str:
@@ -111,7 +118,7 @@ def _sentence(rng: np.random.Generator) -> str:
         return text[0].upper() + text[1:]
     name, friend = (_NAMES[i] for i in rng.choice(len(_NAMES), 2, replace=False))
     thing, shaped = _choice(rng, list(THING_COLOURS)), _choice(rng, list(THING_SHAPES))
-    n, m = (int(i) for i in rng.integers(1, 10, 2))
+    n, m = (int(i) for i in rng.integers(2, 10, 2))
     text = _choice(rng, _STORIES)
     return text.format(
         name=name,
@@ -128,6 +135,21 @@ def _sentence(rng: np.random.Generator) -> str:
     )
 
 
+def _retold(rng: np.random.Generator) -> str:
+    """A list of two or three things, and each of them again in the same words."""
+    names = rng.choice(len(_NAMES), 2, replace=False)
+    common = {"name": _NAMES[names[0]], "friend": _NAMES[names[1]], "place": _choice(rng, _PLACES)}
+    things = rng.choice(len(THING_COLOURS), rng.integers(2, 4), replace=False)
+    items = [f"{_choice(rng, _SIZES)} {list(THING_COLOURS.values())[i]} {list(THING_COLOURS)[i]}" for i in things]
+    opening, again = _choice(rng, _RETOLD)
+    told = [f"a {item}" for item in items]
+    sentences = [opening.format(things=", ".join(told[:-1]) + " and " + told[-1], **common)]
+    sentences += [f"{word} {again.format(item=item, **common)}" for word, item in zip(("First", "Then", "Now"), items)]
+    return " ".join(sentences)
+
+
 def document(rng: np.random.Generator) -> str:
-    """One document: two or three sentences."""
+    """One document: two or three sentences, or (one in three) a story with a list that is told again."""
+    if rng.integers(3) == 0:
+        return _retold(rng)
     return " ".join(_sentence(rng) for _ in range(rng.integers(2, 4)))

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from ..picture_world import (
 )
 from ..picture_world.dataset import build_vq_pictures
 from ..training.cm3 import CM3Settings
-from ..training.collator import JamDataCollator
+from ..training.collator import JamDataCollator, supports_packing
 from ..training.documents import encode_documents, mix_datasets
 from ..training.embeddings import initialise_image_embeddings
 from ..training.recipes import RecipeSettings, train_causal_lm
@@ -85,10 +85,10 @@ class QuickstartSettings:
     num_heads: int = 4
     intermediate_size: int = 512
     initializer_range: float = 0.06  # about d^-0.5; at 0.02 so narrow a model learns half as fast
-    llm: RecipeSettings = _recipe(320, 3e-3, 0.01, decay=0.4)
-    image_model: RecipeSettings = _recipe(620, 3e-3, 0.01, decay=0.4)
-    pretrain: RecipeSettings = _recipe(480, 1.5e-3, 0.005, decay=0.9, warmup_steps=30, group_by_length=True)
-    instruct: RecipeSettings = _recipe(200, 1e-3, 0.003, decay=0.9, warmup_steps=15, group_by_length=True)
+    llm: RecipeSettings = _recipe(400, 3e-3, 0.01, decay=0.4, packing=True)
+    image_model: RecipeSettings = _recipe(700, 3e-3, 0.01, decay=0.4)
+    pretrain: RecipeSettings = _recipe(480, 1.5e-3, 0.005, decay=0.3, warmup_steps=30, packing=True)
+    instruct: RecipeSettings = _recipe(240, 1.2e-3, 0.004, decay=0.9, warmup_steps=15, packing=True)
     guidance_scale: float = 1.5
     num_documents: int = 8
     document_tokens: int = 320
@@ -96,7 +96,7 @@ class QuickstartSettings:
 
     @classmethod
     def small(cls) -> QuickstartSettings:
-        recipe = RecipeSettings(max_steps=3, batch_size=4, warmup_steps=1, save_steps=2, logging_steps=1)
+        recipe = RecipeSettings(max_steps=3, batch_size=4, warmup_steps=1, save_steps=2, logging_steps=1, packing=True)
         return cls(
             sizes=PictureWorldSizes(texts=40, pairs=40, howtos=10, validation=6, unseen=4),
             vq_pictures=24,
@@ -274,17 +274,18 @@ class Run:
             )
         raise ValueError(f"QuickstartSettings: family must be 'llama' or 'opt', got {s.family!r}.")
 
+    def _train(
+        self, model: Any, data: Dataset, target: Path, recipe: RecipeSettings, collator: JamDataCollator, tokenizer: Any
+    ) -> None:
+        if recipe.packing and not supports_packing(model.config):  # the stock OPT decoder
+            recipe = replace(recipe, packing=False, group_by_length=True)
+        train_causal_lm(model, data, target, recipe, collator, tokenizer=tokenizer)
+
     def train_llm(self) -> None:
         """Train the LLM parent on text."""
         tokenizer = self.tokenizer()
-        train_causal_lm(
-            self._parent(),
-            self.encoded("texts")["train"],
-            self.path("llm"),
-            self.settings.llm,
-            self._collator(tokenizer, mean_spans=0.0, whole_segment_probability=0.0),
-            tokenizer=tokenizer,
-        )
+        collator = self._collator(tokenizer, mean_spans=0.0, whole_segment_probability=0.0)
+        self._train(self._parent(), self.encoded("texts")["train"], self.path("llm"), self.settings.llm, collator, tokenizer)
 
     def train_image_model(self) -> None:
         """Train the image parent on captions and image tokens."""
@@ -294,14 +295,8 @@ class Run:
         initialise_image_embeddings(
             model, self.vq(), self._image_token_range()[0], std, documents[:8000]["input_ids"], self.settings.seed
         )
-        train_causal_lm(
-            model,
-            documents,
-            self.path("image-model"),
-            self.settings.image_model,
-            self._collator(tokenizer, mean_spans=0.0, whole_segment_probability=0.1, text_segments_only=True),
-            tokenizer=tokenizer,
-        )
+        collator = self._collator(tokenizer, mean_spans=0.0, whole_segment_probability=0.1, text_segments_only=True)
+        self._train(model, documents, self.path("image-model"), self.settings.image_model, collator, tokenizer)
 
     def fuse(self) -> None:
         """Fuse the parents as uniform, width and cross."""
@@ -316,7 +311,7 @@ class Run:
     def _train_jam(self, source: Path, target: Path, recipe: RecipeSettings, data: Dataset, **cm3: Any) -> None:
         model = JamForCausalLM.from_pretrained(source)
         processor = JamProcessor.from_pretrained(source)
-        train_causal_lm(model, data, target, recipe, self._collator(processor.tokenizer, **cm3), tokenizer=processor)
+        self._train(model, data, target, recipe, self._collator(processor.tokenizer, **cm3), processor)
 
     def pretrain(self) -> None:
         """Stage 1: continued pretraining on texts and caption-image pairs with the CM3 objective."""
@@ -333,7 +328,7 @@ class Run:
             )
             source = self._need("fused", "fuse") / f"jam-{mode}"
             # The paper masks Poisson(1) spans in 300,000 steps; with a few hundred, more documents should stay as they are.
-            self._train_jam(source, target, recipe, data, mean_spans=0.4, whole_segment_probability=0.1)
+            self._train_jam(source, target, recipe, data, mean_spans=0.3, whole_segment_probability=0.1)
 
     def instruct(self) -> None:
         """Stage 2: instruct tuning on how-to dialogues, with pretraining data mixed in."""
@@ -344,7 +339,7 @@ class Run:
                 continue
             data = mix_datasets(
                 {name: self.encoded(name)["train"] for name in ("texts", "pairs", "howtos")},
-                {"texts": 0.15, "pairs": 0.55, "howtos": 0.3},
+                {"texts": 0.13, "pairs": 0.6, "howtos": 0.27},
                 recipe.max_steps * recipe.batch_size,
                 self.settings.seed + 1,
             )
@@ -499,6 +494,11 @@ def run_stage(run: Run, name: str, force: bool = False) -> bool:
         return False
     started = time.time()
     method(run)
+    missing = [str(path) for path in results if not path.exists()]
+    if missing:
+        raise RuntimeError(
+            f"The stage '{name}' ended without its result {', '.join(missing)}: a defect of jam_hf, please report it."
+        )
     path = run.path("times.json")
     times = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     times[name] = round(time.time() - started, 1)

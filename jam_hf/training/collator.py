@@ -1,4 +1,4 @@
-"""Batches for training: the CM3 objective on the fly, padding, and labels - the one path by which labels are made.
+"""Batches for training: the CM3 objective on the fly, padding or packing, and labels - the one path by which labels are made.
 
 It knows ids, not models. Every token but padding is a label, image codes included.
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 
 from .cm3 import CM3Settings, cm3
 
@@ -17,6 +18,11 @@ from .cm3 import CM3Settings, cm3
 @dataclass
 class JamDataCollator:
     """Collate `{"input_ids": [...]}` into `input_ids`, `attention_mask` and `labels`, int64 `[B, T]`, padded on the right.
+
+    With `packing`, short documents share rows as long as the longest document: `[R, T]`, R <= B, and `position_ids` that
+    begin anew with each document (and with the padding) instead of `attention_mask`. transformers keeps documents that are
+    packed so apart, in Llama's decoder and in every cross JAM, so the loss is that of the same documents in rows of their
+    own. The stock OPT decoder does not; see `supports_packing`.
 
     Args:
         pad_token_id: id of the padding; its labels are -100.
@@ -27,6 +33,7 @@ class JamDataCollator:
         seed: documents are masked anew each time they are seen; the order of calls and the seed decide how. In dataloader
             workers, which start afresh each epoch, the seed that torch gives the worker decides as well.
         cm3_probability: share of documents that go through `cm3`; the others stay plain.
+        packing: several documents a row; less padding where lengths differ, without batches of one kind of document.
     """
 
     pad_token_id: int
@@ -36,6 +43,7 @@ class JamDataCollator:
     pad_to_multiple_of: int | None = None
     seed: int = 0
     cm3_probability: float = 1.0
+    packing: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.cm3_probability <= 1:
@@ -67,15 +75,42 @@ class JamDataCollator:
         self._check_vocabulary(rows)
         if self.cm3 is not None:
             rows = [self._mask(index, ids, rng) for index, ids in enumerate(rows)]
-        lengths = np.array([len(ids) for ids in rows])
-        length = int(lengths.max())
+        length = max(len(ids) for ids in rows)
         if self.pad_to_multiple_of:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        kept = np.arange(length) < lengths[:, None]
+        return self._packed(rows, length) if self.packing else self._padded(rows, length)
+
+    def _padded(self, rows: list[np.ndarray], length: int) -> dict[str, torch.Tensor]:
+        kept = np.arange(length) < np.array([len(ids) for ids in rows])[:, None]
         padded = np.full((len(rows), length), self.pad_token_id, dtype=np.int64)
         padded[kept] = np.concatenate(rows)
         input_ids, mask = torch.from_numpy(padded), torch.from_numpy(kept)
         return {"input_ids": input_ids, "attention_mask": mask.long(), "labels": input_ids.masked_fill(~mask, -100)}
+
+    def _packed(self, rows: list[np.ndarray], length: int) -> dict[str, torch.Tensor]:
+        bins: list[list[np.ndarray]] = []
+        used: list[int] = []
+        for ids in sorted(rows, key=len, reverse=True):  # first fit, the longest first
+            index = next((i for i, taken in enumerate(used) if taken + len(ids) <= length), len(bins))
+            if index == len(bins):
+                bins.append([])
+                used.append(0)
+            bins[index].append(ids)
+            used[index] += len(ids)
+        input_ids = np.full((len(bins), length), self.pad_token_id, dtype=np.int64)
+        labels = np.full_like(input_ids, -100)
+        positions = np.zeros_like(input_ids)
+        for row, documents in enumerate(bins):
+            start = 0
+            for ids in documents:
+                end = start + len(ids)
+                input_ids[row, start:end] = ids
+                labels[row, start + 1 : end] = ids[1:]  # nothing before a document says how it begins
+                positions[row, start:end] = np.arange(len(ids))
+                start = end
+            positions[row, start:] = np.arange(length - start)
+        arrays = {"input_ids": input_ids, "position_ids": positions, "labels": labels}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def _check_vocabulary(self, rows: list[np.ndarray]) -> None:
         together = np.concatenate(rows)
@@ -94,3 +129,10 @@ class JamDataCollator:
             return cm3(ids, self.cm3, rng, self.max_length)
         except ValueError as error:
             raise ValueError(f"Row {index} of the batch: {error}") from None
+
+
+def supports_packing(config: PreTrainedConfig) -> bool:
+    """Whether a model with this config keeps packed documents apart: a Llama, or a JAM whose decoders do."""
+    if config.model_type == "jam":
+        return config.fusion_mode == "cross" or supports_packing(config.text_config)
+    return config.model_type == "llama"

@@ -20,7 +20,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from ..files import whole_folder, write_whole
-from .collator import JamDataCollator
+from .collator import JamDataCollator, supports_packing
 from .muon import MuonAdamW, muon_parameter_groups
 
 
@@ -48,6 +48,7 @@ class RecipeSettings:
     logging_steps: int = field(default=10, metadata={"help": "steps between points of the loss curve"})
     freeze: str = field(default="vq", metadata={"help": "what stays as it is: see FREEZE_PRESETS"})
     group_by_length: bool = field(default=False, metadata={"help": "batches of documents of like length: less padding"})
+    packing: bool = field(default=False, metadata={"help": "short documents share rows: less padding, batches stay mixed"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "trade compute for memory"})
 
     def __post_init__(self) -> None:
@@ -216,7 +217,7 @@ class _JamTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         training_collator = self.data_collator
-        self.data_collator = replace(training_collator, cm3=None)
+        self.data_collator = replace(training_collator, cm3=None, packing=False)
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
@@ -243,8 +244,15 @@ def train_causal_lm(
     Returns:
         the loss curve, `{"step", "loss", ...}` as the Trainer logs it; also in `history.json`.
     Raises:
-        ValueError: if `<output_dir>.run` holds a run with other settings.
+        ValueError: if `<output_dir>.run` holds a run with other settings, or the model cannot keep packed documents apart.
     """
+    if settings.packing:
+        if not supports_packing(model.config):
+            raise ValueError(
+                f"packing: in a {type(model).__name__} ({model.config.model_type}) packed documents would see each "
+                "other. Use RecipeSettings(packing=False); group_by_length=True saves padding as well."
+            )
+        collator = replace(collator, packing=True)
     set_seed(settings.seed)
     freeze(model, settings.freeze)
     run_dir = Path(f"{output_dir}.run")

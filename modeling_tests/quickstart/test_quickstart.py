@@ -1,7 +1,9 @@
 """The quickstart on its small settings: every stage, resumption, the page, and the command line."""
 
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 from transformers import AutoModel, AutoProcessor
@@ -14,7 +16,8 @@ from jam_hf.quickstart.stages import STAGES, QuickstartSettings, Run, run_all, r
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    run = Run(tmp_path_factory.mktemp("runs") / "quickstart", QuickstartSettings.small())
+    folder = os.path.relpath(tmp_path_factory.mktemp("runs"))  # relative, as on the command line
+    run = Run(Path(folder) / "quickstart", QuickstartSettings.small())
     run_all(run)
     return run
 

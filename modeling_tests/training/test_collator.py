@@ -1,10 +1,16 @@
 """Batches: padding, labels, refusals, and masking that is new each time and the same for the same seed."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import parent_model
+from transformers import AutoConfig
 
 from jam_hf.training.cm3 import CM3Settings
-from jam_hf.training.collator import JamDataCollator
+from jam_hf.training.collator import JamDataCollator, supports_packing
 
 
 CM3 = CM3Settings(5, 8, 13, (3, 1, 2), image_token_range=(100, 200))
@@ -84,3 +90,59 @@ def test_documents_of_full_length_never_stop_a_run_and_a_masked_one_is_named():
         assert collator([{"input_ids": [1, *[20] * 14, 2]}] * 4)["input_ids"].shape[1] <= 16
     with pytest.raises(ValueError, match="Row 1 of the batch.*sentinel"):
         collator([{"input_ids": [1, 20, 2]}, {"input_ids": [1, 5, 2]}])
+
+
+def _documents(vocab_size, lengths=(9, 4, 4, 3, 6, 2, 9, 5)):
+    rng = np.random.default_rng(0)
+    return [{"input_ids": [1, *rng.integers(20, vocab_size, n).tolist(), 2]} for n in lengths]
+
+
+def test_packing_keeps_every_document_whole_and_once():
+    documents = _documents(200)
+    batch = JamDataCollator(0, 200, packing=True)(documents)
+    assert set(batch) == {"input_ids", "position_ids", "labels"}
+    assert batch["input_ids"].shape == (6, 11) and batch["input_ids"].shape[0] < len(documents)
+    found = []
+    for ids, positions, labels in zip(*(batch[k].tolist() for k in ("input_ids", "position_ids", "labels"))):
+        starts = [i for i, p in enumerate(positions) if p == 0] + [len(ids)]
+        for start, end in zip(starts, starts[1:]):
+            assert positions[start:end] == list(range(end - start)) and labels[start] == -100
+            if ids[start] == 0:  # padding, at the end of the row
+                assert end == len(ids) and set(ids[start:]) == {0} and set(labels[start:]) == {-100}
+            else:
+                found.append(ids[start:end])
+                assert labels[start + 1 : end] == ids[start + 1 : end]
+    assert sorted(found) == sorted(d["input_ids"] for d in documents)
+    same_length = JamDataCollator(0, 200, packing=True)(_documents(200, (5, 5, 5)))
+    assert torch.equal(same_length["input_ids"], JamDataCollator(0, 200)(_documents(200, (5, 5, 5)))["input_ids"])
+
+
+def _loss_sum(model, batch):
+    with torch.no_grad():
+        logits = model(**batch, use_cache=False).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum").item()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["llama parent", "llama uniform", "llama cross", "opt cross"])
+def test_packed_documents_do_not_see_each_other(kind, attention, jam):
+    family, mode = kind.split()
+    if mode == "parent":
+        model = parent_model(family, 60, 1)
+    else:
+        model = jam(family, mode, "preserving" if mode == "cross" else "average")
+    model.set_attn_implementation(attention)
+    model.eval()
+    documents = _documents(model.config.vocab_size)
+    collator = JamDataCollator(0, model.config.vocab_size)
+    packed = replace(collator, packing=True)(documents)
+    expected = _loss_sum(model, collator(documents))
+    assert _loss_sum(model, packed) == pytest.approx(expected, rel=1e-5)
+    assert supports_packing(model.config)
+    leaking = {k: v for k, v in packed.items() if k != "position_ids"}  # the planted error
+    assert _loss_sum(model, leaking) != pytest.approx(expected, rel=1e-4)
+
+
+def test_what_lets_packed_documents_see_each_other_is_not_supported(jam):
+    assert not supports_packing(AutoConfig.for_model("opt"))
+    assert not supports_packing(jam("opt", "uniform", "average").config)

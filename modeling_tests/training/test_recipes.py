@@ -192,6 +192,28 @@ def test_a_run_with_other_settings_is_not_continued(parents, tmp_path):
     assert (tmp_path / "out" / "history.json").is_file() and not (tmp_path / "out.run").exists()
 
 
+def test_packed_training_is_that_of_separate_rows(jam, tmp_path):
+    """The Trainer counts a document's first token among its items, where nothing is predicted; packing cannot. So the rates
+    of both runs' losses differ by a factor, which Adam's steps do not feel."""
+    states = []
+    for packing in (False, True):
+        model = jam("llama", "cross", "preserving")
+        collator = JamDataCollator(0, model.config.vocab_size)
+        settings = RecipeSettings(**{**SETTINGS, "max_steps": 3, "batch_size": 8}, packing=packing)
+        train_causal_lm(model, _ragged_data(model), tmp_path / str(packing), settings, collator)
+        states.append(model.state_dict())
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_packing_is_refused_where_documents_would_mix(parents, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(parents("opt")[0])
+    collator = JamDataCollator(0, model.config.vocab_size)
+    with pytest.raises(ValueError, match=r"in a OPTForCausalLM \(opt\) packed documents would see each other"):
+        train_causal_lm(model, _data(model), tmp_path / "out", RecipeSettings(**SETTINGS, packing=True), collator)
+    assert not list(tmp_path.iterdir())
+
+
 def test_evaluation_is_without_masking(parents, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(parents("llama")[0])
     data = _data(model, 8)
