@@ -86,10 +86,10 @@ class QuickstartSettings:
     intermediate_size: int = 512
     initializer_range: float = 0.06  # about d^-0.5; at 0.02 so narrow a model learns half as fast
     llm: RecipeSettings = _recipe(400, 3e-3, 0.01, decay=0.4, packing=True)
-    image_model: RecipeSettings = _recipe(700, 3e-3, 0.01, decay=0.4)
+    image_model: RecipeSettings = _recipe(680, 3e-3, 0.01, decay=0.4)
     pretrain: RecipeSettings = _recipe(480, 1.5e-3, 0.005, decay=0.3, warmup_steps=30, packing=True)
-    instruct: RecipeSettings = _recipe(240, 1.2e-3, 0.004, decay=0.9, warmup_steps=15, packing=True)
-    guidance_scale: float = 1.5
+    instruct: RecipeSettings = _recipe(270, 1.2e-3, 0.004, decay=0.9, warmup_steps=15, packing=True)
+    guidance_scale: float = 1.25
     num_documents: int = 8
     document_tokens: int = 320
     train_all: bool = False
@@ -339,7 +339,7 @@ class Run:
                 continue
             data = mix_datasets(
                 {name: self.encoded(name)["train"] for name in ("texts", "pairs", "howtos")},
-                {"texts": 0.13, "pairs": 0.6, "howtos": 0.27},
+                {"texts": 0.22, "pairs": 0.58, "howtos": 0.2},
                 recipe.max_steps * recipe.batch_size,
                 self.settings.seed + 1,
             )
