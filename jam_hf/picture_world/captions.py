@@ -24,6 +24,12 @@ CELL_NAMES = {
 SIZE_NAMES = {"small": ("small", "little"), "large": ("large", "big")}
 _BACKGROUNDS = ("on a {0} background", "on {0}", "against a {0} backdrop")
 _PICTURES = ("a picture of", "an image of", "")
+_FIRST_STEPS = ("Start {background} and put a {object} in the {cell}.", "Begin {background}: draw a {object} in the {cell}.")
+_NEXT_STEPS = (
+    "Then add a {object} in the {cell}.",
+    "Now draw a {object} in the {cell}.",
+    "Next, put a {object} in the {cell}.",
+)
 
 
 def _pick(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
@@ -49,12 +55,29 @@ def join(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
+def steps(rng: np.random.Generator, names: list[tuple[str, str]], background: str) -> list[str]:
+    """How to build a picture, one sentence for each object; `names` are (object, cell) in words, in the order of the steps.
+
+    E.g. Step 1. Start on a white background and put a small red circle in the top left.
+    """
+    texts = []
+    for number, (name, cell) in enumerate(names, 1):
+        text = _pick(rng, _FIRST_STEPS if number == 1 else _NEXT_STEPS)
+        texts.append(f"Step {number}. " + text.format(background=f"on a {background} background", object=name, cell=cell))
+    return texts
+
+
 def caption(rng: np.random.Generator, picture: Picture) -> str:
-    """One of many captions of a picture; together with the world's rules it determines the picture."""
+    """One of many captions of a picture; together with the world's rules it determines the picture.
+
+    One in four tells the steps in which the picture is built, as how-tos do.
+    """
     if not picture.objects:
         raise ValueError("caption: the picture has no objects; expected at least one.")
-    order = rng.permutation(len(picture.objects))
-    things = join([placed_object(rng, picture.objects[i]) for i in order])
+    objects = [picture.objects[i] for i in rng.permutation(len(picture.objects))]
+    if rng.integers(4) == 0:
+        return " ".join(steps(rng, [(object_name(rng, o), cell_name(rng, o.cell)) for o in objects], picture.background))
+    things = join([placed_object(rng, o) for o in objects])
     background = _pick(rng, _BACKGROUNDS).format(picture.background)
     if rng.integers(3) == 0:
         return f"{background}, {things}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .captions import cell_name, join, object_name
+from .captions import cell_name, join, object_name, steps
 from .world import Picture, sample_picture
 
 
@@ -17,12 +17,6 @@ _REQUESTS = (
     "How do I draw {things} {background}?",
     "Show me how to build a picture with {things} {background}.",
     "Please draw {things} {background}, step by step.",
-)
-_FIRST = ("Start {background} and put a {object} in the {cell}.", "Begin {background}: draw a {object} in the {cell}.")
-_NEXT = (
-    "Then add a {object} in the {cell}.",
-    "Now draw a {object} in the {cell}.",
-    "Next, put a {object} in the {cell}.",
 )
 
 
@@ -47,11 +41,9 @@ def howto(rng: np.random.Generator, num_steps: int) -> tuple[list[dict[str, Any]
     request = _choice(rng, _REQUESTS).format(things=things, background=background)
     content: list[dict[str, str]] = []
     pictures: list[Picture] = []
-    for step, (name, cell) in enumerate(names):
-        text = _choice(rng, _FIRST if step == 0 else _NEXT)
-        text = text.format(background=background, object=name, cell=cell)
-        content += [{"type": "text", "text": f"Step {step + 1}. {text}"}, {"type": "image"}]
-        pictures.append(Picture(tuple(objects[: step + 1]), final.background))
+    for number, text in enumerate(steps(rng, names, final.background), 1):
+        content += [{"type": "text", "text": text}, {"type": "image"}]
+        pictures.append(Picture(tuple(objects[:number]), final.background))
     messages = [
         {"role": "user", "content": [{"type": "text", "text": request}]},
         {"role": "assistant", "content": content},

@@ -1,11 +1,15 @@
 """Text-only documents with knowledge that no caption contains: colours and shapes of things, little sums, little stories.
 
-It knows facts and sentences, not pictures. Held-out documents are new sentences of the same kinds.
+It knows facts and sentences, and borrows words from captions; it knows no pictures. Held-out documents are new sentences of
+the same kinds.
 """
 
 from __future__ import annotations
 
 import numpy as np
+
+from .captions import CELL_NAMES, join
+from .world import COLOURS, SHAPES
 
 
 THING_COLOURS = {
@@ -89,7 +93,14 @@ _RETOLD = (
     ("In the {place}, {friend} sees {things}.", "{friend} counts a {item}."),
     ("{name} packs {things} for {friend}.", "{friend} unpacks a {item}."),
 )
+# Requests that are answered in steps, about things in the nine drawers of a cupboard.
+_TIDIED = (
+    ("How does {name} tidy up {things}?", "{name} opens the drawers and puts a {item}.", "{name} adds a {item}."),
+    ("{name} wants to put away {things}.", "{friend} brings a {item}.", "{friend} puts a {item}."),
+    ("Please tidy up {things}, {name}.", "{name} starts with a {item}.", "{name} goes on with a {item}."),
+)
 _SIZES = ("small", "little", "large", "big")
+_DRAWERS = tuple(name for names in CELL_NAMES.values() for name in names)
 
 
 def _article(word: str) -> str:
@@ -143,13 +154,33 @@ def _retold(rng: np.random.Generator) -> str:
     items = [f"{_choice(rng, _SIZES)} {list(THING_COLOURS.values())[i]} {list(THING_COLOURS)[i]}" for i in things]
     opening, again = _choice(rng, _RETOLD)
     told = [f"a {item}" for item in items]
-    sentences = [opening.format(things=", ".join(told[:-1]) + " and " + told[-1], **common)]
+    sentences = [opening.format(things=join(told), **common)]
     sentences += [f"{word} {again.format(item=item, **common)}" for word, item in zip(("First", "Then", "Now"), items)]
     return " ".join(sentences)
 
 
+def _tidied(rng: np.random.Generator) -> str:
+    """A request about two or three things and their drawers, and its answer in steps."""
+    names = rng.choice(len(_NAMES), 2, replace=False)
+    common = {"name": _NAMES[names[0]], "friend": _NAMES[names[1]]}
+    items = []
+    for drawer in rng.choice(len(_DRAWERS), rng.integers(2, 4), replace=False):
+        toy = rng.integers(2) == 0
+        thing = _choice(rng, SHAPES) if toy else _choice(rng, list(THING_COLOURS))
+        colour = _choice(rng, tuple(COLOURS)) if toy else THING_COLOURS[thing]
+        items.append(f"{_choice(rng, _SIZES)} {colour} {thing} in the {_DRAWERS[drawer]}")
+    request, first, again = _choice(rng, _TIDIED)
+    told = [request.format(things=join([f"a {item}" for item in items]), **common)]
+    for number, item in enumerate(items, 1):
+        told.append(f"Step {number}. " + (first if number == 1 else again).format(item=item, **common))
+    return " ".join(told)
+
+
 def document(rng: np.random.Generator) -> str:
-    """One document: two or three sentences, or (one in three) a story with a list that is told again."""
-    if rng.integers(3) == 0:
+    """One document: three or four sentences, a story with a list that is told again, or a request and its answer in steps."""
+    kind = rng.integers(3)
+    if kind == 0:
         return _retold(rng)
-    return " ".join(_sentence(rng) for _ in range(rng.integers(2, 4)))
+    if kind == 1:
+        return _tidied(rng)
+    return " ".join(_sentence(rng) for _ in range(rng.integers(3, 5)))

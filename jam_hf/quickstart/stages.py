@@ -59,6 +59,8 @@ def _recipe(max_steps: int, learning_rate: float, muon_learning_rate: float, dec
             muon_learning_rate=muon_learning_rate,
             schedule="warmup_stable_decay",
             decay_steps=int(decay * max_steps),
+            attn_implementation="eager",
+            float32_matmul_precision="medium",
             **settings,
         )
     )
@@ -86,9 +88,9 @@ class QuickstartSettings:
     intermediate_size: int = 512
     initializer_range: float = 0.06  # about d^-0.5; at 0.02 so narrow a model learns half as fast
     llm: RecipeSettings = _recipe(400, 3e-3, 0.01, decay=0.4, packing=True)
-    image_model: RecipeSettings = _recipe(680, 3e-3, 0.01, decay=0.4)
-    pretrain: RecipeSettings = _recipe(480, 1.5e-3, 0.005, decay=0.3, warmup_steps=30, packing=True)
-    instruct: RecipeSettings = _recipe(270, 1.2e-3, 0.004, decay=0.9, warmup_steps=15, packing=True)
+    image_model: RecipeSettings = _recipe(700, 3e-3, 0.006, decay=0.4, packing=True)
+    pretrain: RecipeSettings = _recipe(300, 1.5e-3, 0.005, decay=0.3, warmup_steps=30, packing=True)
+    instruct: RecipeSettings = _recipe(480, 1.2e-3, 0.004, decay=0.9, warmup_steps=15, packing=True)
     guidance_scale: float = 1.25
     num_documents: int = 8
     document_tokens: int = 320
@@ -125,6 +127,8 @@ class Run:
         self.folder = Path(folder)
         self.settings = settings or QuickstartSettings()
         described = json.loads(json.dumps(asdict(self.settings)))
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"'{self.folder}' is a file; expected the folder of a run, or a new one.")
         path = self.folder / "settings.json"
         if path.is_file():
             before = json.loads(path.read_text(encoding="utf-8"))
@@ -295,7 +299,7 @@ class Run:
         initialise_image_embeddings(
             model, self.vq(), self._image_token_range()[0], std, documents[:8000]["input_ids"], self.settings.seed
         )
-        collator = self._collator(tokenizer, mean_spans=0.0, whole_segment_probability=0.1, text_segments_only=True)
+        collator = self._collator(tokenizer, mean_spans=0.0, whole_segment_probability=0.03, text_segments_only=True)
         self._train(model, documents, self.path("image-model"), self.settings.image_model, collator, tokenizer)
 
     def fuse(self) -> None:
@@ -328,7 +332,7 @@ class Run:
             )
             source = self._need("fused", "fuse") / f"jam-{mode}"
             # The paper masks Poisson(1) spans in 300,000 steps; with a few hundred, more documents should stay as they are.
-            self._train_jam(source, target, recipe, data, mean_spans=0.3, whole_segment_probability=0.1)
+            self._train_jam(source, target, recipe, data, mean_spans=0.3, whole_segment_probability=0.05)
 
     def instruct(self) -> None:
         """Stage 2: instruct tuning on how-to dialogues, with pretraining data mixed in."""
@@ -339,12 +343,14 @@ class Run:
                 continue
             data = mix_datasets(
                 {name: self.encoded(name)["train"] for name in ("texts", "pairs", "howtos")},
-                {"texts": 0.22, "pairs": 0.58, "howtos": 0.2},
+                {"texts": 0.15, "pairs": 0.48, "howtos": 0.37},
                 recipe.max_steps * recipe.batch_size,
                 self.settings.seed + 1,
             )
             source = self._need("pretrained", "pretrain") / f"jam-{mode}"
-            self._train_jam(source, target, recipe, data, mean_spans=0.0, text_segments_only=True)
+            self._train_jam(
+                source, target, recipe, data, mean_spans=0.0, whole_segment_probability=0.05, text_segments_only=True
+            )
         for mode in MODES:  # a JAM that is not trained stands beside the others as it was fused
             if mode not in self._trained_modes() and not self.path(f"jam-{mode}").exists():
                 source = self._need("fused", "fuse") / f"jam-{mode}"

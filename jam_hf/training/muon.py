@@ -16,6 +16,7 @@ from torch import nn
 
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz iteration, as in torch.optim.Muon
+_CHUNK_ELEMENTS = 2**18  # of the matrices iterated on at once: 1 MiB in float32, which stays in a core's cache
 
 
 def orthogonalise(matrices: torch.Tensor, steps: int = 3, eps: float = 1e-7) -> torch.Tensor:
@@ -86,11 +87,13 @@ class MuonAdamW(torch.optim.AdamW):
                 state["step"] += 1
                 state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
                 updates.append(parameter.grad.lerp(state["momentum_buffer"], group["momentum"]))
-            directions = orthogonalise(torch.stack(updates), group["newton_schulz_steps"])
             rate = group["lr"] * max(1.0, rows / columns) ** 0.5
-            for parameter, direction in zip(parameters, directions):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(direction, alpha=-rate)
+            chunk = max(1, _CHUNK_ELEMENTS // (rows * columns))
+            for start in range(0, len(parameters), chunk):
+                directions = orthogonalise(torch.stack(updates[start : start + chunk]), group["newton_schulz_steps"])
+                for parameter, direction in zip(parameters[start : start + chunk], directions):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(direction, alpha=-rate)
 
 
 def muon_parameter_groups(model: nn.Module, muon_learning_rate: float, learning_rate: float, weight_decay: float) -> list[dict]:

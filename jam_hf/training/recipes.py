@@ -5,6 +5,7 @@ It knows causal LMs by their interface: stock parents and JamForCausalLM alike. 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -50,6 +51,12 @@ class RecipeSettings:
     group_by_length: bool = field(default=False, metadata={"help": "batches of documents of like length: less padding"})
     packing: bool = field(default=False, metadata={"help": "short documents share rows: less padding, batches stay mixed"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "trade compute for memory"})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "attention while training; eager is the fastest for short documents on a CPU"}
+    )
+    float32_matmul_precision: str | None = field(
+        default=None, metadata={"help": "highest, high or medium, as in torch.set_float32_matmul_precision"}
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "save_steps", "logging_steps"):
@@ -59,6 +66,11 @@ class RecipeSettings:
             raise ValueError(
                 "RecipeSettings: the schedule warmup_stable_decay and decay_steps need each other, got schedule "
                 f"{self.schedule!r} and decay_steps {self.decay_steps}."
+            )
+        if self.float32_matmul_precision not in (None, "highest", "high", "medium"):
+            raise ValueError(
+                "RecipeSettings: float32_matmul_precision must be 'highest', 'high', 'medium' or None, got "
+                f"{self.float32_matmul_precision!r}."
             )
         if self.freeze not in FREEZE_PRESETS:
             raise ValueError(f"RecipeSettings: freeze must be one of {', '.join(FREEZE_PRESETS)}, got {self.freeze!r}.")
@@ -104,6 +116,22 @@ def freeze(model: PreTrainedModel, preset: str) -> list[str]:
     if not trainable:
         raise ValueError(f"freeze: preset {preset!r} leaves nothing to train in a {type(model).__name__}.")
     return trainable
+
+
+@contextlib.contextmanager
+def _fast_arithmetic(model: PreTrainedModel, settings: RecipeSettings) -> Iterator[None]:
+    """The attention and the precision of matrix products that `settings` ask for, until the block ends."""
+    attention, precision = model.config._attn_implementation, torch.get_float32_matmul_precision()
+    try:
+        if settings.attn_implementation is not None:
+            model.set_attn_implementation(settings.attn_implementation)
+        if settings.float32_matmul_precision is not None:
+            torch.set_float32_matmul_precision(settings.float32_matmul_precision)
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
 
 
 class _Continue(TrainerCallback):
@@ -300,7 +328,8 @@ def train_causal_lm(
         trainer.add_callback(_Progress)
     if trainer.is_world_process_zero():
         _check_continues(run_dir, settings)
-    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(run_dir))
+    with _fast_arithmetic(model, settings):
+        trainer.train(resume_from_checkpoint=_last_whole_checkpoint(run_dir))
     history = [row for row in trainer.state.log_history if "loss" in row or any(k.startswith("eval_") for k in row)]
     if trainer.is_world_process_zero():
         with whole_folder(output_dir, overwrite=True) as folder:

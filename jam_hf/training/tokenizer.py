@@ -17,6 +17,8 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
     "{{ raise_exception('role must be system, user or assistant, got ' + message['role']) }}{% endif %}"
+    "{% if message['content'] is not defined or message['content'] is none %}"
+    "{{ raise_exception('a message has no content; expected a text, or a list of parts') }}{% endif %}"
     "{{ '<|' + message['role'] + '|>' }}"
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}"

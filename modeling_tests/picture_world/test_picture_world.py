@@ -94,7 +94,26 @@ def test_captions_determine_their_pictures(world):
     for split in pairs:
         for row in pairs[split].select_columns(["caption", "picture"]):
             assert _read_caption(row["caption"]) == Picture.from_json(row["picture"])
-    assert len(set(pairs["train"]["caption"])) > 290
+    captions = pairs["train"]["caption"][:]
+    assert len(set(captions)) > 290
+    assert 0.15 < sum(text.startswith("Step 1. ") for text in captions) / len(captions) < 0.35
+
+
+def test_lists_are_told_again_word_for_word(world):
+    """What a request names comes back in the same words and order, each thing with its drawer."""
+    item = (
+        r"an? (?:small|little|large|big) \w+ [\w ]+?(?: in the (?:"
+        + "|".join(n for c in CELL_NAMES.values() for n in c)
+        + "))?"
+    )
+    retold = 0
+    for text in world[0]["train"]["text"]:
+        if " First " in text or "Step 1. " in text:
+            request, answer = re.split(r" First |Step 1\. ", text)
+            things = re.findall(item + r"(?=, | and a|\?|\.| at the | for )", request)
+            assert 2 <= len(things) <= 3 and re.findall(item + r"(?=\.)", answer) == things
+            retold += 1
+    assert 80 < retold < 180
 
 
 def test_splits_do_not_overlap_and_are_repeatable(world):
@@ -111,10 +130,10 @@ def test_splits_do_not_overlap_and_are_repeatable(world):
     assert howtos["train"].num_rows == 40
 
 
-def test_texts_hold_knowledge_and_no_place(world):
+def test_texts_hold_knowledge_and_no_picture(world):
     texts = " ".join(world[0]["train"]["text"])
     assert "ruby" in texts and "plus" in texts and "the shape of" in texts
-    assert "top left" not in texts
+    assert "top left" in texts and "background" not in texts and "picture" not in texts
     assert "ruby" not in " ".join(world[1]["train"]["caption"])
     assert document(np.random.default_rng(0)) == document(np.random.default_rng(0))
 

@@ -7,6 +7,7 @@ import torch
 from conftest import parent_model
 from torch import nn
 
+from jam_hf.training import muon
 from jam_hf.training.muon import MuonAdamW, muon_parameter_groups, orthogonalise
 
 
@@ -74,6 +75,15 @@ def test_a_saved_state_goes_on_to_the_same_weights():
     assert all(torch.equal(a, b) for a, b in zip(straight, continued))
 
 
+def test_iterating_in_parts_changes_nothing(monkeypatch):
+    together, apart = _parameters([(24, 24)] * 5), _parameters([(24, 24)] * 5)
+    _steps(MuonAdamW([{"params": together, "muon": True}], lr=0.02), together, 2)
+    monkeypatch.setattr(muon, "_CHUNK_ELEMENTS", 2 * 24 * 24)
+    _steps(MuonAdamW([{"params": apart, "muon": True}], lr=0.02), apart, 2)
+    for a, b in zip(together, apart):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
 def test_vectors_are_refused():
     with pytest.raises(ValueError, match=r"for matrices, got parameters of shapes \[\(5,\)\]"):
         MuonAdamW([{"params": _parameters([(5,)]), "muon": True}])
@@ -84,9 +94,9 @@ def test_embeddings_and_heads_stay_with_adamw(family):
     model = parent_model(family, 60, 1)
     names = {id(p): name for name, p in model.named_parameters()}
     groups = muon_parameter_groups(model, 0.02, 1e-3, 0.1)
-    muon = {names[id(p)] for p in groups[0]["params"]}
-    assert groups[0]["muon"] and all(".layers." in name for name in muon)
-    assert muon == {n for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2}
+    taken = {names[id(p)] for p in groups[0]["params"]}
+    assert groups[0]["muon"] and all(".layers." in name for name in taken)
+    assert taken == {n for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2}
     assert sum(len(group["params"]) for group in groups) == len(names)
 
 
@@ -97,8 +107,8 @@ def test_a_jam_gives_its_streams_and_cross_blocks_to_muon(jam):
     freeze(model, "vq")
     names = {id(p): name for name, p in model.named_parameters()}
     groups = muon_parameter_groups(model, 0.02, 1e-3, 0.1)
-    muon = {names[id(p)] for p in groups[0]["params"]}
-    assert all(".layers." in name for name in muon)
-    assert {"text_layer", "image_layer", "text_cross", "image_cross"} <= {part for name in muon for part in name.split(".")}
+    taken = {names[id(p)] for p in groups[0]["params"]}
+    assert all(".layers." in name for name in taken)
+    assert {"text_layer", "image_layer", "text_cross", "image_cross"} <= {part for name in taken for part in name.split(".")}
     rest = {names[id(p)] for group in groups[1:] for p in group["params"]}
-    assert {"lm_head.weight", "image_head.weight"} <= rest and not any("vq_model" in name for name in rest | muon)
+    assert {"lm_head.weight", "image_head.weight"} <= rest and not any("vq_model" in name for name in rest | taken)

@@ -206,6 +206,30 @@ def test_packed_training_is_that_of_separate_rows(jam, tmp_path):
         torch.testing.assert_close(states[1][key], value, rtol=1e-3, atol=1e-4)
 
 
+class _Watch(TrainerCallback):
+    def __init__(self):
+        self.seen = set()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        config = model.config
+        streams = {config.text_config._attn_implementation, config.image_config._attn_implementation}
+        self.seen.add((config._attn_implementation, *streams, torch.get_float32_matmul_precision()))
+
+
+def test_attention_and_precision_last_as_long_as_the_training(jam, tmp_path, caplog):
+    model, watch, before = jam("llama", "cross", "preserving"), _Watch(), torch.get_float32_matmul_precision()
+    settings = RecipeSettings(**SETTINGS, attn_implementation="eager", float32_matmul_precision="high")
+    history = train_causal_lm(model, _data(model), tmp_path / "out", settings, _collator(model), callbacks=[watch])
+    assert watch.seen == {("eager", "eager", "high")}
+    assert (model.config._attn_implementation, torch.get_float32_matmul_precision()) == ("sdpa", before)
+    assert model.config.text_config._attn_implementation == model.config.image_config._attn_implementation == "sdpa"
+    assert not [record for record in caplog.records if "attention implementation" in record.message]
+    other = jam("llama", "cross", "preserving")
+    expected = train_causal_lm(other, _data(other), tmp_path / "sdpa", RecipeSettings(**SETTINGS), _collator(other))
+    for ours, theirs in zip(history, expected):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+
+
 def test_packing_is_refused_where_documents_would_mix(parents, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(parents("opt")[0])
     collator = JamDataCollator(0, model.config.vocab_size)
@@ -234,6 +258,8 @@ def test_freezing_none_trains_all_but_the_vq_model(jam):
 
 
 def test_bad_settings(jam):
+    with pytest.raises(ValueError, match="'highest', 'high', 'medium' or None, got 'low'"):
+        RecipeSettings(float32_matmul_precision="low")
     with pytest.raises(ValueError, match="freeze must be one of"):
         RecipeSettings(freeze="everything")
     with pytest.raises(ValueError, match="warmup_stable_decay and decay_steps need each other"):
