@@ -61,6 +61,10 @@ def _add_fuse(stage: argparse.ArgumentParser) -> None:
     group.add_argument("--overwrite", action="store_true", help="replace the output folder")
 
 
+def _names_parents(args: argparse.Namespace) -> bool:
+    return any((args.text, args.image, args.vq, args.mode, args.init, args.output, args.overwrite))
+
+
 def _fuse(args: argparse.Namespace) -> None:
     from .fusion import fuse
 
@@ -85,8 +89,14 @@ def _generate(args: argparse.Namespace) -> None:
     import torch
 
     from . import JamForCausalLM, JamProcessor
+    from .files import write_whole
     from .quickstart.page import document_page
 
+    target = Path(args.output)
+    if target.is_dir() or not target.absolute().parent.is_dir():
+        raise ValueError(f"--output {target}: expected a file in a folder that exists.")
+    if not Path(args.model).is_dir() and (args.model.count("/") != 1 or args.model.startswith((".", "/", "~"))):
+        raise ValueError(f"--model {args.model}: there is no such folder; expected a JAM checkpoint or a Hub id such as a/b.")
     model = JamForCausalLM.from_pretrained(args.model).eval()
     processor = JamProcessor.from_pretrained(args.model)
     prompt = args.prompt
@@ -105,8 +115,8 @@ def _generate(args: argparse.Namespace) -> None:
     segments = processor.post_process_interleaved(output, model, prompt_length=length)[0]
     for segment in segments:
         print(segment["text"].strip() if segment["type"] == "text" else "[picture]")
-    Path(args.output).write_text(document_page(args.prompt, segments), encoding="utf-8")
-    print(f"document: {args.output}")
+    write_whole(target, document_page(args.prompt, segments))
+    print(f"document: {target}")
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -131,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.command == "generate":
             _generate(args)
-        elif args.command == "fuse" and any((args.text, args.image, args.vq, args.mode, args.output)):
+        elif args.command == "fuse" and _names_parents(args):
             _fuse(args)
         else:
             _run(args)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +25,9 @@ def whole_folder(output_dir: str | os.PathLike, overwrite: bool = False) -> Iter
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise FileExistsError(f"'{output_dir}' is not empty. Choose another output folder, or pass overwrite=True.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    _remove_abandoned(target)
+    prefix = f"{_partial_prefix(target)}{os.getpid()}-"
+    partial = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     try:
         partial.chmod(0o755)
         yield partial
@@ -33,6 +37,23 @@ def whole_folder(output_dir: str | os.PathLike, overwrite: bool = False) -> Iter
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _partial_prefix(target: Path) -> str:
+    return f".{target.name}.partial-{socket.gethostname()}-"
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what processes of this machine that were killed left of `target`."""
+    prefix = _partial_prefix(target)
+    for path in target.parent.glob(f"{glob.escape(prefix)}*"):
+        pid = path.name.removeprefix(prefix).split("-")[0]
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+        except (ValueError, OSError):
+            continue  # not ours to judge
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:

@@ -6,6 +6,7 @@ It checks that the parents fit, builds the JAM's config, and lets the tables say
 from __future__ import annotations
 
 import copy
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def fuse(
     mask_token: str = "<mask>",
     mask_end_token: str = "</mask>",
     cross_attention_interval: int = 2,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     seed: int = 0,
     max_shard_size: str = "2GB",
     overwrite: bool = False,
@@ -88,7 +89,8 @@ def fuse(
         cross_attention_interval: cross blocks after layers 0, interval, 2*interval, ... [A]: 2.
         dtype: of the decoders; the parents' where `None`. The VQ model stays in float32.
         seed: for what is drawn at random (cross blocks, projections).
-        max_shard_size, overwrite: as in `save_pretrained`; a non-empty `output_dir` is refused unless `overwrite`.
+        max_shard_size: as in `save_pretrained`. overwrite: a non-empty `output_dir` is refused, unless `overwrite`, which
+            replaces the whole folder once the new one is complete.
     Returns:
         the path of the checkpoint: config, generation config, safetensors, tokenizer and processor.
     Raises:
@@ -103,14 +105,18 @@ def fuse(
         raise ValueError("vq_model is missing: a JAM carries the image tokenizer that made its image parent's codes.")
     text, image = Parent(text_model, "text parent"), Parent(image_model, "image parent")
     check_parents(text, image, mode)
-    for source in (text_model, image_model, vq_model):
-        if isinstance(source, (str, os.PathLike)) and Path(source).absolute() == Path(output_dir).absolute():
-            raise ValueError(f"output_dir '{output_dir}' is also an input; choose another folder.")
-    vq = vq_model if isinstance(vq_model, JamVQModel) else JamVQModel.from_pretrained(_checkpoint(vq_model))
+    for source in (text_model, image_model, vq_model, tokenizer):
+        if isinstance(source, (str, os.PathLike)) and Path(source).exists():
+            source, target = Path(source).resolve(), Path(output_dir).resolve()
+            if source == target or target in source.parents:
+                what = "is also an input" if source == target else f"holds the input '{source}'"
+                raise ValueError(f"output_dir '{output_dir}' {what}; choose another folder.")
+    vq = _vq_model(vq_model)
     tokenizer = _tokenizer(tokenizer, text)
+    _check_vocabularies(tokenizer, image)
     ids = _token_ids(tokenizer, vq.config, text, image_token_offset, break_token, image_token, mask_token, mask_end_token)
     config = jam_config(text.config, image.config, vq.config, mode, init, cross_attention_interval, ids)
-    config.dtype = dtype or _dtype(text, image)
+    config.dtype = _named_dtype(dtype) or _dtype(text, image)
 
     with whole_folder(output_dir, overwrite) as folder:
         write_weights(folder, config, text, image, vq, mode, init, seed, max_shard_size)
@@ -120,7 +126,6 @@ def fuse(
             bos_token_id=config.bos_token_id,
             eos_token_id=config.eos_token_id,
             pad_token_id=config.pad_token_id,
-            max_length=config.max_position_embeddings,
             generation_mode="interleaved",
         ).save_pretrained(folder)
         tokenizer.padding_side = "left"
@@ -135,10 +140,27 @@ def fuse(
     return Path(output_dir)
 
 
-def _checkpoint(folder: str | os.PathLike) -> str:
-    if not (Path(folder) / "config.json").is_file() and (Path(folder).exists() or str(folder).count("/") > 1):
-        raise ValueError(f"The VQ model '{folder}' is no checkpoint: expected a folder with config.json and safetensors.")
-    return str(folder)
+def _vq_model(source: Any) -> JamVQModel:
+    if isinstance(source, JamVQModel):
+        return source
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(
+            f"vq_model must be a JamVQModel or its folder, got {type(source).__name__}. A diffusers VQModel goes into "
+            "the `.vq` of a JamVQModel made with its arguments."
+        )
+    folder = Path(source)
+    if folder.exists() or str(source).count("/") > 1:
+        path = folder / "config.json"
+        if not path.is_file():
+            raise ValueError(f"The VQ model '{source}' is no checkpoint: expected a folder with config.json and safetensors.")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        kind = found.get("model_type", found.get("_class_name"))
+        if kind != JamVQConfig.model_type:
+            raise ValueError(
+                f"The VQ model '{source}' is a '{kind}'; expected the folder of a JamVQModel ('{JamVQConfig.model_type}'). "
+                "Load a diffusers VQModel into the `.vq` of a JamVQModel made with its arguments, and save that."
+            )
+    return JamVQModel.from_pretrained(source)
 
 
 def _tokenizer(tokenizer: Any, text: Parent) -> PreTrainedTokenizerBase:
@@ -147,7 +169,33 @@ def _tokenizer(tokenizer: Any, text: Parent) -> PreTrainedTokenizerBase:
     source = tokenizer if tokenizer is not None else text.folder
     if source is None:
         raise ValueError("The text parent is a model in memory and brings no tokenizer; pass tokenizer=...")
-    return AutoTokenizer.from_pretrained(source)
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"No tokenizer can be read from '{source}' ({reason}). Pass one: tokenizer=...") from error
+
+
+def _check_vocabularies(tokenizer: PreTrainedTokenizerBase, image: Parent) -> None:
+    """An id must mean the same in both parents. An image parent that brings no tokenizer is taken at its word."""
+    if image.folder is None or not (image.folder / "tokenizer_config.json").is_file():
+        return
+    ours, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(image.folder).get_vocab()
+    differing = sorted((token for token in ours if theirs.get(token) != ours[token]), key=ours.__getitem__)
+    if differing:
+        token = differing[0]
+        raise ValueError(
+            f"The JAM's tokenizer and that of the image parent {image.name} give {len(differing)} of {len(ours)} tokens other "
+            f"ids, e.g. {token!r}: {ours[token]} and {theirs.get(token)}. Parents are fused row by row, so both need one "
+            "vocabulary."
+        )
+
+
+def _named_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found is not None and not (isinstance(found, torch.dtype) and found.is_floating_point) or (dtype and found is None):
+        raise ValueError(f"dtype must be a float type such as 'bfloat16' or torch.bfloat16, got {dtype!r}.")
+    return found
 
 
 def _dtype(text: Parent, image: Parent) -> torch.dtype:
@@ -169,7 +217,9 @@ def check_parents(text: Parent, image: Parent, mode: str) -> None:
                 f"{', '.join(SUPPORTED_FAMILIES)}."
             )
     ours, theirs = text.config.to_dict(), image.config.to_dict()
-    if mode == "cross":  # the streams keep their own shapes; depth and vocabulary are shared
+    if ours["model_type"] != theirs["model_type"]:
+        names = {"model_type"}  # all else follows from it
+    elif mode == "cross":  # the streams keep their own shapes; depth and vocabulary are shared
         names = {"vocab_size", "num_hidden_layers", "model_type"}
     else:
         names = (set(ours) | set(theirs)) - _FREE_FIELDS
@@ -236,7 +286,9 @@ def jam_config(
     ids: dict[str, Any],
 ) -> JamConfig:
     """The config of the JAM that `text` and `image` become."""
-    text, image = copy.deepcopy(text), copy.deepcopy(image)
+    text, image, vq = copy.deepcopy(text), copy.deepcopy(image), copy.deepcopy(vq)
+    for config in (text, image, vq):
+        config.name_or_path = ""  # where a parent lay on this machine is nobody else's business
     tied = bool(text.tie_word_embeddings and image.tie_word_embeddings)
     if mode == "cross":
         preserving = init == "preserving"

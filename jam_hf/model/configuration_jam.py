@@ -4,8 +4,7 @@ It knows numbers only: nothing here builds a module or reads a file. Everything 
 everything that can contradict is checked here, when the config is built.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: `strict` checks the types of the fields only where they are no strings.
 import copy
 from typing import Any
 
@@ -189,6 +188,16 @@ class JamConfig(PreTrainedConfig):
         self._derive_and_check_tying()
         self._derive_and_check_ids()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "JamConfig":
+        """As in `PreTrainedConfig`; the config of another model is refused, not read as a JAM's."""
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(
+                f"This is the config of a '{config_dict['model_type']}' model, not of a JAM. Load it with AutoConfig or "
+                "AutoModel..., or make a JAM of it with `jam_hf.fuse`."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     # ----- checks -----------------------------------------------------------------------------------------------------
 
     def _check_family(self, name: str) -> None:
@@ -325,6 +334,13 @@ class JamConfig(PreTrainedConfig):
                 return value
         return 0.02
 
+    @initializer_range.setter
+    def initializer_range(self, value: float) -> None:
+        for config in (self.text_config, self.image_config):
+            for name in ("initializer_range", "init_std"):
+                if hasattr(config, name):
+                    setattr(config, name, value)
+
     @property
     def per_layer_config(self) -> list[PreTrainedConfig]:
         """One config per cached attention, in the order of the caches: text layers, image layers, cross blocks."""
@@ -349,7 +365,7 @@ class JamConfig(PreTrainedConfig):
     # ----- the paper --------------------------------------------------------------------------------------------------
 
     @classmethod
-    def paper(cls, fusion_mode: str = "cross", **kwargs: Any) -> JamConfig:
+    def paper(cls, fusion_mode: str = "cross", **kwargs: Any) -> "JamConfig":
         """The paper's 7B parents, fused: about 7B ("uniform"), 26B ("width") or 19B ("cross") parameters.
 
         Parents: 32 layers, hidden size 4096, 32 heads, FFN 4 x 4096, 4096 learned positions, no biases, no LayerNorm
@@ -406,15 +422,17 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 def _delegate(name: str) -> property:
     """A property that reads the text config's value and writes every decoder's."""
 
-    def read(self: JamConfig) -> Any:
+    def read(self: "JamConfig") -> Any:
         if name == "head_dim":
             config = self.text_config
             return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if name == "max_position_embeddings":  # both streams read every token
+            return min(config.max_position_embeddings for config in (self.text_config, self.image_config) if config is not None)
         if name == "num_key_value_heads":
             return getattr(self.text_config, name, None) or self.text_config.num_attention_heads
         return getattr(self.text_config, name)
 
-    def write(self: JamConfig, value: Any) -> None:
+    def write(self: "JamConfig", value: Any) -> None:
         for config in (self.text_config, self.image_config):
             if config is not None:
                 setattr(config, name, value)

@@ -8,6 +8,7 @@ Shape suffixes: B rows, T positions, V vocabulary, N codes a picture, R rows ins
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -38,14 +39,16 @@ class PictureGrammar:
     A `<break>` opens a picture unless a code stands before it; then it closes one.
     """
 
-    def __init__(self, config: JamConfig):
+    def __init__(self, config: JamConfig, eos_token_ids: list[int] | None = None):
+        """`eos_token_ids`: what ends a document; the config's where `None`."""
         self.break_token_id = config.break_token_id
         self.image_token_id = config.image_token_id
         self.first_code = config.image_token_offset
         self.last_code = config.image_token_offset + config.num_image_tokens - 1
         self.image_seq_length = config.image_seq_length
-        self.eos_token_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        self.eos_token_ids = [i for i in self.eos_token_ids if i is not None]
+        if eos_token_ids is None:
+            eos_token_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        self.eos_token_ids = [i for i in eos_token_ids if i is not None]
         reserved = [config.image_token_id, config.mask_end_token_id, config.pad_token_id]
         reserved += [config.mask_token_id + i for i in range(config.num_mask_tokens)]
         self.reserved = [i for i in reserved if i is not None and i not in self.eos_token_ids]
@@ -56,7 +59,13 @@ class PictureGrammar:
         return codes | (input_ids == self.image_token_id)
 
     def state(self, input_ids: torch.LongTensor) -> PictureState:
-        """Read the state off the last N + 2 ids of each row; `input_ids` is int64 `[B, T]`, T >= 1."""
+        """Read the state off the last N + 2 ids of each row; `input_ids` is int64 `[B, T]`.
+
+        T is 0 where the prompt came as `inputs_embeds`, which say nothing of pictures: such a row stands in text.
+        """
+        if not input_ids.shape[1]:
+            nothing = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+            return PictureState(nothing, nothing.long(), nothing)
         codes_BT = self.is_code(input_ids[:, -(self.image_seq_length + 2) :])
         num_codes = codes_BT.flip(1).to(torch.int64).cumprod(1).sum(1)
         is_break = input_ids[:, -1] == self.break_token_id
@@ -92,7 +101,7 @@ class PictureGrammar:
             end_V = torch.zeros_like(text_V)
             end_V[self.eos_token_ids] = True
             done = state.closed & (length > prompt_length)
-            if self.eos_token_ids:  # once closed, only the end is left; without an <eos>, max_length ends the row
+            if self.eos_token_ids and length:  # once closed, only the end is left; without an <eos>, max_length ends the row
                 done = done | torch.isin(input_ids[:, -1], torch.tensor(self.eos_token_ids, device=device))
                 outside_BV = torch.where(done[:, None], end_V, break_V)
             else:
@@ -108,10 +117,29 @@ class PictureGrammarLogitsProcessor(LogitsProcessor):
     def __init__(self, grammar: PictureGrammar, mode: str, prompt_length: int, max_length: int):
         self.grammar, self.mode = grammar, mode
         self.prompt_length, self.max_length = prompt_length, max_length
+        self.last_scores: torch.FloatTensor | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         allowed = self.grammar.allowed(input_ids, scores.shape[-1], self.mode, self.prompt_length, self.max_length)
-        return scores.masked_fill(~allowed, float("-inf"))
+        self.last_scores = scores.masked_fill(~allowed, float("-inf"))
+        return self.last_scores
+
+
+class PictureGrammarGuardLogitsProcessor(LogitsProcessor):
+    """The last word is the grammar's: where the processors after it left a row none of its ids, its scores come back.
+
+    `no_repeat_ngram_size`, `suppress_tokens` and `min_new_tokens` may forbid the one id that can follow (a closing `<break>`,
+    an `<eos>`); without this the row would go on with id 0.
+    """
+
+    def __init__(self, first: PictureGrammarLogitsProcessor):
+        self.first = first
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        allowed_scores = self.first.last_scores
+        scores = scores.masked_fill(allowed_scores == float("-inf"), float("-inf"))
+        empty_B1 = (scores == float("-inf")).all(-1, keepdim=True)
+        return torch.where(empty_B1, allowed_scores, scores)
 
 
 class PictureGuidanceLogitsProcessor(LogitsProcessor):
@@ -186,9 +214,12 @@ class JamGenerationMixin(GenerationMixin):
             guidance_scale (`float`, *optional*): classifier-free guidance inside pictures; 1.0 or `None`: none.
             pixel_values (float `[P, 3, H, W]`, *optional*): pictures of the prompt, as the processor makes them.
 
-            Everything else as in `GenerationMixin.generate`. Pictures of the prompt come back as their codes.
+            Everything else as in `GenerationMixin.generate`. Pictures of the prompt come back as their codes. Where neither
+            `max_new_tokens` nor `max_length` is set, a document may fill the model's positions; "image" mode makes its picture.
+            Inside a picture the grammar outranks other processors that would leave a row nothing to go on with.
         Raises:
-            ValueError: on an unknown mode, placeholders without pictures, or no room for a picture in "image" mode.
+            ValueError: on an unknown mode or guidance scale, placeholders without pictures, or no room for a picture in
+                "image" mode.
         """
         defaults = self.generation_config
         if not hasattr(defaults, "generation_mode"):
@@ -215,12 +246,18 @@ class JamGenerationMixin(GenerationMixin):
                 "The prompt has placeholders <image> but no pixel_values came with it. Pass the picture(s) to the processor "
                 "(images=[...]) and its whole output to generate()."
             )
-        if mode == "image" and not any(
+        scale = kwargs.get("guidance_scale")
+        if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+            raise ValueError(f"guidance_scale must be a finite number or None, got {scale!r}.")
+        if mode is not None and not any(
             getattr(source, name, None) if not isinstance(source, dict) else source.get(name)
             for source in (kwargs, generation_config, defaults)
             for name in ("max_length", "max_new_tokens")
         ):
-            kwargs["max_new_tokens"] = self.config.image_seq_length + 2
+            if mode == "image":
+                kwargs["max_new_tokens"] = self.config.image_seq_length + 2
+            else:
+                kwargs["max_length"] = self.config.max_position_embeddings
         return super().generate(inputs=inputs, generation_config=generation_config, **kwargs)
 
     def _get_logits_processor(
@@ -234,7 +271,8 @@ class JamGenerationMixin(GenerationMixin):
             )
         finally:
             generation_config.guidance_scale = scale
-        grammar = PictureGrammar(self.config)
+        eos = generation_config.eos_token_id
+        grammar = PictureGrammar(self.config, eos if isinstance(eos, list) else [eos])
         mode = getattr(generation_config, "generation_mode", None)
         ours = LogitsProcessorList()
         if scale is not None and scale != 1 and mode != "text":
@@ -247,7 +285,14 @@ class JamGenerationMixin(GenerationMixin):
                     f"max_new_tokens={needed + 1}; got {max_length - input_ids_seq_length}."
                 )
             ours.append(PictureGrammarLogitsProcessor(grammar, mode, input_ids_seq_length, max_length))
+            processors.append(PictureGrammarGuardLogitsProcessor(ours[-1]))
         return LogitsProcessorList([*ours, *processors])
 
 
-__all__ = ["JamGenerationMixin", "PictureGrammar", "PictureGrammarLogitsProcessor", "PictureGuidanceLogitsProcessor"]
+__all__ = [
+    "JamGenerationMixin",
+    "PictureGrammar",
+    "PictureGrammarGuardLogitsProcessor",
+    "PictureGrammarLogitsProcessor",
+    "PictureGuidanceLogitsProcessor",
+]

@@ -5,6 +5,7 @@ It knows pixels only. PIL and numpy do the work: torchvision, which has no CPU b
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -48,17 +49,31 @@ class JamImageProcessor(PilBackend):
         return cls(size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}, **kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Open paths and URLs; a file that is no picture, or a broken one, raises a `ValueError` that names it."""
-        if isinstance(image_url_or_urls, (list, tuple)):
-            return [self.fetch_images(image) for image in image_url_or_urls]
+        """Open paths and URLs, one or (nested) lists of them; pictures and arrays pass, 2D arrays as grey pictures.
+
+        Raises:
+            ValueError: for a file that is no picture or a damaged one (the message names it), and for anything else.
+        """
+        source = image_url_or_urls
+        if isinstance(source, (list, tuple)):
+            return [self.fetch_images(image) for image in source]
+        if isinstance(source, os.PathLike):
+            source = os.fspath(source)
+        if not isinstance(source, str):
+            if isinstance(source, (np.ndarray, torch.Tensor)):
+                return source[None] if source.ndim == 2 else source
+            if not isinstance(source, Image.Image):
+                raise ValueError(f"Expected a PIL picture, an array, a path or a URL, got {type(source).__name__}.")
+            return source
+        name = source if len(source) < 200 else source[:200] + "..."
         try:
-            return super().fetch_images(image_url_or_urls)
+            return super().fetch_images(source)
         except Exception as error:  # PIL, the file system and the web have no common base class
-            if not isinstance(image_url_or_urls, str):
-                raise
-            name = image_url_or_urls if len(image_url_or_urls) < 200 else image_url_or_urls[:200] + "..."
+            reason = str(error)
+            if len(source) < 200 and not source.startswith(("http://", "https://", "data:")) and not os.path.exists(source):
+                reason = "there is no such file"
             raise ValueError(
-                f"Cannot read a picture from {name!r}: {error}. Expected the path or URL of an undamaged picture file."
+                f"Cannot read a picture from {name!r}: {reason}. Expected the path or URL of an undamaged picture file."
             ) from error
 
     def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs: Any) -> np.ndarray:
@@ -68,15 +83,28 @@ class JamImageProcessor(PilBackend):
             except OSError as error:
                 name = getattr(image, "filename", "") or "a picture"
                 raise ValueError(f"Cannot read {name}: {error}. The file is damaged or cut short.") from error
+            if image.mode.startswith("I;16"):  # 16 bits of grey; PIL itself would clip them at 255
+                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise ValueError(
+                    f"A picture has the mode '{image.mode}', which does not say what white is. Expected 8 or 16 bits a "
+                    "channel; scale it to 0..255 and convert it to 'L' or 'RGB'."
+                )
             if do_convert_rgb and image.mode not in ("RGB", "L"):
                 image = image.convert("RGBA")  # palettes and grey with alpha included
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
 
-    def _preprocess(self, images: list[np.ndarray], *args: Any, **kwargs: Any) -> Any:
+    def _preprocess(self, images: list[np.ndarray], *args: Any, do_rescale: bool = True, **kwargs: Any) -> Any:
         for index, image in enumerate(images):
             if 0 in image.shape:
                 raise ValueError(f"Picture {index} is empty: its shape is {image.shape}; expected at least 1x1 pixels.")
+            if do_rescale and image.dtype != np.uint8 and 0 < image.max() <= 1:
+                raise ValueError(
+                    f"Picture {index} is an array of {image.dtype} in {image.min():g}..{image.max():g}; expected 0..255. For "
+                    "values in 0..1, pass do_rescale=False."
+                )
+        kwargs["do_rescale"] = do_rescale
         return super()._preprocess([_three_channels(image) for image in images], *args, **kwargs)
 
     def postprocess(self, pixel_values: torch.Tensor) -> list[Image.Image]:

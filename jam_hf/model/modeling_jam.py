@@ -48,7 +48,9 @@ class JamModel(JamPreTrainedModel):
     @torch.no_grad()
     def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.LongTensor:
         """Pixels to image token ids: float `[P, 3, H, W]` in [-1, 1] -> int64 `[P, N]` (codes + `image_token_offset`)."""
-        return self.vq_model.encode(pixel_values.to(self.vq_model.device)) + self.config.image_token_offset
+        if isinstance(pixel_values, torch.Tensor):
+            pixel_values = pixel_values.to(self.vq_model.device)
+        return self.vq_model.encode(pixel_values) + self.config.image_token_offset
 
     @torch.no_grad()
     def decode_image_tokens(self, image_tokens: torch.LongTensor) -> torch.Tensor:
@@ -57,8 +59,12 @@ class JamModel(JamPreTrainedModel):
         Raises:
             ValueError: if a picture does not have exactly N ids, or an id is not an image code.
         """
-        codes = image_tokens.to(self.vq_model.device) - self.config.image_token_offset
-        return self.vq_model.decode(codes).clamp(-1.0, 1.0)
+        tokens = torch.as_tensor(image_tokens)
+        first, last = self.config.image_token_offset, self.config.image_token_offset + self.config.num_image_tokens
+        if tokens.is_floating_point() or (tokens.numel() and (tokens.min() < first or tokens.max() >= last)):
+            found = tokens.dtype if tokens.is_floating_point() else f"{int(tokens.min())}..{int(tokens.max())}"
+            raise ValueError(f"image_tokens must be the ids of image codes, {first}..{last - 1}, got {found}.")
+        return self.vq_model.decode(tokens.to(self.vq_model.device) - first).clamp(-1.0, 1.0)
 
     def insert_image_tokens(self, input_ids: torch.LongTensor, pixel_values: torch.Tensor) -> torch.LongTensor:
         """Replace the placeholders `<image>` of `input_ids` `[B, T]` by the codes of the pictures, in reading order.
@@ -170,6 +176,12 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
         Returns:
             `CausalLMOutputWithPast` with logits `[B, T, V]`; `hidden_states` and `attentions` are the text stream's.
         """
+        if labels is not None and input_ids is not None and pixel_values is None and not torch.compiler.is_compiling():
+            if bool((input_ids == self.config.image_token_id).any()):
+                raise ValueError(
+                    "input_ids have placeholders <image>, but no pixel_values came with them: the model would learn the "
+                    "placeholder. Let the collator keep pixel_values, or encode the pictures beforehand."
+                )
         if pixel_values is not None and input_ids is not None:
             tokens = self.model.insert_image_tokens(input_ids, pixel_values)
             if labels is not None:

@@ -206,6 +206,24 @@ class JamPreTrainedModel(PreTrainedModel):
                 parameter.requires_grad_(False)
         return loaded
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in `PreTrainedModel`; a vocabulary that would end before the last image code is refused."""
+        needed = self.config.image_token_offset + self.config.num_image_tokens
+        if new_num_tokens is not None and new_num_tokens < needed:
+            raise ValueError(
+                f"resize_token_embeddings: the image codes take the ids {self.config.image_token_offset}..{needed - 1}, so the "
+                f"vocabulary needs at least {needed} ids, got {new_num_tokens}."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs: Any) -> None:
+        """As in `PreTrainedModel`. The streams, which are no `PreTrainedModel`s of their own, are set without a warning."""
+        if self.config.fusion_mode == "cross" and isinstance(attn_implementation, str):
+            checked = self.get_correct_attn_implementation(attn_implementation)
+            for stream in (self.config.text_config, self.config.image_config):
+                stream._attn_implementation_internal = checked
+        super().set_attn_implementation(attn_implementation, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

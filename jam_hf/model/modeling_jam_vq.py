@@ -7,6 +7,7 @@ Shape suffixes: B pictures, C channels, H/W pixels, G grid side, N = G*G codes, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from diffusers import VQModel
@@ -50,12 +51,34 @@ class JamVQModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> JamVQModel:
+        """`model.to(torch.bfloat16)`, `.half()` and their like move the tokenizer, but leave it in the precision it has.
+
+        In half precision near ties between codes would flip, and the search for the nearest code does not run everywhere.
+        """
+
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            applied = fn(tensor)
+            return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
+
+        return super()._apply(keep_dtype, recurse)
+
     def _check_pixels(self, pixel_values: torch.Tensor) -> None:
         expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
-        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
+        if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
+            found = pixel_values.dtype if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
+            raise ValueError(
+                f"pixel_values must be a float tensor with values in [-1, 1], got {found}. JamImageProcessor makes them."
+            )
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected or not len(pixel_values):
             raise ValueError(
                 f"pixel_values must have the shape [pictures, {', '.join(map(str, expected))}], got "
                 f"{list(pixel_values.shape)}. JamImageProcessor makes pictures of the right size."
+            )
+        largest = pixel_values.abs().max()
+        if not largest <= 1.01:  # NaN as well
+            raise ValueError(
+                f"pixel_values must be in [-1, 1], got a value of size {largest:g}. JamImageProcessor scales pictures so."
             )
 
     @torch.no_grad()
@@ -67,7 +90,7 @@ class JamVQModel(PreTrainedModel):
         Returns:
             int64 `[B, N]`, raw codes 0..K-1.
         Raises:
-            ValueError: on another shape.
+            ValueError: on another shape or dtype, or values outside [-1, 1].
         """
         self._check_pixels(pixel_values)
         latents_BEGG = self.vq.encode(pixel_values.to(self.dtype)).latents

@@ -95,21 +95,28 @@ class JamProcessor(ProcessorMixin):
             `BatchFeature`: `input_ids`, `attention_mask` `[B, T]` and, where there are pictures, `pixel_values`
             `[P, 3, H, W]`, P being the pictures of the whole batch.
         Raises:
-            ValueError: if placeholders and pictures do not match, or a picture cannot be read.
+            ValueError: if placeholders and pictures do not match, a picture cannot be read, or `text` is no text.
         """
-        if isinstance(images, (list, tuple)):
-            images = [list(entry) if isinstance(entry, tuple) else entry for entry in images]
-            if images and all(isinstance(entry, list) and not entry for entry in images):
-                images = None  # a batch in which no prompt has a picture
+        if not isinstance(text, (str, type(None))) and not (
+            isinstance(text, (list, tuple)) and text and all(isinstance(sample, str) for sample in text)
+        ):
+            raise ValueError(f"JamProcessor: text must be a string or a non-empty list of strings, got {text!r:.80}.")
+        text = list(text) if isinstance(text, tuple) else text
         flat = images
-        if isinstance(images, list) and any(isinstance(entry, list) or entry is None for entry in images):
-            self.validate_inputs(images=images, text=[text] if isinstance(text, str) else text)
-            flat = [picture for entry in images for picture in (entry or [])]
-            flat = self.image_processor.fetch_images(flat)
+        if isinstance(images, (list, tuple)):
+            nested = any(entry is None or isinstance(entry, (list, tuple)) for entry in images)
+            if nested:  # one list for each prompt, None for an empty one
+                images = [
+                    list(entry) if isinstance(entry, (list, tuple)) else [entry] * (entry is not None) for entry in images
+                ]
+            images = self.image_processor.fetch_images(list(images))
+            if nested or not images:
+                self.validate_inputs(images=images, text=[text] if isinstance(text, str) else text)
+            flat = [picture for entry in images for picture in entry] if nested else images
+            flat = flat or None  # a batch in which no prompt has a picture
         bos = self.tokenizer.bos_token
         if bos and text is not None and kwargs.get("add_special_tokens", True):
-            single = isinstance(text, str)
-            text = text.removeprefix(bos) if single else [t.removeprefix(bos) if isinstance(t, str) else t for t in text]
+            text = text.removeprefix(bos) if isinstance(text, str) else [sample.removeprefix(bos) for sample in text]
         return super().__call__(images=flat, text=text, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
@@ -136,12 +143,14 @@ class JamProcessor(ProcessorMixin):
             one list per row: `{"type": "text", "text": str}` or `{"type": "image", "image": PIL.Image}`, in order. A
             picture that was not finished is `{"type": "image", "image": None, "image_tokens": [...]}`.
         """
-        sequences = getattr(generated, "sequences", generated)
+        sequences = torch.as_tensor(getattr(generated, "sequences", generated))
+        if sequences.ndim != 2:
+            raise ValueError(f"post_process_interleaved: expected ids [B, T], got the shape {list(sequences.shape)}.")
         config = model.config
         first, last = config.image_token_offset, config.image_token_offset + config.num_image_tokens
         rows: list[list[dict[str, Any]]] = []
         pictures: list[tuple[dict[str, Any], list[int]]] = []
-        for ids in torch.as_tensor(sequences)[:, prompt_length:].tolist():
+        for ids in sequences[:, prompt_length:].tolist():
             segments: list[dict[str, Any]] = []
             run: list[int] = []
             in_picture = False

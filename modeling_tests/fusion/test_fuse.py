@@ -242,3 +242,78 @@ def test_the_checkpoint_is_complete(fused):
     assert config["architectures"] == ["JamForCausalLM"] and config["vq_config"]["num_vq_embeddings"] == NUM_CODES
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert any(k.startswith("model.vq_model.") for k in file.keys())
+
+
+def test_parents_with_other_tokenizers_are_refused(parents, vq, tmp_path):
+    from jam_hf.training.tokenizer import train_tokenizer
+
+    text, _ = parents("llama")
+    image = tmp_path / "image"
+    tokenizer = train_tokenizer(["quite another text about boats"], 300, NUM_CODES)
+    parent_model("llama", 316, 2).save_pretrained(image)
+    tokenizer.save_pretrained(image)
+    with pytest.raises(ValueError, match="tokens other ids, e.g. "):
+        jam_hf.fuse(text, image, "cross", tmp_path / "jam", vq_model=vq)
+    assert not (tmp_path / "jam").exists()
+
+
+def test_inputs_inside_the_output_folder_are_not_overwritten(parents, vq, tokenizer, tmp_path):
+    import shutil
+
+    shutil.copytree(parents("llama")[0], tmp_path / "out" / "text")
+    for settings in ({}, {"tokenizer": tmp_path / "out"}):
+        with pytest.raises(ValueError, match="input"):
+            jam_hf.fuse(
+                tmp_path / "out" / "text" if not settings else parents("llama")[0],
+                parents("llama")[1],
+                "cross",
+                tmp_path / "out",
+                vq_model=vq,
+                overwrite=True,
+                **settings,
+            )
+    assert (tmp_path / "out" / "text" / "model.safetensors").is_file()
+
+
+def test_dtypes_by_name_and_models_that_are_no_vq(parents, vq, tmp_path):
+    text, image = parents("llama")
+    jam_hf.fuse(text, image, "cross", tmp_path / "jam", vq_model=vq, dtype="bfloat16")
+    model = JamForCausalLM.from_pretrained(tmp_path / "jam")
+    assert model.lm_head.weight.dtype == torch.bfloat16 and model.model.vq_model.dtype == torch.float32
+    assert "_name_or_path" not in (tmp_path / "jam" / "config.json").read_text()
+    with pytest.raises(ValueError, match="dtype must be a float type"):
+        jam_hf.fuse(text, image, "cross", tmp_path / "other", vq_model=vq, dtype="int7")
+    with pytest.raises(ValueError, match="got VQModel. A diffusers VQModel goes into"):
+        jam_hf.fuse(text, image, "cross", tmp_path / "other", vq_model=vq.vq)
+    vq.vq.save_pretrained(tmp_path / "diffusers")
+    for folder, kind in ((tmp_path / "diffusers", "VQModel"), (text, "llama")):
+        with pytest.raises(ValueError, match=f"is a '{kind}'; expected the folder of a JamVQModel"):
+            jam_hf.fuse(text, image, "cross", tmp_path / "other", vq_model=folder)
+    (text.parent / "bare").mkdir(exist_ok=True)
+    parent_model("llama", 316, 1).save_pretrained(text.parent / "bare")
+    with pytest.raises(ValueError, match="No tokenizer can be read from .*bare"):
+        jam_hf.fuse(text.parent / "bare", image, "cross", tmp_path / "other", vq_model=vq)
+
+
+def test_a_vocabulary_without_the_image_codes_is_refused(jam):
+    model = jam("llama", "cross", "preserving")
+    with pytest.raises(ValueError, match="needs at least 316 ids, got 310"):
+        model.resize_token_embeddings(310)
+    assert model.resize_token_embeddings(320).num_embeddings == 320
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_live_one_makes_is_not(tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    from jam_hf.files import _partial_prefix, whole_folder
+
+    dead = subprocess.Popen([sys.executable, "-c", "pass"])
+    dead.wait()
+    for pid in (dead.pid, os.getpid(), "elsewhere"):
+        (tmp_path / f"{_partial_prefix(tmp_path / 'jam')}{pid}-abc").mkdir()
+    with whole_folder(tmp_path / "jam") as folder:
+        (folder / "x").write_text("x")
+    assert len(list(tmp_path.glob(".jam.partial-*"))) == 2 and not list(tmp_path.glob(f"*-{dead.pid}-*"))
+    assert (tmp_path / "jam" / "x").is_file()

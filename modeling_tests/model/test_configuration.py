@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import AutoConfig, LlamaConfig
 
 from jam_hf import JamConfig, JamForCausalLM, JamVQConfig
 
@@ -101,3 +102,27 @@ def test_paper_parameter_counts(mode, low, high):
     count = sum(p.numel() for name, p in model.named_parameters() if "vq_model" not in name) / 1e9
     assert low < count < high, count
     assert (model.lm_head.weight is model.model.language_model.embed_tokens.weight) == model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    "settings", [{"break_token_id": None}, {"break_token_id": 3.5}, {"cross_attention_interval": 2.5}, {"cross_form": 1}]
+)
+def test_types_are_checked(settings):
+    with pytest.raises(StrictDataclassFieldValidationError, match=next(iter(settings))):
+        JamConfig(**settings)
+
+
+def test_the_config_of_another_model_is_refused(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="config of a 'llama' model, not of a JAM"):
+        JamConfig.from_pretrained(tmp_path)
+
+
+def test_positions_are_those_that_both_streams_have():
+    llama = {"model_type": "llama", "vocab_size": 9000}
+    config = JamConfig(
+        text_config={**llama, "max_position_embeddings": 64}, image_config={**llama, "max_position_embeddings": 32}
+    )
+    assert config.max_position_embeddings == 32
+    config.initializer_range = 0.5
+    assert config.text_config.initializer_range == config.image_config.initializer_range == 0.5

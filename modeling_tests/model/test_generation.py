@@ -215,3 +215,76 @@ def test_the_saved_generation_config_writes_interleaved(jam):
     assert model.generation_config.generation_mode == "interleaved"
     output = model.generate(input_ids=torch.tensor([[1, 30]]), max_new_tokens=5)
     assert output.shape[1] <= 7
+
+
+def _is_document(ids, first):
+    """Pictures of exactly N codes between breaks, and no padding before the end."""
+    position = 0
+    while position < len(ids) and ids[position] != EOS:
+        if ids[position] == BREAK:
+            assert all(token >= first for token in ids[position + 1 : position + 1 + N])
+            assert ids[position + 1 + N] == BREAK
+            position += N + 2
+        else:
+            assert ids[position] != 0 and ids[position] < first
+            position += 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": [BREAK]},
+        {"begin_suppress_tokens": [BREAK]},
+        {"min_new_tokens": N + 8},
+        {"prefix_allowed_tokens_fn": lambda batch, ids: [40, 41]},
+        {"top_k": 1, "do_sample": True},
+    ],
+)
+def test_the_grammar_has_the_last_word(settings, jam):
+    """What transformers' own processors forbid may be the only id that can follow."""
+    model = jam("llama", "cross", "preserving")
+    torch.manual_seed(0)
+    output = model.generate(
+        input_ids=torch.tensor([[1, 30, 31]]),
+        generation_mode="image",
+        max_new_tokens=N + 10,
+        **{"do_sample": False, **settings},
+    )
+    ids = output[0, 3:].tolist()
+    assert ids[0] == BREAK and EOS in ids[N + 2 :]
+    _is_document(ids, model.config.image_token_offset)
+
+
+@pytest.mark.parametrize("mode", ["interleaved", "text", "image", None])
+def test_embeddings_as_prompt_write_what_ids_write(mode, jam):
+    model = jam("llama", "cross", "preserving")
+    ids = torch.tensor([[1, 30, 31, 32]])
+    settings = {"generation_mode": mode, "do_sample": False, "max_new_tokens": N + 6}
+    expected = model.generate(input_ids=ids, **settings)[:, 4:]
+    assert torch.equal(model.generate(inputs_embeds=model.get_input_embeddings()(ids), **settings), expected)
+
+
+def test_the_end_is_what_generate_is_told(jam):
+    model = jam("llama", "cross", "preserving")
+    ids = torch.tensor([[1, 30]])
+    output = model.generate(input_ids=ids, generation_mode="image", eos_token_id=90, max_new_tokens=N + 9)
+    assert output[0, 2 + N + 2 :].tolist() == [90]
+
+
+def test_a_guidance_scale_that_is_no_number_is_refused(jam):
+    model = jam("llama", "cross", "preserving")
+    for scale in (float("nan"), float("inf"), "3"):
+        with pytest.raises(ValueError, match="guidance_scale must be a finite number"):
+            model.generate(input_ids=torch.tensor([[1, 30]]), generation_mode="image", guidance_scale=scale)
+
+
+def test_without_a_budget_a_document_may_fill_the_positions(jam, caplog):
+    model = jam("llama", "cross", "preserving")
+    with torch.no_grad():
+        model.lm_head.weight[EOS] = 0.0
+    ids = torch.tensor([[1, 30]])
+    output = model.generate(input_ids=ids, generation_mode="text", do_sample=False, eos_token_id=None)
+    assert output.shape[1] == model.config.max_position_embeddings
+    model.generate(input_ids=ids, max_new_tokens=3)
+    assert not [record for record in caplog.records if "max_length" in record.message]

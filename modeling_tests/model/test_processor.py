@@ -191,3 +191,92 @@ def test_pixels_and_placeholders_must_match_in_the_model(processor, model):
     inputs = processor(text="red<image>", images=[_picture()], return_tensors="pt")
     with pytest.raises(ValueError, match="16 placeholders <image> for 2 picture"):
         model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"].repeat(2, 1, 1, 1))
+
+
+@pytest.mark.parametrize("kind", ["path", "url", "image", "pathlib"])
+def test_chat_messages_may_name_files(kind, processor, tmp_path):
+    path = tmp_path / "red.png"
+    _picture().save(path)
+    part = {"image": path} if kind == "pathlib" else {kind: str(path)}
+    messages = [{"role": "user", "content": [{"type": "image", **part}, {"type": "text", "text": "hi"}]}]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template(messages, **options)
+    messages[0]["content"][0] = {"type": "image", "image": _picture()}
+    assert torch.equal(inputs["pixel_values"], processor.apply_chat_template(messages, **options)["pixel_values"])
+    path.write_bytes(path.read_bytes()[:20])
+    messages[0]["content"][0] = {"type": "image", **part}
+    with pytest.raises(ValueError, match="Cannot read a picture from .*red.png"):
+        processor.apply_chat_template(messages, **options)
+
+
+def test_prompts_without_pictures_in_a_batch(processor):
+    one = processor(text=["a", "<image>"], images=[None, [_picture()]], padding=True, return_tensors="pt")
+    assert one["pixel_values"].shape[0] == 1
+    for images in (None, [], [[], []], [None, None], ((), ())):
+        assert "pixel_values" not in processor(text=["a", "b"], images=images, padding=True)
+
+
+def test_messages_without_content_are_refused(processor):
+    for message in ({"role": "user"}, {"role": "user", "content": None}):
+        with pytest.raises(Exception, match="no content"):
+            processor.apply_chat_template([message], tokenize=False)
+
+
+@pytest.mark.parametrize("text", [[], 5, ["a", 5], [["a"]]])
+def test_text_must_be_text(processor, text):
+    with pytest.raises(ValueError, match="string or a non-empty list of strings"):
+        processor(text=text)
+
+
+def test_grey_arrays_and_sixteen_bits(processor):
+    def pixels(image):
+        return processor.image_processor(image, return_tensors="pt")["pixel_values"]
+
+    expected = pixels(_picture("L", colour=128))
+    grey = np.full((16, 16), 128, np.uint8)
+    for image in (grey, torch.from_numpy(grey), Image.fromarray(grey.astype(np.uint16) * 257)):
+        assert torch.equal(pixels(image), expected)
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (Image.new("F", (9, 9), 0.5), "mode 'F'"),
+        (np.full((9, 9, 3), 0.5, np.float32), "do_rescale=False"),
+        (b"bytes", "got bytes"),
+        ("absent.png", "there is no such file"),
+    ],
+)
+def test_pictures_that_do_not_say_what_white_is_and_what_is_no_picture(processor, image, words):
+    with pytest.raises(ValueError, match=words):
+        processor.image_processor(image, return_tensors="pt")
+
+
+def test_ids_of_one_row_are_refused(processor, model):
+    with pytest.raises(ValueError, match=r"\[B, T\], got the shape \[5\]"):
+        processor.post_process_interleaved(torch.ones(5, dtype=torch.int64), model)
+
+
+def test_training_on_placeholders_is_refused(processor, model):
+    ids = processor(text="red<image>", images=[_picture()], return_tensors="pt")["input_ids"]
+    with pytest.raises(ValueError, match="no pixel_values came with them"):
+        model(input_ids=ids, labels=ids)
+
+
+def test_tokens_of_pictures_are_checked(model):
+    with pytest.raises(ValueError, match=r"ids of image codes, 300..315, got 5..5"):
+        model.decode_image_tokens(torch.full((1, N), 5))
+    with pytest.raises(ValueError, match="got torch.float32"):
+        model.decode_image_tokens(torch.zeros(1, N))
+    assert model.decode_image_tokens([[300] * N]).shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16()])
+def test_casting_leaves_the_image_tokenizer_as_it_is(cast, jam):
+    model = jam("llama", "cross", "preserving")
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = model.get_image_tokens(pixels)
+    cast(model)
+    assert model.lm_head.weight.dtype in (torch.bfloat16, torch.float16)
+    assert {p.dtype for p in model.model.vq_model.parameters()} == {torch.float32}
+    assert torch.equal(model.get_image_tokens(pixels), expected)

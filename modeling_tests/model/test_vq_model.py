@@ -69,3 +69,18 @@ def test_bad_codes_are_refused(vq, codes, words):
 def test_bad_pixels_are_refused(vq):
     with pytest.raises(ValueError, match=r"\[pictures, 3, 16, 16\], got \[1, 3, 8, 16\]"):
         vq.encode(torch.zeros(1, 3, 8, 16))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "words"),
+    [
+        (torch.full((1, 3, 16, 16), float("nan")), "got a value of size nan"),
+        (torch.full((1, 3, 16, 16), 255.0), "got a value of size 255"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "got torch.uint8"),
+        (torch.zeros(0, 3, 16, 16), r"got \[0, 3, 16, 16\]"),
+        ([0.0], "got list"),
+    ],
+)
+def test_pixels_that_no_processor_made_are_refused(vq, pixels, words):
+    with pytest.raises(ValueError, match=words):
+        vq.encode(pixels)

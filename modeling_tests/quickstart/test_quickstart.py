@@ -117,6 +117,16 @@ def test_command_line(run, tmp_path, capsys):
     assert main(["generate", "<image>", *options]) == 2
     assert "no images were passed" in capsys.readouterr().err
     assert main(["generate", "x", "--model", str(tmp_path)]) == 2
+    assert main(["generate", "x", *options[:2], "--output", str(tmp_path / "absent" / "d.html")]) == 2
+    assert "folder that exists" in capsys.readouterr().err
+    assert main(["generate", "x", "--model", "/absent/jam"]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+    assert main(["generate", "x", "--model", llm, "--output", str(page)]) == 2
+    assert "not of a JAM" in capsys.readouterr().err
+    assert main(["fuse", "--init", "paper"]) == 2
+    assert "--text, --image, --vq, --mode, --output is missing" in capsys.readouterr().err
+    assert main(["page", "--run", str(page)]) == 2
+    assert "is a file" in capsys.readouterr().err
 
 
 def test_document_page_escapes():
