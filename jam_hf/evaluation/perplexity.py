@@ -50,8 +50,9 @@ class PerplexityResult:
 
 
 def _batches(dataset: Dataset, batch_size: int, pad: int, description: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for start in tqdm(range(0, len(dataset), batch_size), desc=description, unit="batch", leave=False):
-        rows = dataset[start : start + batch_size]["input_ids"]
+    documents = sorted(dataset["input_ids"], key=len)  # alike in length, so that little is padding
+    for start in tqdm(range(0, len(documents), batch_size), desc=description, unit="batch", leave=False):
+        rows = documents[start : start + batch_size]
         length = max(map(len, rows))
         ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows], dtype=torch.int64)
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])

@@ -24,7 +24,7 @@ class PictureWorldSizes:
     """Numbers of documents. unseen: captions of held-out objects, and as many of held-out pairs."""
 
     texts: int = 12_000
-    pairs: int = 24_000
+    pairs: int = 18_000
     howtos: int = 3_000
     validation: int = 300
     unseen: int = 200
