@@ -88,9 +88,9 @@ class QuickstartSettings:
     intermediate_size: int = 512
     initializer_range: float = 0.06  # about d^-0.5; at 0.02 so narrow a model learns half as fast
     llm: RecipeSettings = _recipe(400, 3e-3, 0.01, decay=0.4, packing=True)
-    image_model: RecipeSettings = _recipe(700, 3e-3, 0.006, decay=0.4, packing=True)
+    image_model: RecipeSettings = _recipe(600, 3e-3, 0.006, decay=0.4, packing=True)
     pretrain: RecipeSettings = _recipe(300, 1.5e-3, 0.005, decay=0.3, warmup_steps=30, packing=True)
-    instruct: RecipeSettings = _recipe(480, 1.2e-3, 0.004, decay=0.9, warmup_steps=15, packing=True)
+    instruct: RecipeSettings = _recipe(470, 1.2e-3, 0.004, decay=0.9, warmup_steps=15, packing=True)
     guidance_scale: float = 1.25
     num_documents: int = 8
     document_tokens: int = 320
@@ -343,13 +343,13 @@ class Run:
                 continue
             data = mix_datasets(
                 {name: self.encoded(name)["train"] for name in ("texts", "pairs", "howtos")},
-                {"texts": 0.15, "pairs": 0.48, "howtos": 0.37},
+                {"texts": 0.15, "pairs": 0.53, "howtos": 0.32},
                 recipe.max_steps * recipe.batch_size,
                 self.settings.seed + 1,
             )
             source = self._need("pretrained", "pretrain") / f"jam-{mode}"
             self._train_jam(
-                source, target, recipe, data, mean_spans=0.0, whole_segment_probability=0.05, text_segments_only=True
+                source, target, recipe, data, mean_spans=0.0, whole_segment_probability=0.03, text_segments_only=True
             )
         for mode in MODES:  # a JAM that is not trained stands beside the others as it was fused
             if mode not in self._trained_modes() and not self.path(f"jam-{mode}").exists():
@@ -399,13 +399,13 @@ class _Evaluation:
             "image": pair.image_perplexity,
         }
 
-    def _drawing(self, folder: Path) -> dict[str, dict[str, float]]:
+    def _drawing(self, folder: Path, scales: dict[str, float | None]) -> dict[str, dict[str, float]]:
         run, results = self.run_, {}
         model, processor = JamForCausalLM.from_pretrained(folder, **_EVALUATION), JamProcessor.from_pretrained(folder)
         pairs = run.data("pairs")
         for split in ("unseen_single", "unseen_pair"):
             expected = [Picture.from_json(text) for text in pairs[split]["picture"]]
-            for name, scale in (("plain", None), ("guided", run.settings.guidance_scale)):
+            for name, scale in scales.items():
                 drawn = drawing_accuracy(
                     model,
                     processor,
@@ -440,6 +440,10 @@ class _Evaluation:
         models["LLM parent"] = {"perplexity": self._perplexities(parents["llm"])}
         models["image parent"] = {"perplexity": self._perplexities(parents["image-model"])}
         first, last = self.range
+
+        def half(dataset: Dataset) -> Dataset:  # thousands of tokens
+            return dataset.select(range(-(-len(dataset) // 2)))
+
         candidates = {
             "jam-uniform, fused": ("uniform", None),
             "jam-width copy, fused": ("width", "copy"),
@@ -456,8 +460,8 @@ class _Evaluation:
             model = JamForCausalLM.from_pretrained(folder, **_EVALUATION).eval()
             models[name] = {
                 "perplexity": self._perplexities(model),
-                "kl_to_llm": divergence(parents["llm"], model, self.texts, (0, first)),
-                "kl_to_image_parent": divergence(parents["image-model"], model, self.pairs, (first, last)),
+                "kl_to_llm": divergence(parents["llm"], model, half(self.texts), (0, first)),
+                "kl_to_image_parent": divergence(parents["image-model"], model, half(self.pairs), (first, last)),
             }
         trained = [("pretrained/jam-{}", "jam-{}, stage 1"), ("jam-{}", "jam-{}, stage 2")]
         for mode in run._trained_modes():
@@ -467,9 +471,10 @@ class _Evaluation:
         image_parent = run.path("fused") / "image-parent"  # the mean of a model and itself is that model
         if not image_parent.exists():
             fuse(run.path("image-model"), run.path("image-model"), "uniform", image_parent, vq_model=run.path("vq"))
-        models["image parent"]["drawing"] = self._drawing(image_parent)
+        models["image parent"]["drawing"] = self._drawing(image_parent, {"plain": None})
+        scales = {"plain": None, "guided": run.settings.guidance_scale}
         for mode in run._trained_modes():
-            models[f"jam-{mode}, stage 2"]["drawing"] = self._drawing(run.path(f"jam-{mode}"))
+            models[f"jam-{mode}, stage 2"]["drawing"] = self._drawing(run.path(f"jam-{mode}"), scales)
         return {"vq_round_trip": self._round_trip(), "models": models, "guidance_scale": run.settings.guidance_scale}
 
 

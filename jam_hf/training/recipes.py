@@ -119,7 +119,7 @@ def freeze(model: PreTrainedModel, preset: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _fast_arithmetic(model: PreTrainedModel, settings: RecipeSettings) -> Iterator[None]:
+def fast_arithmetic(model: PreTrainedModel, settings: RecipeSettings) -> Iterator[None]:
     """The attention and the precision of matrix products that `settings` ask for, until the block ends."""
     attention, precision = model.config._attn_implementation, torch.get_float32_matmul_precision()
     try:
@@ -328,7 +328,7 @@ def train_causal_lm(
         trainer.add_callback(_Progress)
     if trainer.is_world_process_zero():
         _check_continues(run_dir, settings)
-    with _fast_arithmetic(model, settings):
+    with fast_arithmetic(model, settings):
         trainer.train(resume_from_checkpoint=_last_whole_checkpoint(run_dir))
     history = [row for row in trainer.state.log_history if "loss" in row or any(k.startswith("eval_") for k in row)]
     if trainer.is_world_process_zero():
