@@ -14,6 +14,8 @@ from jam_hf import JamForCausalLM, JamProcessor, JamVQConfig, JamVQModel
 from jam_hf.training.tokenizer import train_tokenizer
 
 
+pytest_plugins = ["feature_report"]
+
 torch.set_num_threads(2)
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
