@@ -8,6 +8,7 @@ Shape suffixes: B batch, T positions, E embedding size, V vocabulary, K codebook
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
 
 from .configuration_jam import JamConfig
 from .generation_jam import JamGenerationMixin
@@ -107,15 +109,11 @@ class JamModel(JamPreTrainedModel):
             if input_ids is None:
                 raise ValueError("pixel_values need input_ids with placeholders <image>; inputs_embeds have none.")
             input_ids = self.insert_image_tokens(input_ids, pixel_values)
+        kwargs.setdefault("output_attentions", self.config.output_attentions)
+        kwargs.setdefault("output_hidden_states", self.config.output_hidden_states)
         if self.config.fusion_mode == "cross":
-            for name in ("attentions", "hidden_states"):
-                if kwargs.get(f"output_{name}", getattr(self.config, f"output_{name}", False)):
-                    kwargs[f"output_{name}"] = kwargs[f"output_image_{name}"] = True
-                    if name == "attentions":
-                        kwargs["output_image_cross_attentions"] = True
-        else:
-            kwargs.setdefault("output_attentions", self.config.output_attentions)
-            kwargs.setdefault("output_hidden_states", self.config.output_hidden_states)
+            kwargs["output_image_hidden_states"] = bool(kwargs["output_hidden_states"])
+            kwargs["output_image_attentions"] = kwargs["output_image_cross_attentions"] = kwargs["output_attentions"]
         outputs = self.language_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -125,7 +123,28 @@ class JamModel(JamPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
-        return JamModelOutputWithPast(**outputs)
+        outputs = JamModelOutputWithPast(**outputs)
+        selected = selected_hidden_states(kwargs["output_hidden_states"])
+        if selected is not None and outputs.image_hidden_states is not None:
+            kept = resolve_hidden_states_indices(self.language_model, selected)
+            outputs.image_hidden_states = tuple(
+                states if depth in kept else None for depth, states in enumerate(outputs.image_hidden_states, start=1)
+            )
+        return outputs
+
+
+@dataclass
+class JamCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """Outputs of [`JamForCausalLM`]: those of every causal LM, and the image stream's beside the text stream's.
+
+    Args:
+        image_hidden_states, image_attentions, cross_attentions, image_cross_attentions: see [`JamModelOutputWithPast`].
+    """
+
+    image_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    image_attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_cross_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
@@ -167,14 +186,14 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> JamCausalLMOutputWithPast:
         """See [`JamModel.forward`].
 
         Args:
             labels (int64 `[B, T]`): ids to predict, -100 to ignore; they are shifted here. Where `pixel_values` are given,
                 placeholders `<image>` in the labels become the codes, so that image tokens are trained on.
         Returns:
-            `CausalLMOutputWithPast` with logits `[B, T, V]`; `hidden_states` and `attentions` are the text stream's.
+            `JamCausalLMOutputWithPast` with logits `[B, T, V]`; `hidden_states` and `attentions` are the text stream's.
         """
         if labels is not None and input_ids is not None and pixel_values is None and not torch.compiler.is_compiling():
             if bool((input_ids == self.config.image_token_id).any()):
@@ -207,12 +226,16 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        return JamCausalLMOutputWithPast(
             loss=loss,
             logits=logits_BTV,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            image_attentions=outputs.image_attentions,
+            cross_attentions=outputs.cross_attentions,
+            image_cross_attentions=outputs.image_cross_attentions,
         )
 
 

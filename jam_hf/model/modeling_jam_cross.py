@@ -46,7 +46,7 @@ class JamModelOutputWithPast(ModelOutput):
         past_key_values (`Cache`): one cache: text layers, image layers, cross blocks.
         hidden_states, attentions: text stream; L + 1 and L entries. A state is that after the depth's cross block.
         image_last_hidden_state (`[B, T, E]`): what the image head reads (cross, preserving form).
-        image_hidden_states, image_attentions: image stream, L entries each.
+        image_hidden_states, image_attentions: image stream, L entries each; the states are those beside `hidden_states[1:]`.
         cross_attentions, image_cross_attentions: text reading image, image reading text; one entry per cross block.
     """
 
@@ -173,10 +173,11 @@ class JamCrossDecoderLayer(nn.Module):
         text_states = self.text_layer(text_states, **text_kwargs, **kwargs)
         image_states = self.image_layer(image_states, **image_kwargs, **kwargs)
         if self.text_cross is not None:
-            # Both directions read the states from before either update [A]; so do the cached keys and values.
+            # Both directions read the states from before either update [A]; so do the cached keys and values. Both go by
+            # position: reentrant checkpointing sees no gradients of what goes by keyword.
             text_states, image_states = (
-                self.text_cross(text_states, key_value_states=image_states, **text_kwargs, **kwargs),
-                self.image_cross(image_states, key_value_states=text_states, **image_kwargs, **kwargs),
+                self.text_cross(text_states, image_states, **text_kwargs, **kwargs),
+                self.image_cross(image_states, text_states, **image_kwargs, **kwargs),
             )
         return text_states, image_states
 
@@ -209,7 +210,7 @@ class JamPreTrainedModel(PreTrainedModel):
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in `PreTrainedModel`; a vocabulary that would end before the last image code is refused."""
         needed = self.config.image_token_offset + self.config.num_image_tokens
-        if new_num_tokens is not None and new_num_tokens < needed:
+        if new_num_tokens is not None and new_num_tokens < min(needed, self.config.vocab_size):
             raise ValueError(
                 f"resize_token_embeddings: the image codes take the ids {self.config.image_token_offset}..{needed - 1}, so the "
                 f"vocabulary needs at least {needed} ids, got {new_num_tokens}."

@@ -1,0 +1,40 @@
+"""What transformers' own tests need to know about a model that lives outside the library; their bodies stay as they are.
+
+Loaded as a pytest plugin before the suites. Each entry says why it is needed.
+"""
+
+from __future__ import annotations
+
+import torch
+from tests import test_fsdp_mixin, test_tensor_parallel_mixin
+from transformers import initialization as init
+from transformers.models.auto import modeling_auto
+
+from jam_hf.model import modeling_jam_cross
+
+
+torch.set_num_threads(1)
+
+# The tests tell a base model from one with a head by its name in these tables.
+modeling_auto.MODEL_MAPPING_NAMES["jam"] = "JamModel"
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["jam"] = "JamForCausalLM"
+
+# By default these run for the model types that transformers' own CI pays for; without a list they run for all.
+test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
+test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
+
+
+def draw_weights_in_place_of_zeros() -> None:
+    """Cross blocks of the preserving form start at zero: every test that looks through one would pass, whatever it does."""
+    zero_aware = modeling_jam_cross.JamPreTrainedModel._init_weights
+
+    @torch.no_grad()
+    def _init_weights(self: modeling_jam_cross.JamPreTrainedModel, module: torch.nn.Module) -> None:
+        zero_aware(self, module)
+        if isinstance(module, modeling_jam_cross.ZeroInitLinear):
+            init.normal_(module.weight, std=self.config.initializer_range)
+
+    modeling_jam_cross.JamPreTrainedModel._init_weights = _init_weights
+
+
+draw_weights_in_place_of_zeros()
