@@ -19,7 +19,8 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 class JamImageProcessor(PilBackend):
     """Resize the shorter side to `size`, cut the centre square, scale to [-1, 1].
 
-    Grey pictures become RGB, transparent ones are laid on white; the sides may have any length.
+    Grey pictures become RGB, transparent ones are laid on white (not with `do_convert_rgb=False`, which leaves the channels as
+    they are); the sides may have any length.
 
     Args:
         size (`dict`, defaults to `{"shortest_edge": 256}`), crop_size (`dict`, defaults to 256x256): in pixels; both the
@@ -93,7 +94,8 @@ class JamImageProcessor(PilBackend):
             if do_convert_rgb and image.mode not in ("RGB", "L"):
                 image = image.convert("RGBA")  # palettes and grey with alpha included
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
+        image = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
+        return _three_channels(image) if do_convert_rgb else image
 
     def _preprocess(self, images: list[np.ndarray], *args: Any, do_rescale: bool = True, **kwargs: Any) -> Any:
         for index, image in enumerate(images):
@@ -105,7 +107,7 @@ class JamImageProcessor(PilBackend):
                     "values in 0..1, pass do_rescale=False."
                 )
         kwargs["do_rescale"] = do_rescale
-        return super()._preprocess([_three_channels(image) for image in images], *args, **kwargs)
+        return super()._preprocess(images, *args, **kwargs)
 
     def postprocess(self, pixel_values: torch.Tensor) -> list[Image.Image]:
         """Float `[P, 3, H, W]` in [-1, 1] (as `decode_image_tokens` returns it) to P RGB pictures."""

@@ -70,7 +70,8 @@ class JamProcessor(ProcessorMixin):
         if nested and isinstance(text, list):
             if len(images) != len(text):
                 raise ValueError(
-                    f"JamProcessor: got {len(text)} prompt(s) and {len(images)} list(s) of pictures; expected one list "
+                    f"JamProcessor: the {self.image_token} tokens in the prompts should be the same as the number of pictures, "
+                    f"prompt by prompt; got {len(text)} prompt(s) and {len(images)} list(s) of pictures. Expected one list "
                     "(possibly empty) for each prompt."
                 )
             for index, (sample, pictures) in enumerate(zip(text, images)):
@@ -123,9 +124,10 @@ class JamProcessor(ProcessorMixin):
         return self.break_token + self.image_token * self.image_seq_length + self.break_token
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
+        """How many placeholders pictures of these sizes become, for servers that plan ahead; `<break>` is text."""
         data = {}
         if image_sizes is not None:
-            data["num_image_tokens"] = [self.image_seq_length + 2] * len(image_sizes)
+            data["num_image_tokens"] = [self.image_seq_length] * len(image_sizes)
             data["num_image_patches"] = [1] * len(image_sizes)
         return MultiModalData(**data)
 

@@ -1,15 +1,22 @@
-"""Not in the source distribution: starts the processes of a distributed test, on the CPU, over gloo."""
+"""Not in the source distribution: starts the processes of a distributed test, on the CPU, over gloo.
+
+They are forked from a server that has imported what they need, so that a test pays for its processes but not for their imports.
+"""
 
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+import torch.multiprocessing
+
+
+multiprocessing.set_forkserver_preload(["tests.test_fsdp_mixin", "tests.test_tensor_parallel_mixin", "jam_hf"])
 
 
 def _get_distributed_device_type() -> str:
@@ -30,7 +37,7 @@ def _set_rank_device(rank: int) -> None:
 
 def _start_rank_processes(function: Callable, args: tuple = (), nprocs: int = 2) -> None:
     """Run `function(rank, *args)` in `nprocs` new processes; the first error of any is raised here."""
-    multiprocessing.spawn(function, args=args, nprocs=nprocs, join=True)
+    torch.multiprocessing.start_processes(function, args=args, nprocs=nprocs, join=True, start_method="forkserver")
 
 
 def _run_rank(rank: int, world_size: int, host: str, port: int, function: Callable, args: tuple, kwargs: dict) -> None:
