@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
 
 from .configuration_jam import JamConfig
@@ -24,6 +24,9 @@ from .generation_jam import JamGenerationMixin
 from .modeling_jam_cross import JamCrossDecoder, JamModelOutputWithPast, JamPreTrainedModel
 from .modeling_jam_families import family_of
 from .modeling_jam_vq import JamVQModel
+
+
+logger = logging.get_logger(__name__)
 
 
 class JamModel(JamPreTrainedModel):
@@ -158,12 +161,21 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
         super().__init__(config)
         self.model = JamModel(config)
         self.vocab_size = config.vocab_size
-        self._tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+        if len(config.embedding_sizes) == 1:  # one output projection cannot be tied to two embeddings side by side
+            self._tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
         self.lm_head = nn.Linear(config.embedding_sizes[0], config.vocab_size, bias=False)
         self.image_head = None
         if len(config.embedding_sizes) == 2:
             self.image_head = nn.Linear(config.embedding_sizes[1], config.num_image_tokens, bias=False)
         self.post_init()
+
+    def init_parallel_plans(self) -> None:
+        """As in `PreTrainedModel`: the base model's plans, and both heads split over the vocabulary."""
+        super().init_parallel_plans()
+        for name in ("lm_head", "image_head"):
+            if getattr(self, name) is not None:
+                self._tp_plan[name] = "colwise_gather_output"
+                self._fsdp_plan[name] = "keep_full_weight"
 
     def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.LongTensor:
         """See [`JamModel.get_image_tokens`]."""
@@ -172,6 +184,25 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
     def decode_image_tokens(self, image_tokens: torch.LongTensor) -> torch.Tensor:
         """See [`JamModel.decode_image_tokens`]."""
         return self.model.decode_image_tokens(image_tokens)
+
+    def _check_that_no_picture_is_missing(self, input_ids: torch.LongTensor) -> None:
+        """For training without `pixel_values`: placeholders in a row are a picture that was lost on its way here."""
+        placeholders = input_ids == self.config.image_token_id
+        if self.config.image_seq_length > 1:
+            in_a_row = placeholders[:, 1:] & placeholders[:, :-1]
+        else:
+            in_a_row = placeholders
+        if bool(in_a_row.any()):
+            raise ValueError(
+                "input_ids have placeholders <image>, but no pixel_values came with them: the model would learn the "
+                "placeholder. Let the collator keep pixel_values (Trainer: remove_unused_columns=False), or encode the "
+                "pictures beforehand."
+            )
+        if bool(placeholders.any()):
+            logger.warning_once(
+                "A placeholder <image> stands alone in the training text and will be learned as it is. Where it stands for a "
+                "picture, let JamProcessor make input_ids and pixel_values together."
+            )
 
     @can_return_tuple
     def forward(
@@ -196,11 +227,7 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
             `JamCausalLMOutputWithPast` with logits `[B, T, V]`; `hidden_states` and `attentions` are the text stream's.
         """
         if labels is not None and input_ids is not None and pixel_values is None and not torch.compiler.is_compiling():
-            if bool((input_ids == self.config.image_token_id).any()):
-                raise ValueError(
-                    "input_ids have placeholders <image>, but no pixel_values came with them: the model would learn the "
-                    "placeholder. Let the collator keep pixel_values, or encode the pictures beforehand."
-                )
+            self._check_that_no_picture_is_missing(input_ids)
         if pixel_values is not None and input_ids is not None:
             tokens = self.model.insert_image_tokens(input_ids, pixel_values)
             if labels is not None:

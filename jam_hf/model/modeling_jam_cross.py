@@ -207,6 +207,14 @@ class JamPreTrainedModel(PreTrainedModel):
                 parameter.requires_grad_(False)
         return loaded
 
+    def init_parallel_plans(self) -> None:
+        """As in `PreTrainedModel`, but the plans of `JamConfig`, which name modules of the whole model, are all there is."""
+        super().init_parallel_plans()
+        if self.base_model is self:
+            whole = type(self).__name__ == "JamModel"  # and no plan of its own for a part of it
+            self._tp_plan = dict(self.config.base_model_tp_plan) if whole else {}
+            self._fsdp_plan = dict(self.config.base_model_fsdp_plan) if whole else {}
+
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in `PreTrainedModel`; a vocabulary that would end before the last image code is refused."""
         needed = self.config.image_token_offset + self.config.num_image_tokens

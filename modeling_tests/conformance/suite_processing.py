@@ -48,7 +48,7 @@ class JamImageProcessingTester(ImageProcessingTester):
         return {"pil": JamImageProcessor}  # the table of the library's own models does not know ours
 
 
-class TestImageProcessor(ImageProcessingTestMixin, unittest.TestCase):
+class ImageProcessor(ImageProcessingTestMixin, unittest.TestCase):
     image_processor_tester_class = JamImageProcessingTester
 
     @unittest.skip("torchvision has no build for torch on the CPU: the backend is PIL, everywhere")
@@ -56,7 +56,7 @@ class TestImageProcessor(ImageProcessingTestMixin, unittest.TestCase):
         pass
 
 
-class TestProcessor(ProcessorTesterMixin, unittest.TestCase):
+class Processor(ProcessorTesterMixin, unittest.TestCase):
     processor_class = JamProcessor
 
     @classmethod
@@ -72,7 +72,7 @@ class TestProcessor(ProcessorTesterMixin, unittest.TestCase):
         return {"image_seq_length": IMAGE_SEQ_LENGTH}
 
 
-class TestTokenizer(TokenizerTesterMixin, unittest.TestCase):
+class Tokenizer(TokenizerTesterMixin, unittest.TestCase):
     tokenizer_class = PreTrainedTokenizerFast
 
     @classmethod

@@ -16,8 +16,9 @@ from jam_hf import JamConfig, JamForCausalLM, JamModel, JamVQConfig
 
 VOCAB_SIZE = 99  # divisible by nothing that divides heads or processes
 NUM_CODES = 16
-# In the middle of the vocabulary: the tests draw labels from its start and cut off its end.
-MARKUP = {"image_token_offset": 40, "break_token_id": 56, "image_token_id": 57, "mask_token_id": 58, "num_mask_tokens": 2}
+# In the middle of the vocabulary, as the tests cut off its end. The distributed tests train on ids drawn from all of it, always
+# the same ones, where 78 never stands twice in a row: a JAM refuses to learn the placeholders of a picture that is missing.
+MARKUP = {"image_token_offset": 40, "break_token_id": 56, "image_token_id": 78, "mask_token_id": 57, "num_mask_tokens": 2}
 
 
 def llama_config(**changes: Any) -> LlamaConfig:
@@ -144,7 +145,7 @@ class UniformOPTTester(JamTester):
         return opt_config()
 
 
-class WidthOPTTester(UniformOPTTester):
+class WidthOPTTester(JamTester):
     fusion = {"fusion_mode": "width"}
     hidden_size, num_attention_heads = 64, 8
 

@@ -1,0 +1,94 @@
+"""Run transformers' own test-suite on JAMs and print what passed, failed and was skipped, next to a stock Llama.
+
+    python modeling_tests/conformance [--cache runs/transformers-tests] [--results runs/conformance.jsonl] [-k EXPRESSION]
+
+Fetches the tests of the installed version from the package index, once. Ends with an error where a test failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+
+
+def run_suites(tests: Path, results: Path, expression: str) -> None:
+    """Append one line to `results` for each test whose name matches; an error of pytest itself is raised."""
+    environment = {
+        **os.environ,
+        "TRANSFORMERS_TESTS": str(tests),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE / "stand_ins", HERE))),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    pytest = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-c",
+        os.devnull,
+        "--rootdir",
+        str(HERE),
+        "--noconftest",
+        "-p",
+        "no:cacheprovider",
+    ]
+    pytest += [
+        "-p",
+        "harness",
+        "-p",
+        "results",
+        "-o",
+        "python_files=suite_*.py",
+        "-o",
+        "verbosity_subtests=0",
+        "--results",
+        str(results),
+    ]
+    pytest += ["-q", "--tb=short", "-W", "ignore", str(HERE)]
+    pytest += ["-k", expression] if expression else []
+    code = subprocess.run(pytest, env=environment, cwd=ROOT).returncode
+    if code not in (0, 1, 5):  # passed, some failed, none selected
+        raise SystemExit(f"pytest could not run the suites (exit code {code}); its output above says why.")
+
+
+def main() -> None:
+    sys.path[:0] = [str(HERE)]
+    from results import table
+    from source import fetch_tests
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "transformers-tests", help="where the tests are kept")
+    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "conformance.jsonl", help="one line for each test")
+    parser.add_argument("-k", default="", metavar="EXPRESSION", help="only tests whose names match, as in pytest")
+    arguments = parser.parse_args()
+
+    tests = fetch_tests(arguments.cache.resolve())
+    results = arguments.results.resolve()
+    results.parent.mkdir(parents=True, exist_ok=True)
+    aside = results.with_name(f".{results.name}.{os.getpid()}")
+    try:
+        run_suites(tests, aside, arguments.k)
+        if not aside.exists() or not aside.stat().st_size:
+            raise SystemExit(f"No test matches -k {arguments.k!r}.")
+        os.replace(aside, results)
+    finally:
+        aside.unlink(missing_ok=True)
+    found = [json.loads(line) for line in results.read_text().splitlines()]
+    print(table(found))
+    failed = sum(test["outcome"] == "failed" for test in found)
+    print(f"\n{len(found)} tests, {failed} failed; written to {arguments.results}")
+    if failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
