@@ -6,17 +6,15 @@ written token by token is generation_jam.py.
 Shape suffixes: B batch, T positions, E embedding size, V vocabulary, K codebook, N codes a picture.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import can_return_tuple, logging
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
 
 from .configuration_jam import JamConfig
@@ -98,7 +96,7 @@ class JamModel(JamPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> JamModelOutputWithPast:
         """
         Args:
@@ -216,7 +214,7 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
         pixel_values: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> JamCausalLMOutputWithPast:
         """See [`JamModel.forward`].
 
