@@ -1,7 +1,7 @@
 """trl's SFTTrainer, as it is, on chats with text and pictures in them: what it learns from, and that it learns.
 
-trl puts its own `forward` in place of the model's. The oracle is torch's cross-entropy on the model's own logits, with the codes
-of the pictures as targets.
+trl puts its own `forward` in place of the model's. The oracle is torch's cross-entropy on the model's own logits, with the
+codes of the pictures as targets.
 """
 
 import numpy as np
