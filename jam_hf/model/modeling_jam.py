@@ -7,6 +7,7 @@ Shape suffixes: B batch, T positions, E embedding size, V vocabulary, K codebook
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,8 +21,9 @@ from transformers.utils.output_capturing import resolve_hidden_states_indices, s
 from .configuration_jam import JamConfig
 from .generation_jam import JamGenerationMixin
 from .modeling_jam_cross import JamCrossDecoder, JamModelOutputWithPast, JamPreTrainedModel
-from .modeling_jam_families import family_of
+from .modeling_jam_families import FAMILIES, family_of
 from .modeling_jam_vq import JamVQModel
+from .trl_jam import answering_trl, is_trl_forward
 
 
 logger = logging.get_logger(__name__)
@@ -202,6 +204,29 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
                 "picture, let JamProcessor make input_ids and pixel_values together."
             )
 
+    def encode_pictures(
+        self, input_ids: torch.LongTensor, labels: torch.LongTensor | None, pixel_values: torch.Tensor | None
+    ) -> tuple[torch.LongTensor, torch.LongTensor | None]:
+        """Ids and labels, int64 `[B, T]`, with the codes of the pictures in place of their placeholders.
+
+        Raises:
+            ValueError: if placeholders and pictures do not match, or the placeholder itself would be learned.
+        """
+        if pixel_values is not None:
+            tokens = self.model.insert_image_tokens(input_ids, pixel_values)
+            if labels is not None:
+                labels = torch.where(labels == self.config.image_token_id, tokens.to(labels.device), labels)
+            return tokens, labels
+        if labels is not None and not torch.compiler.is_compiling():
+            self._check_that_no_picture_is_missing(input_ids)
+        return input_ids, labels
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in `nn.Module`; what trl's trainers put in place of `forward` gets a JAM's logits (see trl_jam.py)."""
+        if name == "forward" and is_trl_forward(value):
+            value = answering_trl(self, value)
+        super().__setattr__(name, value)
+
     @can_return_tuple
     def forward(
         self,
@@ -224,13 +249,9 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
         Returns:
             `JamCausalLMOutputWithPast` with logits `[B, T, V]`; `hidden_states` and `attentions` are the text stream's.
         """
-        if labels is not None and input_ids is not None and pixel_values is None and not torch.compiler.is_compiling():
-            self._check_that_no_picture_is_missing(input_ids)
-        if pixel_values is not None and input_ids is not None:
-            tokens = self.model.insert_image_tokens(input_ids, pixel_values)
-            if labels is not None:
-                labels = torch.where(labels == self.config.image_token_id, tokens.to(labels.device), labels)
-            input_ids, pixel_values = tokens, None
+        if input_ids is not None:
+            input_ids, labels = self.encode_pictures(input_ids, labels, pixel_values)
+            pixel_values = None
         outputs: JamModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -263,5 +284,24 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
             image_cross_attentions=outputs.image_cross_attentions,
         )
 
+
+def _register_adapter_targets() -> None:
+    """Tell peft, where it is installed, what an adapter without `target_modules` adapts in a JAM.
+
+    It is what peft has for its decoders, in every method for which peft treats their families alike (LoRA: the queries and
+    values of all attentions, those of both streams and of the cross blocks). diffusers has imported peft by now.
+    """
+    try:
+        from peft.utils import constants
+    except ImportError:
+        return
+    for name, table in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_TARGET_MODULES_MAPPING"):
+            targets = [table.get(family) for family in FAMILIES]
+            if targets[0] is not None and all(other == targets[0] for other in targets):
+                table.setdefault(JamConfig.model_type, targets[0])
+
+
+_register_adapter_targets()
 
 __all__ = ["JamForCausalLM", "JamModel"]

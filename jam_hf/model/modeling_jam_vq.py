@@ -10,12 +10,31 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from diffusers import VQModel
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_jam import JamVQConfig
+
+
+class JamVQLinear(nn.Module):
+    """A linear layer of the tokenizer's attention: `nn.Linear`'s parameters and arithmetic, but no `nn.Linear`.
+
+    Whatever adapts or quantises "all linear layers" (peft, torchao, bitsandbytes) finds them by that class. The tokenizer is
+    frozen and must keep its codes, so it is not found, however the user words the call.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[..., in_features]` -> `[..., out_features]`."""
+        return F.linear(hidden_states, self.weight, self.bias)
 
 
 class JamVQModel(PreTrainedModel):
@@ -36,12 +55,16 @@ class JamVQModel(PreTrainedModel):
     def __init__(self, config: JamVQConfig):
         super().__init__(config)
         self.vq = VQModel(**config.diffusers_kwargs())
+        for module in list(self.vq.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(module, name, JamVQLinear(child))
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """PyTorch's own defaults, which diffusers trains its autoencoders from (a plain std of 0.02 starves them)."""
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
+        if isinstance(module, (JamVQLinear, nn.Conv2d)):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
                 fan_in = module.weight[0].numel()

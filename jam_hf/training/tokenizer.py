@@ -13,20 +13,24 @@ from transformers import PreTrainedTokenizerFast
 
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 
+# What the assistant writes, its end included, is marked, so that a trainer can learn from that alone (assistant_only_loss).
 CHAT_TEMPLATE = (
+    "{% macro written(content) %}"
+    "{% if content is string %}{{ content }}"
+    "{% else %}{% for part in content %}"
+    "{% if part['type'] == 'image' %}{{ '<image>' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}"
+    "{% else %}{{ raise_exception('a part of a message must be text or image, got ' + part['type']) }}{% endif %}"
+    "{% endfor %}{% endif %}{% endmacro %}"
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
     "{{ raise_exception('role must be system, user or assistant, got ' + message['role']) }}{% endif %}"
     "{% if message['content'] is not defined or message['content'] is none %}"
     "{{ raise_exception('a message has no content; expected a text, or a list of parts') }}{% endif %}"
     "{{ '<|' + message['role'] + '|>' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<image>' }}"
-    "{% elif part['type'] == 'text' %}{{ part['text'] }}"
-    "{% else %}{{ raise_exception('a part of a message must be text or image, got ' + part['type']) }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ written(message['content']) }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ written(message['content']) }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
