@@ -12,6 +12,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .sharding_jam import tensor_parallel_plan
+
 
 FUSION_MODES = ("uniform", "width", "cross")
 CROSS_FORMS = ("preserving", "paper")
@@ -357,6 +359,11 @@ class JamConfig(PreTrainedConfig):
     def per_layer_config(self, value: Any) -> None:
         if value is not None:
             raise ValueError("JamConfig: per-layer overrides are not supported; set them in text_config or image_config.")
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """Tensor parallel styles by the names of a [`JamModel`]'s modules, see sharding_jam.py."""
+        return tensor_parallel_plan(self)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The JAM is the language model: vocabulary and caches are its own, not one stream's."""

@@ -48,8 +48,6 @@ class JamModel(JamPreTrainedModel):
     @torch.no_grad()
     def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.LongTensor:
         """Pixels to image token ids: float `[P, 3, H, W]` in [-1, 1] -> int64 `[P, N]` (codes + `image_token_offset`)."""
-        if isinstance(pixel_values, torch.Tensor):
-            pixel_values = pixel_values.to(self.vq_model.device)
         return self.vq_model.encode(pixel_values) + self.config.image_token_offset
 
     @torch.no_grad()
@@ -64,7 +62,7 @@ class JamModel(JamPreTrainedModel):
         if tokens.is_floating_point() or (tokens.numel() and (tokens.min() < first or tokens.max() >= last)):
             found = tokens.dtype if tokens.is_floating_point() else f"{int(tokens.min())}..{int(tokens.max())}"
             raise ValueError(f"image_tokens must be the ids of image codes, {first}..{last - 1}, got {found}.")
-        return self.vq_model.decode(tokens.to(self.vq_model.device) - first).clamp(-1.0, 1.0)
+        return self.vq_model.decode(tokens - first).clamp(-1.0, 1.0)
 
     def insert_image_tokens(self, input_ids: torch.LongTensor, pixel_values: torch.Tensor) -> torch.LongTensor:
         """Replace the placeholders `<image>` of `input_ids` `[B, T]` by the codes of the pictures, in reading order.
@@ -134,6 +132,9 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
     `lm_head` is the one output projection. In the preserving cross form it reads the text stream, and the columns of the
     image codes come from `image_head`, which reads the image stream.
     """
+
+    _tp_plan = {"lm_head": "colwise_gather_output", "image_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight", "image_head": "keep_full_weight"}
 
     def __init__(self, config: JamConfig):
         super().__init__(config)

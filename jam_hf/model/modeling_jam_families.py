@@ -32,7 +32,17 @@ class JamFeedForward(nn.Module):
         return self.down_proj(self.act_fn(self.up_proj(hidden_BTD)))
 
 
-class LlamaStem(nn.Module):
+class Stem(nn.Module):
+    """What surrounds the layers of a decoder. Its parts are called through `forward`, `stem("finish", states)`.
+
+    Device maps and offloading bring inputs to a module's device, and weights to it, by hooks around `forward`.
+    """
+
+    def forward(self, part: str, *args: Any) -> Any:
+        return getattr(self, part)(*args)
+
+
+class LlamaStem(Stem):
     """What a Llama decoder does before its first and after its last layer, under Llama's own parameter names."""
 
     def __init__(self, config: PreTrainedConfig, has_final_norm: bool, has_positions: bool):
@@ -57,7 +67,7 @@ class LlamaStem(nn.Module):
         return self.norm(hidden_BTD)
 
 
-class OPTStem(nn.Module):
+class OPTStem(Stem):
     """What an OPT decoder does before its first and after its last layer, under OPT's own parameter names."""
 
     def __init__(self, config: PreTrainedConfig, has_final_norm: bool, has_positions: bool):
@@ -109,12 +119,15 @@ class Family:
     decoder: the whole decoder (uniform, width). layer: one layer of it (cross). stem: what surrounds the layers (cross).
     norm, feed_forward: makers of a norm and of a bias-free FFN of the family, for the cross blocks.
     decoder_path: where the decoder sits in a checkpoint of the parent's causal LM.
+    stem_first: whether the stem's weights stand before the layers or behind them, as in the stock decoder; a device map goes
+        by that order.
     """
 
     decoder: type
     layer: type
     stem: type
     decoder_path: str
+    stem_first: bool
 
     def norm(self, config: PreTrainedConfig) -> nn.Module:
         if self is FAMILIES["llama"]:
@@ -131,8 +144,8 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(LlamaModel, LlamaDecoderLayer, LlamaStem, "model."),
-    "opt": Family(OPTDecoder, OPTDecoderLayer, OPTStem, "model.decoder."),
+    "llama": Family(LlamaModel, LlamaDecoderLayer, LlamaStem, "model.", stem_first=False),
+    "opt": Family(OPTDecoder, OPTDecoderLayer, OPTStem, "model.decoder.", stem_first=True),
 }
 
 
