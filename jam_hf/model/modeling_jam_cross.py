@@ -228,7 +228,7 @@ class JamPreTrainedModel(PreTrainedModel):
         """
         if distributed_config is not None and distributed_config.pp_size > 1:
             raise ValueError(
-                f"A JAM has no pipeline parallel plan (pp_size={distributed_config.pp_size} was asked for). To spread its depths "
+                f"A JAM has no pipeline parallel plan (pp_size={distributed_config.pp_size} was asked for). To spread depths "
                 "over devices use device_map='auto'; to split its weights use tp_size or fsdp_size."
             )
         if distributed_config is not None and distributed_config.tp_size > 1:
@@ -338,7 +338,7 @@ class JamCrossDecoder(JamPreTrainedModel):
                 positions = stem.position_ids(embeds, attention_mask, past_key_values)
             if stem is self.image_stem and self.output_projection is not None:
                 embeds = streams[0][0]  # the paper's form: the same embedding plus position table feeds both [A]
-            states = stem("embed", embeds, positions)
+            states = stem.embed(embeds, positions)
             mask = create_causal_mask(
                 config=config,
                 inputs_embeds=states,
@@ -346,7 +346,7 @@ class JamCrossDecoder(JamPreTrainedModel):
                 past_key_values=past_key_values,
                 position_ids=positions,
             )
-            stream_kwargs = {"attention_mask": mask, "position_ids": positions, **stem("layer_kwargs", states, positions)}
+            stream_kwargs = {"attention_mask": mask, "position_ids": positions, **stem.layer_kwargs(states, positions)}
             streams.append((states, stream_kwargs))
         (text_states, text_kwargs), (image_states, image_kwargs) = streams
 
@@ -365,11 +365,11 @@ class JamCrossDecoder(JamPreTrainedModel):
             # "Final states" are those of the last layers, before any norm; the one LayerNorm that follows is the text
             # parent's [R].
             fused = self.output_projection(torch.cat((text_states, image_states), dim=-1))
-            return JamModelOutputWithPast(last_hidden_state=self.text_stem("finish", fused), past_key_values=past_key_values)
+            return JamModelOutputWithPast(last_hidden_state=self.text_stem.finish(fused), past_key_values=past_key_values)
         return JamModelOutputWithPast(
-            last_hidden_state=self.text_stem("finish", text_states),
+            last_hidden_state=self.text_stem.finish(text_states),
             past_key_values=past_key_values,
-            image_last_hidden_state=self.image_stem("finish", image_states),
+            image_last_hidden_state=self.image_stem.finish(image_states),
         )
 
 

@@ -33,9 +33,10 @@ class JamFeedForward(nn.Module):
 
 
 class Stem(nn.Module):
-    """What surrounds the layers of a decoder. Its parts are called through `forward`, `stem("finish", states)`.
+    """What surrounds the layers of a decoder. What touches weights goes through `forward`, and nothing else does.
 
-    Device maps and offloading bring inputs to a module's device, and weights to it, by hooks around `forward`.
+    Device maps and offloading bring inputs to a module's device, and weights to it, by hooks around `forward`; what goes
+    through it without need would travel between devices without need.
     """
 
     def forward(self, part: str, *args: Any) -> Any:
@@ -61,10 +62,11 @@ class LlamaStem(Stem):
         return inputs_embeds_BTE
 
     def layer_kwargs(self, hidden_BTD: torch.Tensor, position_ids: torch.LongTensor) -> dict[str, Any]:
-        return {"position_embeddings": self.rotary_emb(hidden_BTD, position_ids=position_ids)}
+        # Of the states only dtype and device are read.
+        return {"position_embeddings": self("rotary_emb", hidden_BTD[:1, :1, :1], position_ids)}
 
     def finish(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        return self.norm(hidden_BTD)
+        return self("norm", hidden_BTD)
 
 
 class OPTStem(Stem):
@@ -100,6 +102,9 @@ class OPTStem(Stem):
     def embed(self, inputs_embeds_BTE: torch.Tensor, position_ids: torch.LongTensor) -> torch.Tensor:
         if self.embed_positions is None:  # the paper's form: the text stream's embedding, positions included, feeds both
             return inputs_embeds_BTE
+        return self("_embed", inputs_embeds_BTE, position_ids)
+
+    def _embed(self, inputs_embeds_BTE: torch.Tensor, position_ids: torch.LongTensor) -> torch.Tensor:
         hidden_BTD = inputs_embeds_BTE if self.project_in is None else self.project_in(inputs_embeds_BTE)
         return hidden_BTD + self.embed_positions(None, 0, position_ids=position_ids).to(hidden_BTD.device)
 
@@ -107,6 +112,11 @@ class OPTStem(Stem):
         return {}
 
     def finish(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        if self.final_layer_norm is None and self.project_out is None:
+            return hidden_BTD
+        return self("_finish", hidden_BTD)
+
+    def _finish(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         if self.final_layer_norm is not None:
             hidden_BTD = self.final_layer_norm(hidden_BTD)
         return hidden_BTD if self.project_out is None else self.project_out(hidden_BTD)

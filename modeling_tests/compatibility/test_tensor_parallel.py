@@ -1,4 +1,4 @@
-"""Tensor parallelism, `tp_plan="auto"`: two processes compute what one does. The oracle is the same checkpoint in one process."""
+"""Tensor parallelism, `tp_plan="auto"`: two processes compute what one does, which is the oracle."""
 
 import copy
 import traceback
