@@ -12,6 +12,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .sharding_jam import tensor_parallel_plan
+
 
 FUSION_MODES = ("uniform", "width", "cross")
 CROSS_FORMS = ("preserving", "paper")
@@ -358,40 +360,15 @@ class JamConfig(PreTrainedConfig):
         if value is not None:
             raise ValueError("JamConfig: per-layer overrides are not supported; set them in text_config or image_config.")
 
-    # ----- parallel plans -----------------------------------------------------------------------------------------------
-    # Of the whole model, in the names of JamModel. transformers reads them where it shards a model while loading it
-    # (`DistributedConfig(tp_size=2)`, `DistributedConfig(fsdp_size=2)`).
-
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
-        """Tensor parallelism: the decoders' own plans, and heads and FFNs of the cross blocks split the same way."""
-        plan = {"language_model.embed_tokens": "embedding_rowwise"}
-        for prefix, config in self._streams():
-            plan |= {f"language_model.layers.*.{prefix}{name}": style for name, style in _layer_tp_plan(config).items()}
-        for prefix, config in self._streams() if self.cross_attention_layers else ():
-            block = f"language_model.layers.*.{prefix.removesuffix('layer.')}cross."
-            plan |= {f"{block}mlp.up_proj": "colwise", f"{block}mlp.down_proj": "rowwise"}
-            if config.model_type == "llama":
-                plan[f"{block}mlp.gate_proj"] = "colwise"
-            if "self_attn.k_proj" in _layer_tp_plan(config):  # caches are sized for all attentions alike
-                plan |= {f"{block}cross_attn.{name}_proj": "colwise" for name in "qkv"}
-                plan[f"{block}cross_attn.o_proj"] = "rowwise"
-        return plan
+        """Tensor parallel styles by the names of a [`JamModel`]'s modules, see sharding_jam.py."""
+        return tensor_parallel_plan(self)
 
     @property
     def base_model_fsdp_plan(self) -> dict[str, str]:
-        """FSDP2: one unit for the embedding, for every depth and for the frozen image tokenizer."""
-        return {
-            "language_model.embed_tokens": "free_full_weight",
-            "language_model.layers.*": "free_full_weight",
-            "vq_model": "free_full_weight",
-        }
-
-    def _streams(self) -> list[tuple[str, PreTrainedConfig]]:
-        """Each decoder's config, and what its layers are called below a depth."""
-        if self.fusion_mode != "cross":
-            return [("", self.text_config)]
-        return [("text_layer.", self.text_config), ("image_layer.", self.image_config)]
+        """FSDP2 styles by the same names: one unit for the embedding, for every depth and for the frozen image tokenizer."""
+        return dict.fromkeys(("language_model.embed_tokens", "language_model.layers.*", "vq_model"), "free_full_weight")
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The JAM is the language model: vocabulary and caches are its own, not one stream's."""
@@ -452,17 +429,6 @@ class JamConfig(PreTrainedConfig):
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"JamConfig: `{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-
-
-def _layer_tp_plan(config: PreTrainedConfig) -> dict[str, str]:
-    """How a stock layer of this family is split, in the layer's own names.
-
-    OPT brings no plan, and its attention counts on all of its heads, so that its FFN alone is split.
-    """
-    if config.model_type == "opt":
-        return {"fc1": "colwise", "fc2": "rowwise"}
-    prefix = "layers.*."
-    return {name.removeprefix(prefix): s for name, s in config.base_model_tp_plan.items() if name.startswith(prefix)}
 
 
 def _delegate(name: str) -> property:

@@ -53,8 +53,6 @@ class JamModel(JamPreTrainedModel):
     @torch.no_grad()
     def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.LongTensor:
         """Pixels to image token ids: float `[P, 3, H, W]` in [-1, 1] -> int64 `[P, N]` (codes + `image_token_offset`)."""
-        if isinstance(pixel_values, torch.Tensor):
-            pixel_values = pixel_values.to(self.vq_model.device)
         return self.vq_model.encode(pixel_values) + self.config.image_token_offset
 
     @torch.no_grad()
@@ -69,7 +67,7 @@ class JamModel(JamPreTrainedModel):
         if tokens.is_floating_point() or (tokens.numel() and (tokens.min() < first or tokens.max() >= last)):
             found = tokens.dtype if tokens.is_floating_point() else f"{int(tokens.min())}..{int(tokens.max())}"
             raise ValueError(f"image_tokens must be the ids of image codes, {first}..{last - 1}, got {found}.")
-        return self.vq_model.decode(tokens.to(self.vq_model.device) - first).clamp(-1.0, 1.0)
+        return self.vq_model.decode(tokens - first).clamp(-1.0, 1.0)
 
     def insert_image_tokens(self, input_ids: torch.LongTensor, pixel_values: torch.Tensor) -> torch.LongTensor:
         """Replace the placeholders `<image>` of `input_ids` `[B, T]` by the codes of the pictures, in reading order.
@@ -157,6 +155,9 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
     image codes come from `image_head`, which reads the image stream.
     """
 
+    _tp_plan = {"lm_head": "colwise_gather_output", "image_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight", "image_head": "keep_full_weight"}
+
     def __init__(self, config: JamConfig):
         super().__init__(config)
         self.model = JamModel(config)
@@ -168,14 +169,6 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
         if len(config.embedding_sizes) == 2:
             self.image_head = nn.Linear(config.embedding_sizes[1], config.num_image_tokens, bias=False)
         self.post_init()
-
-    def init_parallel_plans(self) -> None:
-        """As in `PreTrainedModel`: the base model's plans, and both heads split over the vocabulary."""
-        super().init_parallel_plans()
-        for name in ("lm_head", "image_head"):
-            if getattr(self, name) is not None:
-                self._tp_plan[name] = "colwise_gather_output"
-                self._fsdp_plan[name] = "keep_full_weight"
 
     def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.LongTensor:
         """See [`JamModel.get_image_tokens`]."""

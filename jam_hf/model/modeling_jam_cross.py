@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
@@ -27,6 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_jam import JamConfig
 from .modeling_jam_families import family_of
+from .sharding_jam import tensor_parallel_plan
 
 
 class ZeroInitLinear(nn.Linear):
@@ -188,7 +190,6 @@ class JamPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     input_modalities = ("image", "text")
-    _no_split_modules = ["JamCrossDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["vq_model"]  # in half precision, near ties between codes would flip
     _supports_flash_attn = True
@@ -208,12 +209,43 @@ class JamPreTrainedModel(PreTrainedModel):
         return loaded
 
     def init_parallel_plans(self) -> None:
-        """As in `PreTrainedModel`, but the plans of `JamConfig`, which name modules of the whole model, are all there is."""
+        """As in `PreTrainedModel`, without the rules of parts that this model has not.
+
+        Every config brings rules for the names of a plain decoder (`embed_tokens`, `layers.*`, `norm`); a JAM's parts have
+        others. There is no pipeline parallel plan: transformers' pipelines pass one hidden state from process to process.
+        """
         super().init_parallel_plans()
-        if self.base_model is self:
-            whole = type(self).__name__ == "JamModel"  # and no plan of its own for a part of it
-            self._tp_plan = dict(self.config.base_model_tp_plan) if whole else {}
-            self._fsdp_plan = dict(self.config.base_model_fsdp_plan) if whole else {}
+        names = {replace_layer_number_by_wildcard(name) for name, _ in self.named_modules()}
+        self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in names}
+        self._fsdp_plan = {name: style for name, style in self._fsdp_plan.items() if name in names}
+        self._pp_plan = {}
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in `PreTrainedModel`; attentions whose heads the processes cannot share out evenly are computed whole in each.
+
+        Raises:
+            ValueError: if pipeline parallelism is asked for.
+        """
+        if distributed_config is not None and distributed_config.pp_size > 1:
+            raise ValueError(
+                f"A JAM has no pipeline parallel plan (pp_size={distributed_config.pp_size} was asked for). To spread depths "
+                "over devices use device_map='auto'; to split its weights use tp_size or fsdp_size."
+            )
+        if distributed_config is not None and distributed_config.tp_size > 1:
+            prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+            rules = tensor_parallel_plan(model.config, distributed_config.tp_size)
+            model.tp_plan = {name: rules.get(name.removeprefix(prefix), style) for name, style in model.tp_plan.items()}
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
+
+    def _resolve_parallel_plans(self, distributed_config: Any) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+        """As in `PreTrainedModel`; in half precision too, the float32 image tokenizer stays one FSDP2 unit.
+
+        Its codebook is read by the quantiser around it, so that it cannot be a unit of its own.
+        """
+        tp_plan, ep_plan, fsdp_plan = super()._resolve_parallel_plans(distributed_config)
+        inside = ("vq_model.", "model.vq_model.")
+        return tp_plan, ep_plan, {name: style for name, style in fsdp_plan.items() if not name.startswith(inside)}
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in `PreTrainedModel`; a vocabulary that would end before the last image code is refused."""
@@ -245,6 +277,7 @@ class JamPreTrainedModel(PreTrainedModel):
 class JamCrossDecoder(JamPreTrainedModel):
     """The two streams of a JAM-Cross, from embeddings to final states."""
 
+    _no_split_modules = ["JamCrossDecoderLayer"]
     _can_record_outputs = {
         "hidden_states": OutputRecorder(JamCrossDecoderLayer, index=0),
         "attentions": OutputRecorder(None, index=1, class_name="text_layer.self_attn"),
@@ -263,9 +296,17 @@ class JamCrossDecoder(JamPreTrainedModel):
         paper = config.cross_form == "paper"
         # One row holds the text stream's embedding and, in the preserving form, the image stream's beside it.
         self.embed_tokens = nn.Embedding(config.vocab_size, sum(config.embedding_sizes), config.pad_token_id)
-        self.text_stem = family_of(text).stem(text, has_final_norm=True, has_positions=True)
-        self.image_stem = family_of(image).stem(image, has_final_norm=not paper, has_positions=not paper)
+        stems = {
+            "text_stem": family_of(text).stem(text, has_final_norm=True, has_positions=True),
+            "image_stem": family_of(image).stem(image, has_final_norm=not paper, has_positions=not paper),
+        }
+        first = {"text_stem": family_of(text).stem_first, "image_stem": family_of(image).stem_first}
+        # A device map fills device after device in the order of registration.
+        for name in (name for name in stems if first[name]):
+            self.add_module(name, stems[name])
         self.layers = nn.ModuleList([JamCrossDecoderLayer(config, depth) for depth in range(config.num_hidden_layers)])
+        for name in (name for name in stems if not first[name]):
+            self.add_module(name, stems[name])
         self.output_projection = (
             JamOutputProjection(text.hidden_size + image.hidden_size, text.hidden_size, bias=False) if paper else None
         )

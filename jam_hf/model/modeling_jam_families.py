@@ -32,7 +32,18 @@ class JamFeedForward(nn.Module):
         return self.down_proj(self.act_fn(self.up_proj(hidden_BTD)))
 
 
-class LlamaStem(nn.Module):
+class Stem(nn.Module):
+    """What surrounds the layers of a decoder. What touches weights goes through `forward`, and nothing else does.
+
+    Device maps and offloading bring inputs to a module's device, and weights to it, by hooks around `forward`; what goes
+    through it without need would travel between devices without need.
+    """
+
+    def forward(self, part: str, *args: Any) -> Any:
+        return getattr(self, part)(*args)
+
+
+class LlamaStem(Stem):
     """What a Llama decoder does before its first and after its last layer, under Llama's own parameter names."""
 
     def __init__(self, config: PreTrainedConfig, has_final_norm: bool, has_positions: bool):
@@ -51,13 +62,14 @@ class LlamaStem(nn.Module):
         return inputs_embeds_BTE
 
     def layer_kwargs(self, hidden_BTD: torch.Tensor, position_ids: torch.LongTensor) -> dict[str, Any]:
-        return {"position_embeddings": self.rotary_emb(hidden_BTD, position_ids=position_ids)}
+        # Of the states only dtype and device are read.
+        return {"position_embeddings": self("rotary_emb", hidden_BTD[:1, :1, :1], position_ids)}
 
     def finish(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        return self.norm(hidden_BTD)
+        return self("norm", hidden_BTD)
 
 
-class OPTStem(nn.Module):
+class OPTStem(Stem):
     """What an OPT decoder does before its first and after its last layer, under OPT's own parameter names."""
 
     def __init__(self, config: PreTrainedConfig, has_final_norm: bool, has_positions: bool):
@@ -90,6 +102,9 @@ class OPTStem(nn.Module):
     def embed(self, inputs_embeds_BTE: torch.Tensor, position_ids: torch.LongTensor) -> torch.Tensor:
         if self.embed_positions is None:  # the paper's form: the text stream's embedding, positions included, feeds both
             return inputs_embeds_BTE
+        return self("_embed", inputs_embeds_BTE, position_ids)
+
+    def _embed(self, inputs_embeds_BTE: torch.Tensor, position_ids: torch.LongTensor) -> torch.Tensor:
         hidden_BTD = inputs_embeds_BTE if self.project_in is None else self.project_in(inputs_embeds_BTE)
         return hidden_BTD + self.embed_positions(None, 0, position_ids=position_ids).to(hidden_BTD.device)
 
@@ -97,6 +112,11 @@ class OPTStem(nn.Module):
         return {}
 
     def finish(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        if self.final_layer_norm is None and self.project_out is None:
+            return hidden_BTD
+        return self("_finish", hidden_BTD)
+
+    def _finish(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         if self.final_layer_norm is not None:
             hidden_BTD = self.final_layer_norm(hidden_BTD)
         return hidden_BTD if self.project_out is None else self.project_out(hidden_BTD)
@@ -109,12 +129,15 @@ class Family:
     decoder: the whole decoder (uniform, width). layer: one layer of it (cross). stem: what surrounds the layers (cross).
     norm, feed_forward: makers of a norm and of a bias-free FFN of the family, for the cross blocks.
     decoder_path: where the decoder sits in a checkpoint of the parent's causal LM.
+    stem_first: whether the stem's weights stand before the layers or behind them, as in the stock decoder; a device map goes
+        by that order.
     """
 
     decoder: type
     layer: type
     stem: type
     decoder_path: str
+    stem_first: bool
 
     def norm(self, config: PreTrainedConfig) -> nn.Module:
         if self is FAMILIES["llama"]:
@@ -131,8 +154,8 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(LlamaModel, LlamaDecoderLayer, LlamaStem, "model."),
-    "opt": Family(OPTDecoder, OPTDecoderLayer, OPTStem, "model.decoder."),
+    "llama": Family(LlamaModel, LlamaDecoderLayer, LlamaStem, "model.", stem_first=False),
+    "opt": Family(OPTDecoder, OPTDecoderLayer, OPTStem, "model.decoder.", stem_first=True),
 }
 
 

@@ -48,7 +48,7 @@ class JamVQModel(PreTrainedModel):
     base_model_prefix = "vq_model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _no_split_modules = ["VQModel"]
+    _no_split_modules = ["JamVQModel"]
     # diffusers chooses how its one attention layer is computed: whatever the decoders are asked to use is fine here.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
@@ -116,9 +116,7 @@ class JamVQModel(PreTrainedModel):
             ValueError: on another shape or dtype, or values outside [-1, 1].
         """
         self._check_pixels(pixel_values)
-        latents_BEGG = self.vq.encode(pixel_values.to(self.dtype)).latents
-        _, _, (_, _, codes) = self.vq.quantize(latents_BEGG)
-        return codes.view(pixel_values.shape[0], -1)
+        return self(pixel_values, return_codes=True)
 
     @torch.no_grad()
     def decode(self, codes: torch.LongTensor) -> torch.Tensor:
@@ -141,13 +139,45 @@ class JamVQModel(PreTrainedModel):
                 f"codes must be in 0..{self.config.num_vq_embeddings - 1}, got {int(codes.min())}..{int(codes.max())}. "
                 "Token ids must have `image_token_offset` subtracted first."
             )
-        grid, size = self.config.grid_size, self.vq.quantize.embedding.weight.shape[1]
-        quantised_BEGG = self.vq.quantize.get_codebook_entry(codes.reshape(-1), (codes.shape[0], grid, grid, size))
-        return self.vq.decode(quantised_BEGG, force_not_quantize=True).sample
+        return self(codes=codes)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Reconstruct pixels `[B, C, H, W]` through the codes; for training, use `self.vq` itself."""
-        return self.decode(self.encode(pixel_values))
+    @torch.no_grad()
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        codes: torch.LongTensor | None = None,
+        return_codes: bool = False,
+    ) -> torch.Tensor:
+        """Reconstruct pixels `[B, C, H, W]` through the codes; for training, use `self.vq` itself.
+
+        `encode` and `decode`, which check their input, are its two halves (`return_codes`, `codes`). They come through here
+        because offloading, device maps and FSDP reach weights by hooks around `forward`.
+        """
+        device = self.device
+        with torch.autocast(device.type if device.type != "meta" else "cpu", enabled=False):
+            if codes is None:
+                self._check_pixels(pixel_values)
+                codes = self._nearest_codes(self._moved(pixel_values))
+                if return_codes:
+                    return codes
+            codes, grid = self._moved(codes), self.config.grid_size
+            size = self.vq.quantize.vq_embed_dim
+            quantised_BEGG = self.vq.quantize.get_codebook_entry(codes.reshape(-1), (codes.shape[0], grid, grid, size))
+            return self.vq.decode(quantised_BEGG, force_not_quantize=True).sample
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """To the weights' device; where they are offloaded, the hooks of each module move its input."""
+        return tensor if self.device.type == "meta" else tensor.to(self.device)
+
+    def _nearest_codes(self, pixel_values: torch.Tensor) -> torch.LongTensor:
+        """`[B, C, H, W]` -> `[B, N]`: what `diffusers.VectorQuantizer` finds, with the codebook read through its module.
+
+        diffusers reads `embedding.weight` itself, which is empty where the weights are offloaded.
+        """
+        latents_BEGG = self.vq.encode(pixel_values.to(self.dtype)).latents
+        latents_XE = latents_BEGG.permute(0, 2, 3, 1).reshape(-1, latents_BEGG.shape[1])
+        codebook_KE = self.vq.quantize.embedding(torch.arange(self.config.num_vq_embeddings, device=latents_XE.device))
+        return torch.cdist(latents_XE, codebook_KE).argmin(dim=1).view(latents_BEGG.shape[0], -1)
 
 
 __all__ = ["JamVQModel"]
