@@ -184,7 +184,7 @@ def test_an_offloaded_model_is_the_same_model(mode, form, family, offloaded, tmp
     ids[:, 3 : 3 + length] = model.config.image_token_id
     pixels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
     codes = model.get_image_tokens(pixels)
-    assert codes.unique().numel() > 2
+    assert codes.unique().numel() > 1
     assert torch.equal(spread.get_image_tokens(pixels), codes)
     inputs = {"input_ids": ids, "pixel_values": pixels}
     assert torch.equal(spread(**inputs).logits, model(**inputs).logits)
