@@ -289,6 +289,7 @@ def jam_config(
     text, image, vq = copy.deepcopy(text), copy.deepcopy(image), copy.deepcopy(vq)
     for config in (text, image, vq):
         config.name_or_path = ""  # where a parent lay on this machine is nobody else's business
+        config.__dict__.pop("auto_map", None)  # the code is the JAM's
     tied = bool(text.tie_word_embeddings and image.tie_word_embeddings)
     if mode == "cross":
         preserving = init == "preserving"

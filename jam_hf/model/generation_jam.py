@@ -72,6 +72,28 @@ class PictureGrammar:
         after_code = codes_BT[:, -2] if codes_BT.shape[1] > 1 else torch.zeros_like(is_break)
         return PictureState((num_codes > 0) | (is_break & ~after_code), num_codes, is_break & after_code)
 
+    def last_pictures(self, sequences: torch.LongTensor) -> torch.LongTensor:
+        """The codes of the last complete picture of each row: int64 `[B, T]`, as `generate()` returns it, to int64 `[B, N]`.
+
+        Raises:
+            ValueError: if a row has no complete picture (`<break>`, N codes, `<break>`).
+        """
+        size, pictures = self.image_seq_length, []
+        codes_BT = (sequences >= self.first_code) & (sequences <= self.last_code)
+        breaks_BT = sequences == self.break_token_id
+        for row in range(sequences.shape[0]):
+            for end in reversed(breaks_BT[row].nonzero().flatten().tolist()):
+                start = end - size
+                if start > 0 and breaks_BT[row, start - 1] and bool(codes_BT[row, start:end].all()):
+                    pictures.append(sequences[row, start:end])
+                    break
+            else:
+                raise ValueError(
+                    f"Row {row} of the written ids has no complete picture (<break>, {size} codes, <break>). Expected what "
+                    "generate(generation_mode='image') returns; post_process_interleaved takes documents of any kind apart."
+                )
+        return torch.stack(pictures)
+
     def allowed(
         self, input_ids: torch.LongTensor, vocab_size: int, mode: str, prompt_length: int, max_length: int
     ) -> torch.Tensor:
@@ -204,6 +226,16 @@ class PictureGuidanceLogitsProcessor(LogitsProcessor):
 class JamGenerationMixin(GenerationMixin):
     """`generate()` with pictures: everything of `GenerationMixin`, plus `generation_mode` and guidance inside pictures."""
 
+    output_modalities = ("image", "text")
+    _pipeline_task: str | None = None  # of the transformers pipeline that loaded the model
+
+    def adjust_generation_fn(
+        self, generation_config: Any, from_auto_class: bool, from_pipeline: str | None, *args: Any, **kwargs: Any
+    ) -> None:
+        """As in `GenerationMixin`, which reads the generation config; what a pipeline loads remembers the task."""
+        super().adjust_generation_fn(generation_config, from_auto_class, from_pipeline, *args, **kwargs)
+        self._pipeline_task = from_pipeline
+
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """Write text, pictures, or both.
@@ -217,6 +249,10 @@ class JamGenerationMixin(GenerationMixin):
             Everything else as in `GenerationMixin.generate`. Pictures of the prompt come back as their codes. Where neither
             `max_new_tokens` nor `max_length` is set, a document may fill the model's positions; "image" mode makes its picture.
             Inside a picture the grammar outranks other processors that would leave a row nothing to go on with.
+
+            A model that `pipeline(...)` has loaded writes text unless it is told otherwise, since a pipeline can show either
+            text or a picture; and where the pipeline's own `max_new_tokens` is too small for a picture, "image" mode takes what
+            a picture needs.
         Raises:
             ValueError: on an unknown mode or guidance scale, placeholders without pictures, or no room for a picture in
                 "image" mode.
@@ -225,6 +261,11 @@ class JamGenerationMixin(GenerationMixin):
         if not hasattr(defaults, "generation_mode"):
             defaults.generation_mode = None
         mode = kwargs.get("generation_mode", getattr(generation_config, "generation_mode", defaults.generation_mode))
+        if self._pipeline_task is not None:
+            if mode == "interleaved" and "generation_mode" not in kwargs:
+                mode = kwargs["generation_mode"] = "text"
+            elif mode == "image" and kwargs.get("max_new_tokens") is not None:
+                kwargs["max_new_tokens"] = max(kwargs["max_new_tokens"], self.config.image_seq_length + 2)
         if mode is not None and mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode must be one of {', '.join(map(repr, GENERATION_MODES))}, got {mode!r}.")
         if kwargs.get("negative_prompt_ids") is not None:
