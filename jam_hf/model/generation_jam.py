@@ -227,14 +227,6 @@ class JamGenerationMixin(GenerationMixin):
     """`generate()` with pictures: everything of `GenerationMixin`, plus `generation_mode` and guidance inside pictures."""
 
     output_modalities = ("image", "text")
-    _pipeline_task: str | None = None  # of the transformers pipeline that loaded the model
-
-    def adjust_generation_fn(
-        self, generation_config: Any, from_auto_class: bool, from_pipeline: str | None, *args: Any, **kwargs: Any
-    ) -> None:
-        """As in `GenerationMixin`, which reads the generation config; what a pipeline loads remembers the task."""
-        super().adjust_generation_fn(generation_config, from_auto_class, from_pipeline, *args, **kwargs)
-        self._pipeline_task = from_pipeline
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
@@ -250,9 +242,8 @@ class JamGenerationMixin(GenerationMixin):
             `max_new_tokens` nor `max_length` is set, a document may fill the model's positions; "image" mode makes its picture.
             Inside a picture the grammar outranks other processors that would leave a row nothing to go on with.
 
-            A model that `pipeline(...)` has loaded writes text unless it is told otherwise, since a pipeline can show either
-            text or a picture; and where the pipeline's own `max_new_tokens` is too small for a picture, "image" mode takes what
-            a picture needs.
+            Pipelines take the mode from the generation config: `pipe.model.generation_config.generation_mode = "text"` makes them
+            write text only. `pipeline("any-to-any")(..., generation_mode="image", max_new_tokens=N + 2)` draws.
         Raises:
             ValueError: on an unknown mode or guidance scale, placeholders without pictures, or no room for a picture in
                 "image" mode.
@@ -261,11 +252,6 @@ class JamGenerationMixin(GenerationMixin):
         if not hasattr(defaults, "generation_mode"):
             defaults.generation_mode = None
         mode = kwargs.get("generation_mode", getattr(generation_config, "generation_mode", defaults.generation_mode))
-        if self._pipeline_task is not None:
-            if mode == "interleaved" and "generation_mode" not in kwargs:
-                mode = kwargs["generation_mode"] = "text"
-            elif mode == "image" and kwargs.get("max_new_tokens") is not None:
-                kwargs["max_new_tokens"] = max(kwargs["max_new_tokens"], self.config.image_seq_length + 2)
         if mode is not None and mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode must be one of {', '.join(map(repr, GENERATION_MODES))}, got {mode!r}.")
         if kwargs.get("negative_prompt_ids") is not None:
