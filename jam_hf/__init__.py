@@ -8,6 +8,8 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
     AutoTokenizer,
     PreTrainedTokenizerFast,
@@ -27,7 +29,8 @@ def _register() -> None:
     AutoConfig.register(JamVQConfig.model_type, JamVQConfig, exist_ok=True)
     AutoModel.register(JamConfig, JamModel, exist_ok=True)
     AutoModel.register(JamVQConfig, JamVQModel, exist_ok=True)
-    AutoModelForCausalLM.register(JamConfig, JamForCausalLM, exist_ok=True)
+    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto_class.register(JamConfig, JamForCausalLM, exist_ok=True)
     AutoProcessor.register(JamConfig, JamProcessor, exist_ok=True)
     AutoImageProcessor.register(JamConfig, image_processor_classes={"pil": JamImageProcessor}, exist_ok=True)
     AutoTokenizer.register(JamConfig, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)

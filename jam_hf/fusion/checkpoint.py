@@ -37,6 +37,7 @@ class Parent:
         self.role = role
         self._state: dict[str, torch.Tensor] | None = None
         self._files: dict[str, Path] = {}
+        self.hub_id: str | None = None  # where the parent can be found by others
         if isinstance(source, PreTrainedModel):
             self.name, self.folder = source.name_or_path or type(source).__name__, None
             self.config: PreTrainedConfig = source.config
@@ -44,6 +45,7 @@ class Parent:
             return
         self.name = str(source)
         self.folder = _resolve_folder(source, role, revision)
+        self.hub_id = None if Path(source).is_dir() else str(source)
         self.config = AutoConfig.from_pretrained(self.folder)
         self._files = _tensor_files(self.folder, role)
 

@@ -29,6 +29,7 @@ from ..model.modeling_jam_vq import JamVQModel
 from ..model.processing_jam import JamProcessor
 from . import inits, tables
 from .checkpoint import Parent, write_tensors
+from .model_card import model_card
 
 
 DEFAULT_INIT = {"uniform": "average", "width": "copy", "cross": "preserving"}
@@ -92,7 +93,8 @@ def fuse(
         max_shard_size: as in `save_pretrained`. overwrite: a non-empty `output_dir` is refused, unless `overwrite`, which
             replaces the whole folder once the new one is complete.
     Returns:
-        the path of the checkpoint: config, generation config, safetensors, tokenizer and processor.
+        the path of the checkpoint: config, generation config, safetensors, tokenizer and processor, the code that loads it
+        elsewhere, and a model card.
     Raises:
         ValueError: if the parents do not fit; the message names both. FileExistsError: if `output_dir` is in use.
     """
@@ -137,6 +139,7 @@ def fuse(
             break_token=break_token,
         )
         processor.save_pretrained(folder)
+        (folder / "README.md").write_text(model_card(config, init, text.hub_id, image.hub_id), encoding="utf-8")
     return Path(output_dir)
 
 
@@ -289,6 +292,7 @@ def jam_config(
     text, image, vq = copy.deepcopy(text), copy.deepcopy(image), copy.deepcopy(vq)
     for config in (text, image, vq):
         config.name_or_path = ""  # where a parent lay on this machine is nobody else's business
+        config.__dict__.pop("auto_map", None)  # the code is the JAM's
     tied = bool(text.tie_word_embeddings and image.tie_word_embeddings)
     if mode == "cross":
         preserving = init == "preserving"

@@ -6,12 +6,14 @@ everything that can contradict is checked here, when the config is built.
 
 # No `from __future__ import annotations` here: `strict` checks the types of the fields only where they are no strings.
 import copy
+import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .remote_code_jam import AUTO_MAP, VQ_AUTO_MAP
 from .sharding_jam import tensor_parallel_plan
 
 
@@ -101,6 +103,11 @@ class JamVQConfig(PreTrainedConfig):
     def image_seq_length(self) -> int:
         """Codes in one picture (N = grid_size ** 2)."""
         return self.grid_size**2
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in `PreTrainedConfig`; the folder carries the code that it needs (remote_code_jam.py)."""
+        _add_auto_map(self, VQ_AUTO_MAP)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def diffusers_kwargs(self) -> dict[str, Any]:
         """The keyword arguments for `diffusers.VQModel(...)`."""
@@ -199,6 +206,11 @@ class JamConfig(PreTrainedConfig):
                 "AutoModel..., or make a JAM of it with `jam_hf.fuse`."
             )
         return super().from_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in `PreTrainedConfig`; the folder carries the code that it needs (remote_code_jam.py)."""
+        _add_auto_map(self, AUTO_MAP)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     # ----- checks -----------------------------------------------------------------------------------------------------
 
@@ -431,6 +443,11 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"JamConfig: `{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
+def _add_auto_map(config: PreTrainedConfig, auto_map: dict[str, str]) -> None:
+    """Entries that are there already, those of a subclass say, stay."""
+    config.auto_map = {**auto_map, **(getattr(config, "auto_map", None) or {})}
+
+
 def _delegate(name: str) -> property:
     """A property that reads the text config's value and writes every decoder's."""
 
@@ -454,6 +471,10 @@ def _delegate(name: str) -> property:
 
 for _name in _DELEGATED:
     setattr(JamConfig, _name, _delegate(_name))
+
+# transformers copies the code files beside what it saves of classes that say so.
+JamConfig.register_for_auto_class()
+JamVQConfig.register_for_auto_class()
 
 
 __all__ = ["JamConfig", "JamVQConfig"]

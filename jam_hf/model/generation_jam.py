@@ -72,6 +72,28 @@ class PictureGrammar:
         after_code = codes_BT[:, -2] if codes_BT.shape[1] > 1 else torch.zeros_like(is_break)
         return PictureState((num_codes > 0) | (is_break & ~after_code), num_codes, is_break & after_code)
 
+    def last_pictures(self, sequences: torch.LongTensor) -> torch.LongTensor:
+        """The codes of the last complete picture of each row: int64 `[B, T]`, as `generate()` returns it, to int64 `[B, N]`.
+
+        Raises:
+            ValueError: if a row has no complete picture (`<break>`, N codes, `<break>`).
+        """
+        size, pictures = self.image_seq_length, []
+        codes_BT = (sequences >= self.first_code) & (sequences <= self.last_code)
+        breaks_BT = sequences == self.break_token_id
+        for row in range(sequences.shape[0]):
+            for end in reversed(breaks_BT[row].nonzero().flatten().tolist()):
+                start = end - size
+                if start > 0 and breaks_BT[row, start - 1] and bool(codes_BT[row, start:end].all()):
+                    pictures.append(sequences[row, start:end])
+                    break
+            else:
+                raise ValueError(
+                    f"Row {row} of the written ids has no complete picture (<break>, {size} codes, <break>). Expected what "
+                    "generate(generation_mode='image') returns; post_process_interleaved takes documents of any kind apart."
+                )
+        return torch.stack(pictures)
+
     def allowed(
         self, input_ids: torch.LongTensor, vocab_size: int, mode: str, prompt_length: int, max_length: int
     ) -> torch.Tensor:
@@ -204,6 +226,8 @@ class PictureGuidanceLogitsProcessor(LogitsProcessor):
 class JamGenerationMixin(GenerationMixin):
     """`generate()` with pictures: everything of `GenerationMixin`, plus `generation_mode` and guidance inside pictures."""
 
+    output_modalities = ("image", "text")
+
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """Write text, pictures, or both.
@@ -217,6 +241,9 @@ class JamGenerationMixin(GenerationMixin):
             Everything else as in `GenerationMixin.generate`. Pictures of the prompt come back as their codes. Where neither
             `max_new_tokens` nor `max_length` is set, a document may fill the model's positions; "image" mode makes its picture.
             Inside a picture the grammar outranks other processors that would leave a row nothing to go on with.
+
+            Pipelines take the mode from the generation config: `pipe.model.generation_config.generation_mode = "text"` makes
+            them write text only. `pipeline("any-to-any")(..., generation_mode="image", max_new_tokens=N + 2)` draws.
         Raises:
             ValueError: on an unknown mode or guidance scale, placeholders without pictures, or no room for a picture in
                 "image" mode.

@@ -15,6 +15,8 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from .remote_code_jam import AUTO_MAP  # noqa: F401  (its file brings all the others along)
+
 
 class JamImageProcessor(PilBackend):
     """Resize the shorter side to `size`, cut the centre square, scale to [-1, 1].
@@ -128,5 +130,7 @@ def _three_channels(image: np.ndarray) -> np.ndarray:
         return blended.astype(image.dtype)
     return image
 
+
+JamImageProcessor.register_for_auto_class()
 
 __all__ = ["JamImageProcessor"]

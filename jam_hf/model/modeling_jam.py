@@ -19,7 +19,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
 
 from .configuration_jam import JamConfig
-from .generation_jam import JamGenerationMixin
+from .generation_jam import JamGenerationMixin, PictureGrammar
 from .modeling_jam_cross import JamCrossDecoder, JamModelOutputWithPast, JamPreTrainedModel
 from .modeling_jam_families import FAMILIES, family_of
 from .modeling_jam_vq import JamVQModel
@@ -175,7 +175,12 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
         return self.model.get_image_tokens(pixel_values)
 
     def decode_image_tokens(self, image_tokens: torch.LongTensor) -> torch.Tensor:
-        """See [`JamModel.decode_image_tokens`]."""
+        """See [`JamModel.decode_image_tokens`]. Sequences with `<break>`, as `generate()` returns them, give the last picture
+        of each row, which is how `pipeline("any-to-any")` asks for it: int64 `[B, T]` -> float `[B, 3, H, W]`.
+        """
+        image_tokens = torch.as_tensor(image_tokens)
+        if image_tokens.ndim == 2 and bool((image_tokens == self.config.break_token_id).any()):
+            image_tokens = PictureGrammar(self.config).last_pictures(image_tokens)
         return self.model.decode_image_tokens(image_tokens)
 
     def _check_that_no_picture_is_missing(self, input_ids: torch.LongTensor) -> None:

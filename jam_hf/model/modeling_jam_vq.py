@@ -11,12 +11,20 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from diffusers import VQModel
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_jam import JamVQConfig
+
+
+try:
+    from diffusers import VQModel
+except ImportError as error:  # possible where jam_hf, which would have brought it, is not installed
+    raise ImportError(
+        f"A JAM needs the package diffusers for its image tokenizer, and it cannot be imported ({error}). Install it: "
+        "pip install 'diffusers>=0.35'"
+    ) from error
 
 
 class JamVQLinear(nn.Module):

@@ -13,6 +13,8 @@ from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
+from .remote_code_jam import AUTO_MAP  # noqa: F401  (its file brings all the others along)
+
 
 if TYPE_CHECKING:
     from .modeling_jam import JamForCausalLM
@@ -131,6 +133,38 @@ class JamProcessor(ProcessorMixin):
             data["num_image_patches"] = [1] * len(image_sizes)
         return MultiModalData(**data)
 
+    def post_process_multimodal_output(
+        self,
+        generated_outputs: torch.Tensor,
+        skip_special_tokens: bool = True,
+        generation_mode: str | None = None,
+        **kwargs: Any,
+    ) -> list[str] | list[Image.Image]:
+        """What `pipeline("any-to-any")` shows.
+
+        Args:
+            generated_outputs: int64 `[B, T]` as `generate()` returns it; for "image" the pixels of `decode_image_tokens`, float
+                `[P, 3, H, W]` in [-1, 1].
+            skip_special_tokens (`bool`, defaults to True): leave markup and image codes out of the text.
+            generation_mode (`str`, *optional*): "text" (also where `None`) or "image".
+            kwargs: of the tokenizer's `decode`.
+        Raises:
+            ValueError: on another mode, or ids in place of pixels.
+        """
+        if generation_mode in (None, "text"):
+            return self.post_process_image_text_to_text(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+        if generation_mode != "image":
+            raise ValueError(
+                f"generation_mode must be 'text' or 'image' here, got {generation_mode!r}. Documents with both are what "
+                "post_process_interleaved(generated, model=...) takes apart."
+            )
+        if not torch.is_tensor(generated_outputs) or not generated_outputs.is_floating_point():
+            raise ValueError(
+                "generation_mode='image' needs pixels, float [P, 3, H, W]: pass the written ids to "
+                "model.decode_image_tokens first."
+            )
+        return self.image_processor.postprocess(generated_outputs)
+
     def post_process_interleaved(
         self, generated: Any, model: JamForCausalLM, prompt_length: int = 0, skip_special_tokens: bool = True
     ) -> list[list[dict[str, Any]]]:
@@ -183,5 +217,7 @@ class JamProcessor(ProcessorMixin):
                 segment["image"] = image
         return rows
 
+
+JamProcessor.register_for_auto_class()
 
 __all__ = ["JamProcessor"]
