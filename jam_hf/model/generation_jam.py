@@ -242,8 +242,8 @@ class JamGenerationMixin(GenerationMixin):
             `max_new_tokens` nor `max_length` is set, a document may fill the model's positions; "image" mode makes its picture.
             Inside a picture the grammar outranks other processors that would leave a row nothing to go on with.
 
-            Pipelines take the mode from the generation config: `pipe.model.generation_config.generation_mode = "text"` makes
-            them write text only. `pipeline("any-to-any")(..., generation_mode="image", max_new_tokens=N + 2)` draws.
+            Pipelines take the mode from the generation config: where that says "text" they write text only. A picture comes of
+            `pipeline("any-to-any")(..., generation_mode="image", max_new_tokens=N + 2)`.
         Raises:
             ValueError: on an unknown mode or guidance scale, placeholders without pictures, or no room for a picture in
                 "image" mode.
