@@ -1,14 +1,21 @@
-"""Fully sharded and data-parallel training in two processes: one process's losses, and checkpoints that one process loads."""
+"""Fully sharded and data-parallel training in two processes: the losses of one process, checkpoints that one process loads.
+
+The vocabulary is even: torch's FSDP2 lets a tied table of an odd length come apart, in a stock Llama as well. accelerate
+takes FSDP for a matter of accelerators and falls back to plain data parallelism on CPUs without a word; `fsdp_on_cpu` takes
+that decision back. All that follows it is accelerate's own code.
+"""
 
 import copy
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import processes
 import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from conftest import VQ_SETTINGS, parent_model, random_ids, randomise
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainingArguments
@@ -30,7 +37,7 @@ ALL = [(case.partition("-")[0], case) for case in CASES]
 
 def build(case: str) -> JamForCausalLM:
     mode, form, family = CASES[case]
-    parent = parent_model(family, 301, 1, num_hidden_layers=2).config
+    parent = parent_model(family, 300, 1, num_hidden_layers=2).config
     model = JamForCausalLM(
         JamConfig(fusion_mode=mode, cross_form=form, text_config=parent, vq_config=copy.deepcopy(VQ_SETTINGS))
     )
@@ -80,14 +87,30 @@ def mean(losses: list[float]) -> list[float]:
     return (total / torch.distributed.get_world_size()).tolist()
 
 
+def fsdp_on_cpu() -> Any:
+    begin = AcceleratorState.__init__
+
+    def begin_with_fsdp(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        plugin = fsdp_plugin or self.__dict__.get("fsdp_plugin")
+        if plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+
+    return mock.patch.object(AcceleratorState, "__init__", begin_with_fsdp)
+
+
+def units_of(model: torch.nn.Module) -> list[str]:
+    return sorted(name for name, module in model.named_modules() if isinstance(module, FSDPModule))
+
+
 def accelerate_worker(folder: str, kind: str) -> dict[str, Any]:
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT"
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="SHARDED_STATE_DICT"
     )
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     model = JamForCausalLM.from_pretrained(f"{folder}/start")
     model, optimizer = accelerator.prepare(model, optimizer_of(model))
-    units = sorted(name for name, module in model.named_modules() if isinstance(module, FSDPModule))
+    units = units_of(model)
     losses = mean(train(model, share(documents(model)), accelerator.backward, optimizer))
     unwrapped = accelerator.unwrap_model(model)
     state = accelerator.get_state_dict(model)
@@ -107,7 +130,7 @@ def accelerate_worker(folder: str, kind: str) -> dict[str, Any]:
 
 def native_worker(folder: str, kind: str) -> dict[str, Any]:
     model = JamForCausalLM.from_pretrained(f"{folder}/start", distributed_config=DistributedConfig(fsdp_size=2)).train()
-    units = sorted(name for name, module in model.named_modules() if isinstance(module, FSDPModule))
+    units = units_of(model)
     losses = mean(train(model, share(documents(model)), torch.Tensor.backward, optimizer_of(model)))
     model.save_pretrained(f"{folder}/{kind}")
     return {"units": units, "losses": losses}
@@ -136,7 +159,8 @@ def trainer_worker(folder: str, kind: str, settings: dict[str, Any]) -> dict[str
     trainer = Trainer(model=model, args=arguments, train_dataset=rows)
     trainer.train()
     trainer.save_model(f"{folder}/{kind}")
-    return {"losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"units": units_of(trainer.model_wrapped), "losses": losses}
 
 
 WORKERS = {
@@ -155,7 +179,8 @@ def all_cases_worker(root: str, kind: str) -> dict[str, Any]:
     results = {}
     for case in CASES:
         AcceleratorState._reset_state()
-        results[case] = worker(f"{root}/{case}", kind, *arguments)
+        with fsdp_on_cpu():
+            results[case] = worker(f"{root}/{case}", kind, *arguments)
     return results
 
 
@@ -170,10 +195,13 @@ def trained(tmp_path_factory):
 
     def get(kind: str, case: str) -> tuple[Path, dict[str, Any], tuple[list[float], JamForCausalLM]]:
         if kind not in parallel:
+            parallel[kind] = {}  # if it fails once, it is not tried for every case
             parallel[kind] = processes.run(all_cases_worker, 2, str(root), kind, limit=200)[0]
         if case not in alone:
             model = JamForCausalLM.from_pretrained(root / case / "start").train()
             alone[case] = train(model, documents(model), torch.Tensor.backward, optimizer_of(model)), model.eval()
+        if case not in parallel[kind]:
+            pytest.fail(f"the processes of {kind} failed, see the first test that needed them")
         return root / case / kind, parallel[kind][case], alone[case]
 
     return get
@@ -202,13 +230,17 @@ def check(kind: str, case: str, trained: Any) -> dict[str, Any]:
     return parallel
 
 
+def check_units(units: list[str]) -> None:
+    """One depth, one unit."""
+    depths = [unit for unit in units if ".layers." in unit]
+    assert depths == [f"model.language_model.layers.{depth}" for depth in range(2)]
+
+
 @pytest.mark.feature(SECTION, "FSDP2 by accelerate: same losses, full and sharded checkpoints")
 @pytest.mark.parametrize(("mode", "case"), ALL)
 def test_fsdp_by_accelerate(mode, case, trained):
     parallel = check("accelerate", case, trained)
-    for depth in range(2):  # one depth, one unit
-        assert f"model.language_model.layers.{depth}" in parallel["units"]
-    assert not [unit for unit in parallel["units"] if "layers.0." in unit]
+    check_units(parallel["units"])
     assert "model.vq_model" in parallel["units"]
     assert parallel["resumed"]
 
@@ -216,19 +248,16 @@ def test_fsdp_by_accelerate(mode, case, trained):
 @pytest.mark.feature(SECTION, "FSDP2 by `DistributedConfig(fsdp_size=...)`")
 @pytest.mark.parametrize(("mode", "case"), ALL)
 def test_fsdp_by_transformers(mode, case, trained):
-    parallel = check("native", case, trained)
-    for depth in range(2):
-        assert f"model.language_model.layers.{depth}" in parallel["units"]
-    assert not [unit for unit in parallel["units"] if "layers.0." in unit]
+    check_units(check("native", case, trained)["units"])
 
 
 @pytest.mark.feature(SECTION, "`Trainer` with FSDP2")
 @pytest.mark.parametrize(("mode", "case"), ALL)
 def test_trainer_with_fsdp(mode, case, trained):
-    check("trainer-fsdp", case, trained)
+    check_units(check("trainer-fsdp", case, trained)["units"])
 
 
 @pytest.mark.feature(SECTION, "`Trainer` with data parallelism (DDP)")
 @pytest.mark.parametrize(("mode", "case"), ALL)
 def test_trainer_with_data_parallelism(mode, case, trained):
-    check("trainer-ddp", case, trained)
+    assert not check("trainer-ddp", case, trained)["units"]
