@@ -128,7 +128,11 @@ def encode(dataset: Dataset, tokenizer: Any, vq: JamVQModel) -> Dataset:
 def measure(
     model: JamForCausalLM, original: JamForCausalLM, texts: Dataset, pairs: Dataset, images: list[Image.Image]
 ) -> dict[str, float]:
-    """Perplexities, KL(original || model) per token over the whole vocabulary, and codes that agree with the original's."""
+    """Perplexities, KL(original || model) per token over the whole vocabulary, and the VQ model against the original's.
+
+    codes_agree: share of codes that both make of `images`. pixel_error: root mean square between their pixels (of [-1, 1])
+    for the same codes.
+    """
     first, vocabulary = original.config.image_token_offset, (0, original.config.vocab_size)
     codes = (first, first + original.config.num_image_tokens)
     result = {"megabytes": stored_bytes(model) / 2**20}  # before it runs: bitsandbytes repacks on some CPUs
@@ -137,12 +141,16 @@ def measure(
     result |= {"caption": pair.text_perplexity, "image": pair.image_perplexity}
     result["kl_texts"] = divergence(original, model, texts, vocabulary)
     result["kl_pairs"] = divergence(original, model, pairs, vocabulary)
-    agreeing = encode_images(model.model.vq_model, images) == encode_images(original.model.vq_model, images)
-    return {name: round(value, 5) for name, value in {**result, "codes_agree": float(agreeing.mean())}.items()}
+    vq, original_vq = model.model.vq_model, original.model.vq_model
+    expected = encode_images(original_vq, images)
+    result["codes_agree"] = float((encode_images(vq, images) == expected).mean())
+    pixels = [candidate.decode(torch.from_numpy(expected)) for candidate in (vq, original_vq)]
+    result["pixel_error"] = float((pixels[0] - pixels[1]).square().mean().sqrt())
+    return {name: round(value, 6) for name, value in result.items()}
 
 
 def print_row(name: str, row: dict[str, float]) -> None:
-    print(f"{name:38s}" + "".join(f"{value:12.4f}" for value in row.values()), flush=True)
+    print(f"{name:38s}" + "".join(f"{value:12.5f}" for value in row.values()), flush=True)
 
 
 def main() -> None:
