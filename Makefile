@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test conformance compatibility lint format clean
 
 # A stamp, so that the environment is made again when what it is made from changes.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
@@ -15,8 +15,22 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 quickstart: $(VENV)/.installed
 	$(BIN)/jam-hf quickstart --run $(RUN)
 
+# Two tests side by side, each on one core; transformers' own suite after them.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
+	$(BIN)/python modeling_tests/conformance
+
+# transformers' own test-suite of the installed version, on JAMs and on a stock Llama.
+conformance: $(VENV)/.installed
+	$(BIN)/python modeling_tests/conformance
+
+# docs/compatibility.md, from the results of both.
+compatibility: $(VENV)/.installed
+	-$(PYTEST) modeling_tests --feature-report runs/features.json
+	-$(BIN)/python modeling_tests/conformance
+	$(BIN)/python modeling_tests/compatibility_table.py --features runs/features.json --conformance runs/conformance.jsonl
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

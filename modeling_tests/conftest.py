@@ -16,7 +16,7 @@ from jam_hf.training.tokenizer import train_tokenizer
 
 pytest_plugins = ["feature_report"]
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny, and the tests run side by side
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
 NUM_CODES = 16
