@@ -16,6 +16,8 @@ import pytest
 
 
 MODES = ("uniform", "width", "cross")
+FEATURES = pytest.StashKey[dict[tuple[str, str], set[str]]]()
+FILES = pytest.StashKey[set[Path]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,11 +43,16 @@ def feature_of(item: pytest.Item) -> dict[str, Any] | None:
     return {"section": section, "name": name, "modes": modes}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before any item is deselected
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    collected: dict[tuple[str, str], set[str]] = {}
     for item in items:
         feature = feature_of(item)
         if feature is not None:
             item.user_properties.append(("feature", feature))
+            collected.setdefault((feature["section"], feature["name"]), set()).update(feature["modes"])
+    config.stash[FEATURES] = collected
+    config.stash[FILES] = {item.path for item in items}
 
 
 class FeatureReport:
