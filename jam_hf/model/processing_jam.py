@@ -6,6 +6,7 @@ codebook: the model turns pixels into codes and codes into pixels.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,6 +61,16 @@ class JamProcessor(ProcessorMixin):
                     f"JamProcessor: the tokenizer does not know the {name} {token!r}. Add it as a special token, or name "
                     f"the token that plays its part."
                 )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """As in `ProcessorMixin`; the folder carries the code that it needs (remote_code_jam.py).
+
+        What transformers notes on the processor for the file leaves it again: a processor that was saved equals a loaded one.
+        """
+        try:
+            return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        finally:
+            self.__dict__.pop("auto_map", None)
 
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
         """As in `ProcessorMixin`; where pictures come as one list per prompt, each prompt is checked on its own."""

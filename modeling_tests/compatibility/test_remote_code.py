@@ -242,6 +242,15 @@ def test_a_users_own_class_keeps_its_entry_in_the_auto_map(fused, tmp_path):
     assert written == {**AUTO_MAP, "AutoModelForCausalLM": "modeling_mine.MyJam"}
 
 
+def test_a_processor_that_was_saved_equals_the_one_that_is_loaded(fused, tmp_path):
+    processor = JamProcessor.from_pretrained(fused("llama", "cross", "preserving"))
+    processor.save_pretrained(tmp_path)
+    assert JamProcessor.from_pretrained(tmp_path).to_dict() == processor.to_dict()
+    assert json.loads((tmp_path / "processor_config.json").read_text())["auto_map"] == {
+        "AutoProcessor": AUTO_MAP["AutoProcessor"]
+    }
+
+
 @pytest.mark.feature("Hub", "push_to_hub")
 @pytest.mark.parametrize("what", ("model", "processor", "save_pretrained", "config"))
 def test_push_to_hub_uploads_the_code(fused, tmp_path, monkeypatch, what):
