@@ -32,18 +32,7 @@ class JamFeedForward(nn.Module):
         return self.down_proj(self.act_fn(self.up_proj(hidden_BTD)))
 
 
-class Stem(nn.Module):
-    """What surrounds the layers of a decoder. What touches weights goes through `forward`, and nothing else does.
-
-    Device maps and offloading bring inputs to a module's device, and weights to it, by hooks around `forward`; what goes
-    through it without need would travel between devices without need.
-    """
-
-    def forward(self, part: str, *args: Any) -> Any:
-        return getattr(self, part)(*args)
-
-
-class LlamaStem(Stem):
+class LlamaStem(nn.Module):
     """What a Llama decoder does before its first and after its last layer, under Llama's own parameter names."""
 
     def __init__(self, config: PreTrainedConfig, has_final_norm: bool, has_positions: bool):
@@ -62,14 +51,13 @@ class LlamaStem(Stem):
         return inputs_embeds_BTE
 
     def layer_kwargs(self, hidden_BTD: torch.Tensor, position_ids: torch.LongTensor) -> dict[str, Any]:
-        # Of the states only dtype and device are read.
-        return {"position_embeddings": self("rotary_emb", hidden_BTD[:1, :1, :1], position_ids)}
+        return {"position_embeddings": self.rotary_emb(hidden_BTD, position_ids=position_ids)}
 
     def finish(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        return self("norm", hidden_BTD)
+        return self.norm(hidden_BTD)
 
 
-class OPTStem(Stem):
+class OPTStem(nn.Module):
     """What an OPT decoder does before its first and after its last layer, under OPT's own parameter names."""
 
     def __init__(self, config: PreTrainedConfig, has_final_norm: bool, has_positions: bool):
@@ -102,9 +90,6 @@ class OPTStem(Stem):
     def embed(self, inputs_embeds_BTE: torch.Tensor, position_ids: torch.LongTensor) -> torch.Tensor:
         if self.embed_positions is None:  # the paper's form: the text stream's embedding, positions included, feeds both
             return inputs_embeds_BTE
-        return self("_embed", inputs_embeds_BTE, position_ids)
-
-    def _embed(self, inputs_embeds_BTE: torch.Tensor, position_ids: torch.LongTensor) -> torch.Tensor:
         hidden_BTD = inputs_embeds_BTE if self.project_in is None else self.project_in(inputs_embeds_BTE)
         return hidden_BTD + self.embed_positions(None, 0, position_ids=position_ids).to(hidden_BTD.device)
 
@@ -112,11 +97,6 @@ class OPTStem(Stem):
         return {}
 
     def finish(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        if self.final_layer_norm is None and self.project_out is None:
-            return hidden_BTD
-        return self("_finish", hidden_BTD)
-
-    def _finish(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         if self.final_layer_norm is not None:
             hidden_BTD = self.final_layer_norm(hidden_BTD)
         return hidden_BTD if self.project_out is None else self.project_out(hidden_BTD)

@@ -38,6 +38,7 @@ ALL = [(case.partition("-")[0], case) for case in CASES]
 def build(case: str) -> JamForCausalLM:
     mode, form, family = CASES[case]
     parent = parent_model(family, 300, 1, num_hidden_layers=2).config
+    torch.manual_seed(0)
     model = JamForCausalLM(
         JamConfig(fusion_mode=mode, cross_form=form, text_config=parent, vq_config=copy.deepcopy(VQ_SETTINGS))
     )

@@ -36,6 +36,18 @@ def test_saving_and_loading(vq, tmp_path):
     assert torch.equal(again.encode(pixels), vq.encode(pixels))
 
 
+def test_autocast_does_not_lower_the_precision_of_codes_and_pixels(vq):
+    """Trainers with `bf16=True` run the whole forward under autocast; near ties between codes would flip."""
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    codes, again = vq.encode(pixels), vq.decode(vq.encode(pixels))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(vq.encode(pixels), codes)
+        assert torch.equal(vq.decode(codes), again)
+        assert vq.vq.decoder.conv_in.weight.dtype == torch.float32
+        lowered = vq.vq.decode(vq.vq.encode(pixels).latents).sample  # the stock model is lowered
+    assert lowered.dtype == torch.bfloat16
+
+
 def test_initialisation_is_diffusers_scale():
     torch.manual_seed(0)
     ours, theirs = (
