@@ -52,7 +52,9 @@ def next_logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, use_cache=False).logits[:, -1].float()
 
 
-def greedy(model: nn.Module, prompt: list[int], steps: int, end: int | None = None, process: Callable | None = None) -> list[int]:
+def greedy(
+    model: nn.Module, prompt: list[int], steps: int, end: int | None = None, process: Callable | None = None
+) -> list[int]:
     """The `steps` most likely ids after `prompt`, one after the other; `end` ends it early."""
     ids = list(prompt)
     for _ in range(steps):
@@ -73,7 +75,12 @@ def picture_scores(model: nn.Module, prompt_length: int, mode: str, scale: float
         state = grammar.state(ids)
         count = int(state.num_codes)
         if scale != 1 and bool(state.in_picture) and count < config.image_seq_length:
-            context = [config.bos_token_id, config.mask_token_id, config.break_token_id, *ids[0, ids.shape[1] - count :].tolist()]
+            context = [
+                config.bos_token_id,
+                config.mask_token_id,
+                config.break_token_id,
+                *ids[0, ids.shape[1] - count :].tolist(),
+            ]
             uncond = next_logits(model, torch.tensor([context])).log_softmax(-1)
             scores = (uncond + scale * (scores.log_softmax(-1) - uncond)).log_softmax(-1)
         allowed = grammar.allowed(ids, scores.shape[-1], mode, prompt_length, max_length)
@@ -115,7 +122,8 @@ def beam_search(
     enough are left where some of them end; only one among the first `num_beams` candidates may end. A score is a sum of log
     probabilities over length ** length_penalty.
     """
-    beams: list[tuple[float, list[int]]] = [(0.0, [])]
+    # All but one start so low that they matter only where there is too little to choose from, as in a picture's markup.
+    beams: list[tuple[float, list[int]]] = [(0.0, []), *[(-1e9, [])] * (num_beams - 1)]
     done: list[tuple[float, list[int]]] = []
     for step in range(1, steps + 1):
         rows = []
@@ -124,7 +132,7 @@ def beam_search(
             scores = next_logits(model, written).log_softmax(-1)
             rows.append(total + (scores if process is None else process(written, scores))[0])
         size = rows[0].shape[0]
-        table = torch.cat([*rows, torch.full(((num_beams - len(rows)) * size,), -1e9)])
+        table = torch.cat(rows)
         chosen = choose(table[None], 2 * num_beams)[0].tolist()
         candidates = [(float(table[place]), [*beams[place // size][1], place % size]) for place in chosen]
         finished = [candidate[1][-1] == end or step == steps for candidate in candidates]

@@ -32,45 +32,58 @@ def _expected(model, row: list[int], mode: str, scale: float, steps: int) -> lis
     return greedy(model, row, steps, end=model.config.eos_token_id, process=process)
 
 
-def _check(model, generation_mode: str, scale: float, **settings) -> None:
+@pytest.fixture(scope="module")
+def oracle():
+    """`oracle(model, key, ...)` -> what the rows become; computed once for each model, which `key` names."""
+    known = {}
+
+    def write(model, key, generation_mode, scale, steps):
+        asked = (*key, generation_mode, scale, steps)
+        if asked not in known:
+            known[asked] = [_expected(model, row, generation_mode, scale, steps) for row in _rows(model)]
+        return known[asked]
+
+    return write
+
+
+def _check(model, oracle, key, generation_mode: str, scale: float, **settings) -> None:
     rows, steps = _rows(model), CODES + 3
     output = model.generate(
         **_batch(rows), generation_mode=generation_mode, guidance_scale=scale, max_new_tokens=steps, do_sample=False, **settings
     )
-    for written, row in zip(output[:, max(map(len, rows)) :].tolist(), rows):
-        expected = _expected(model, row, generation_mode, scale, steps)
+    wanted = oracle(model, key, generation_mode, scale, steps)
+    for written, expected in zip(output[:, max(map(len, rows)) :].tolist(), wanted):
         assert written[: len(expected)] == expected
 
 
 @pytest.mark.feature(SECTION, "static cache, guidance, a batch in different modalities")
-@pytest.mark.parametrize("generation_mode", ["interleaved", "image"])
 @by_case
-def test_static_cache_with_guidance(family, mode, init, generation_mode, jam):
-    _check(jam(family, mode, init), generation_mode, 3.0, cache_implementation="static")
+def test_static_cache_with_guidance(family, mode, init, jam, oracle):
+    _check(jam(family, mode, init), oracle, (family, mode, init), "interleaved", 2.0, cache_implementation="static")
 
 
 @pytest.mark.feature(SECTION, "static cache, streams of unequal heads and widths", modes=("cross",))
 @pytest.mark.parametrize("text_family", ["llama", "opt"])
-def test_static_cache_with_unequal_streams(text_family):
-    _check(unequal_streams(text_family), "image", 2.0, cache_implementation="static")
+def test_static_cache_with_unequal_streams(text_family, oracle):
+    _check(unequal_streams(text_family), oracle, (text_family,), "image", 2.0, cache_implementation="static")
 
 
 @pytest.mark.feature(SECTION, "chunked prefill, guidance")
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @by_mode
-def test_chunked_prefill(family, mode, init, cache, jam):
-    _check(jam(family, mode, init), "interleaved", 2.0, prefill_chunk_size=2, cache_implementation=cache)
+def test_chunked_prefill(family, mode, init, cache, jam, oracle):
+    settings = {"prefill_chunk_size": 2, "cache_implementation": cache}
+    _check(jam(family, mode, init), oracle, (family, mode, init), "interleaved", 2.0, **settings)
 
 
 @pytest.mark.feature(SECTION, "without a cache")
 @by_mode
-def test_without_a_cache(family, mode, init, jam):
-    _check(jam(family, mode, init), "image", 2.0, use_cache=False)
+def test_without_a_cache(family, mode, init, jam, oracle):
+    _check(jam(family, mode, init), oracle, (family, mode, init), "interleaved", 2.0, use_cache=False)
 
 
 @pytest.mark.feature(SECTION, "beam search, guidance")
-@pytest.mark.parametrize("scale", [1.0, 2.5])
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize(("cache", "scale"), [("dynamic", 1.0), ("static", 2.5)])
 @by_mode
 def test_beams(family, mode, init, cache, scale, jam):
     model = jam(family, mode, init)
@@ -79,21 +92,22 @@ def test_beams(family, mode, init, cache, scale, jam):
         input_ids=torch.tensor([row]),
         generation_mode="image",
         guidance_scale=scale,
-        num_beams=3,
-        num_return_sequences=3,
+        num_beams=2,
+        num_return_sequences=2,
         do_sample=False,
         cache_implementation=cache,
     )
     steps = CODES + 2
     process = picture_scores(model, len(row), "image", scale, len(row) + steps)
-    expected = [ids for _, ids in beam_search(model, row, 3, steps, process=process)]
+    expected = [ids for _, ids in beam_search(model, row, 2, steps, process=process)]
     assert output[:, len(row) :].tolist() == expected
-    assert len({tuple(ids) for ids in expected}) == 3
+    assert expected[0] != expected[1]
 
 
 @pytest.mark.feature(SECTION, "assisted decoding (a draft model)")
-@pytest.mark.parametrize("draft", ["stock Llama", "small JAM"])
-@pytest.mark.parametrize(("generation_mode", "scale"), [("interleaved", 1.0), ("image", 1.0), ("image", 2.0)])
+@pytest.mark.parametrize(
+    ("generation_mode", "scale", "draft"), [("interleaved", 1.0, "stock Llama"), ("image", 2.0, "small JAM")]
+)
 @by_mode
 def test_assisted(family, mode, init, generation_mode, scale, draft, jam, parents):
     model = jam(family, mode, init)
@@ -101,7 +115,7 @@ def test_assisted(family, mode, init, generation_mode, scale, draft, jam, parent
         assistant = AutoModelForCausalLM.from_pretrained(parents("llama")[0]).eval()
     else:
         assistant = jam("llama", "uniform", "average")
-    assistant.generation_config.assistant_confidence_threshold = 0.0
+    assistant.generation_config.update(assistant_confidence_threshold=0.0, num_assistant_tokens=5)
     row = [1, 30, BREAK] if generation_mode == "interleaved" else [1, 30, 31]
     output = model.generate(
         input_ids=torch.tensor([row]),
