@@ -357,15 +357,15 @@ class JamConfig(PreTrainedConfig):
 
     @property
     def per_layer_config(self) -> list[PreTrainedConfig]:
-        """One config per cached attention, in the order of the caches: text layers, image layers, cross blocks."""
+        """One config per cached attention, in the order in which a forward visits them.
+
+        Uniform and width: the layers. Cross, depth by depth: text layer, image layer and, where cross blocks follow, text
+        reading image and image reading text. An offloaded cache fetches the next entry while one is at work, so it needs the
+        order of the visits.
+        """
         if self.fusion_mode != "cross":
             return [self.text_config] * self.num_hidden_layers
-        pairs = [self.text_config, self.image_config] * len(self.cross_attention_layers)
-        return (
-            [self.text_config] * self.text_config.num_hidden_layers
-            + [self.image_config] * self.image_config.num_hidden_layers
-            + pairs
-        )
+        return [self.text_config, self.image_config] * (self.num_hidden_layers + len(self.cross_attention_layers))
 
     @per_layer_config.setter
     def per_layer_config(self, value: Any) -> None:

@@ -8,11 +8,15 @@ Shape suffixes: B rows, T positions, V vocabulary, N codes a picture, R rows ins
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import DynamicCache, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationMixin, LogitsProcessor, LogitsProcessorList, QuantizedCache
+from transformers.utils.generic import is_flash_attention_requested
 
 
 if TYPE_CHECKING:
@@ -167,6 +171,7 @@ class PictureGrammarGuardLogitsProcessor(LogitsProcessor):
 class PictureGuidanceLogitsProcessor(LogitsProcessor):
     """Classifier-free guidance for rows inside a picture: `uncond + scale * (cond - uncond)` [P].
 
+    Guided scores are log probabilities, so that beam search may add them to those of rows in text and of other pictures.
     The unconditional branch sees `<bos> <mask> <break>` and the codes so far [A], nothing of the prompt, with a cache of its
     own. The cache is used while the branch grows by one code per call, and rebuilt when other rows enter, leave or move.
     """
@@ -220,7 +225,8 @@ class PictureGuidanceLogitsProcessor(LogitsProcessor):
             return scores
         ids, mask = self.branch(input_ids[rows], state.num_codes[rows])
         uncond = self.unconditional_logits(ids, mask).to(scores)
-        return scores.index_copy(0, rows, uncond + self.scale * (scores[rows] - uncond))
+        guided = (uncond + self.scale * (scores[rows] - uncond)).log_softmax(-1)
+        return scores.index_copy(0, rows, guided)
 
 
 class JamGenerationMixin(GenerationMixin):
@@ -285,7 +291,31 @@ class JamGenerationMixin(GenerationMixin):
                 kwargs["max_new_tokens"] = self.config.image_seq_length + 2
             else:
                 kwargs["max_length"] = self.config.max_position_embeddings
-        return super().generate(inputs=inputs, generation_config=generation_config, **kwargs)
+        with self._flash_attention_declared():
+            return super().generate(inputs=inputs, generation_config=generation_config, **kwargs)
+
+    @contextmanager
+    def _flash_attention_declared(self) -> Iterator[None]:
+        """GenerationMixin keeps the mask that flash-attention needs on a static cache if the whole model's config asks for
+        flash-attention; here it does so while a single stream's config asks for it."""
+        config = self.config
+        streams = [stream for stream in (config.text_config, config.image_config) if stream is not None]
+        asked = [stream._attn_implementation for stream in streams if is_flash_attention_requested(stream)]
+        own = config._attn_implementation_internal
+        if asked and not is_flash_attention_requested(config):
+            config._attn_implementation_internal = asked[0]
+        try:
+            yield
+        finally:
+            config._attn_implementation_internal = own
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, QuantizedCache):
+            # Alone among the caches it counts `num_hidden_layers`; a cross JAM has more attentions than that.
+            missing = len(self.config.per_layer_config) - len(cache.layers)
+            cache.layers += [copy.deepcopy(cache.layers[0]) for _ in range(missing)]
 
     def _get_logits_processor(
         self, generation_config: Any, input_ids_seq_length: int | None = None, **kwargs: Any
@@ -298,6 +328,8 @@ class JamGenerationMixin(GenerationMixin):
             )
         finally:
             generation_config.guidance_scale = scale
+        if generation_config.is_assistant:  # a draft model: the processors of the model it drafts for come with the call
+            return processors
         eos = generation_config.eos_token_id
         grammar = PictureGrammar(self.config, eos if isinstance(eos, list) else [eos])
         mode = getattr(generation_config, "generation_mode", None)

@@ -15,7 +15,7 @@ from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
 from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
 
 from .configuration_jam import JamConfig
@@ -77,13 +77,15 @@ class JamModel(JamPreTrainedModel):
         """
         image_tokens = self.get_image_tokens(pixel_values).flatten().to(input_ids.device)
         placeholders = input_ids == self.config.image_token_id
-        found = int(placeholders.sum())
-        if found != image_tokens.numel():
-            raise ValueError(
-                f"The prompt has {found} placeholders <image> for {pixel_values.shape[0]} picture(s) of "
+        found = placeholders.sum()
+        torch_compilable_check(
+            found == image_tokens.numel(),
+            lambda: (
+                f"The prompt has {int(found)} placeholders <image> for {pixel_values.shape[0]} picture(s) of "
                 f"{self.config.image_seq_length} codes, which need {image_tokens.numel()}. Let JamProcessor make "
                 "input_ids and pixel_values together."
-            )
+            ),
+        )
         return input_ids.masked_scatter(placeholders, image_tokens)
 
     @can_return_tuple

@@ -45,7 +45,7 @@ class JamModelOutputWithPast(ModelOutput):
 
     Args:
         last_hidden_state (`[B, T, E]`): what the output projection reads (paper form: both streams, projected).
-        past_key_values (`Cache`): one cache: text layers, image layers, cross blocks.
+        past_key_values (`Cache`): one cache for all attentions, in the order of `JamConfig.per_layer_config`.
         hidden_states, attentions: text stream; L + 1 and L entries. A state is that after the depth's cross block.
         image_last_hidden_state (`[B, T, E]`): what the image head reads (cross, preserving form).
         image_hidden_states, image_attentions: image stream, L entries each; the states are those beside `hidden_states[1:]`.
@@ -152,16 +152,15 @@ class JamCrossDecoderLayer(nn.Module):
     def __init__(self, config: JamConfig, depth: int):
         super().__init__()
         text, image = config.text_config, config.image_config
-        self.text_layer = family_of(text).layer(text, layer_idx=depth)
-        self.image_layer = family_of(image).layer(image, layer_idx=text.num_hidden_layers + depth)
+        # The order of JamConfig.per_layer_config: depth by depth, a pair of layers and perhaps a pair of cross blocks.
+        index = 2 * (depth + sum(crossed < depth for crossed in config.cross_attention_layers))
+        self.text_layer = family_of(text).layer(text, layer_idx=index)
+        self.image_layer = family_of(image).layer(image, layer_idx=index + 1)
         self.text_cross = self.image_cross = None
         if depth in config.cross_attention_layers:
-            # The order of JamConfig.per_layer_config: text layers, image layers, then (text, image) pairs.
-            index = text.num_hidden_layers + image.num_hidden_layers
-            index += 2 * config.cross_attention_layers.index(depth)
             zero_init = config.cross_form == "preserving"
-            self.text_cross = JamCrossBlock(text, image.hidden_size, index, zero_init)
-            self.image_cross = JamCrossBlock(image, text.hidden_size, index + 1, zero_init)
+            self.text_cross = JamCrossBlock(text, image.hidden_size, index + 2, zero_init)
+            self.image_cross = JamCrossBlock(image, text.hidden_size, index + 3, zero_init)
 
     def forward(
         self,

@@ -85,7 +85,8 @@ class OPTStem(nn.Module):
         if attention_mask is None or attention_mask.dim() != 2:
             return (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
         position_ids = (torch.cumsum(attention_mask, dim=1) * attention_mask - 1).long()
-        return position_ids[:, past : past + inputs_embeds.shape[1]]
+        # Indexed, not sliced: the length of a static cache is a tensor, which a compiled graph must not read.
+        return position_ids[:, torch.arange(inputs_embeds.shape[1], device=position_ids.device) + past]
 
     def embed(self, inputs_embeds_BTE: torch.Tensor, position_ids: torch.LongTensor) -> torch.Tensor:
         if self.embed_positions is None:  # the paper's form: the text stream's embedding, positions included, feeds both

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.utils import torch_compilable_check
 
 from .configuration_jam import JamVQConfig
 
@@ -107,10 +108,10 @@ class JamVQModel(PreTrainedModel):
                 f"{list(pixel_values.shape)}. JamImageProcessor makes pictures of the right size."
             )
         largest = pixel_values.abs().max()
-        if not largest <= 1.01:  # NaN as well
-            raise ValueError(
-                f"pixel_values must be in [-1, 1], got a value of size {largest:g}. JamImageProcessor scales pictures so."
-            )
+        torch_compilable_check(
+            largest <= 1.01,  # not so for NaN either
+            lambda: f"pixel_values must be in [-1, 1], got a value of size {largest:g}. JamImageProcessor scales pictures so.",
+        )
 
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor) -> torch.LongTensor:
