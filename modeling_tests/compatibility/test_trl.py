@@ -104,7 +104,7 @@ def test_the_loss_is_that_of_the_models_own_logits_and_codes(assistant_only, mod
 def test_the_loss_falls_and_the_vq_model_stays(mode, init, jam, processor, tmp_path):
     model = jam("llama", mode, init)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    run = trainer(model, processor, tmp_path, max_steps=6, gradient_checkpointing=True)
+    run = trainer(model, processor, tmp_path, max_steps=4, gradient_checkpointing=True)
     run.train()
     assert losses(run)[-1] < 0.8 * losses(run)[0]
     for name, parameter in model.named_parameters():
