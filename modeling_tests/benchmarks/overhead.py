@@ -110,7 +110,7 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """For each part: the median ratio of a round, and the median milliseconds of both sides."""
     found = {}
-    for name, part, times in (("forward", forward, 1), ("backward", backward, 1), ("decode_step", decode_step, 8)):
+    for name, part, times in (("forward", forward, 1), ("backward", backward, 1), ("decode_step", decode_step, 16)):
         ours, theirs = part(jam, ids), [part(peer, ids) for peer in peers]
         ratios, own, other = [], [], []
         for number in range(-2, rounds):  # the first two warm up; who goes first takes turns
