@@ -23,6 +23,7 @@ CASES = [
     ("opt", "width", "copy"),
     ("opt", "cross", "preserving"),
 ]
+SHORT = [*BY_MODE, ("opt", "cross", "preserving")]
 BREAK = 3
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import random_ids
-from decoding_oracles import BREAK, BY_MODE, CASES, beam_search, greedy, picture_scores, unequal_streams
+from decoding_oracles import BREAK, BY_MODE, CASES, SHORT, beam_search, greedy, picture_scores, unequal_streams
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, Fp8QuantizedLayer, StaticLayer
 
@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, Fp8Quantized
 SECTION = "Caches"
 GREEDY = {"do_sample": False, "eos_token_id": None, "generation_mode": None}
 by_case = pytest.mark.parametrize(("family", "mode", "init"), CASES)
+by_some = pytest.mark.parametrize(("family", "mode", "init"), SHORT)
 by_mode = pytest.mark.parametrize(("family", "mode", "init"), BY_MODE)
 
 
@@ -55,7 +56,7 @@ def test_a_static_cache_reset_and_used_again(family, mode, init, jam):
 
 @pytest.mark.feature(SECTION, "continuation from a returned cache")
 @pytest.mark.parametrize("implementation", ["dynamic", "static"])
-@by_case
+@by_some
 def test_continuation_from_a_returned_cache(family, mode, init, implementation, jam):
     """Twice: with nothing added, as a document goes on, and with ids added, as a chat does."""
     model = jam(family, mode, init)
@@ -109,7 +110,7 @@ def test_one_prompt_filled_once_and_continued_twice(family, mode, init, jam):
 
 @pytest.mark.feature(SECTION, "chunked prefill")
 @pytest.mark.parametrize("implementation", ["dynamic", "static"])
-@by_case
+@by_some
 def test_chunked_prefill(family, mode, init, implementation, jam):
     model = jam(family, mode, init)
     rows, ids, mask = _padded(model)
@@ -178,7 +179,7 @@ def pretend_to_offload(monkeypatch):
 
 @pytest.mark.feature(SECTION, "offloaded cache, dynamic and static (each layer fetched before its turn)")
 @pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
-@by_case
+@by_some
 def test_offloaded_layers_are_fetched_before_their_turn(family, mode, init, implementation, jam, pretend_to_offload):
     model = jam(family, mode, init)
     ids = random_ids(model, 1, 6)

@@ -211,7 +211,7 @@ def test_prompt_lookup(family, mode, init, jam):
 
 @pytest.mark.feature(SECTION, "inputs_embeds")
 @pytest.mark.parametrize("use_cache", [True, False])
-@by_case
+@by_mode
 def test_inputs_embeds(family, mode, init, use_cache, jam):
     model = jam(family, mode, init)
     ids = _prompt(model)

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from conftest import NUM_CODES
-from decoding_oracles import BREAK, BY_MODE, CASES, beam_search, greedy, picture_scores, unequal_streams
+from decoding_oracles import BREAK, BY_MODE, SHORT, beam_search, greedy, picture_scores, unequal_streams
 from transformers import AutoModelForCausalLM
 
 
 SECTION = "Pictures"
 CODES = 16  # of one picture: a grid of 4 x 4
-by_case = pytest.mark.parametrize(("family", "mode", "init"), CASES)
+by_case = pytest.mark.parametrize(("family", "mode", "init"), SHORT)
 by_mode = pytest.mark.parametrize(("family", "mode", "init"), BY_MODE)
 
 
@@ -69,10 +69,9 @@ def test_static_cache_with_unequal_streams(text_family, oracle):
 
 
 @pytest.mark.feature(SECTION, "chunked prefill, guidance")
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
 @by_mode
-def test_chunked_prefill(family, mode, init, cache, jam, oracle):
-    settings = {"prefill_chunk_size": 2, "cache_implementation": cache}
+def test_chunked_prefill(family, mode, init, jam, oracle):
+    settings = {"prefill_chunk_size": 2, "cache_implementation": "static"}
     _check(jam(family, mode, init), oracle, (family, mode, init), "interleaved", 2.0, **settings)
 
 
@@ -83,10 +82,9 @@ def test_without_a_cache(family, mode, init, jam, oracle):
 
 
 @pytest.mark.feature(SECTION, "beam search, guidance")
-@pytest.mark.parametrize(("cache", "scale"), [("dynamic", 1.0), ("static", 2.5)])
 @by_mode
-def test_beams(family, mode, init, cache, scale, jam):
-    model = jam(family, mode, init)
+def test_beams(family, mode, init, jam):
+    model, scale = jam(family, mode, init), 2.5
     row = [1, 30, 31, 32]
     output = model.generate(
         input_ids=torch.tensor([row]),
@@ -95,7 +93,7 @@ def test_beams(family, mode, init, cache, scale, jam):
         num_beams=2,
         num_return_sequences=2,
         do_sample=False,
-        cache_implementation=cache,
+        cache_implementation="static",
     )
     steps = CODES + 2
     process = picture_scores(model, len(row), "image", scale, len(row) + steps)
