@@ -318,6 +318,11 @@ class JamConfig(PreTrainedConfig):
         return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
 
     @property
+    def decoder_configs(self) -> list[PreTrainedConfig]:
+        """Text and, in cross, image: the configs of the decoders that this JAM is made of."""
+        return [config for config in (self.text_config, self.image_config) if config is not None]
+
+    @property
     def embedding_sizes(self) -> tuple[int, ...]:
         """Widths of the parts of one row of the input embedding: one, or text and image in the preserving cross form."""
         if self.fusion_mode == "cross" and self.cross_form == "preserving":
@@ -350,7 +355,7 @@ class JamConfig(PreTrainedConfig):
 
     @initializer_range.setter
     def initializer_range(self, value: float) -> None:
-        for config in (self.text_config, self.image_config):
+        for config in self.decoder_configs:
             for name in ("initializer_range", "init_std"):
                 if hasattr(config, name):
                     setattr(config, name, value)
@@ -456,15 +461,14 @@ def _delegate(name: str) -> property:
             config = self.text_config
             return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         if name == "max_position_embeddings":  # both streams read every token
-            return min(config.max_position_embeddings for config in (self.text_config, self.image_config) if config is not None)
+            return min(config.max_position_embeddings for config in self.decoder_configs)
         if name == "num_key_value_heads":
             return getattr(self.text_config, name, None) or self.text_config.num_attention_heads
         return getattr(self.text_config, name)
 
     def write(self: "JamConfig", value: Any) -> None:
-        for config in (self.text_config, self.image_config):
-            if config is not None:
-                setattr(config, name, value)
+        for config in self.decoder_configs:
+            setattr(config, name, value)
 
     return property(read, write, doc=f"`{name}` of the decoders; written to each of them.")
 

@@ -299,8 +299,7 @@ class JamGenerationMixin(GenerationMixin):
         """GenerationMixin keeps the mask that flash-attention needs on a static cache if the whole model's config asks for
         flash-attention; here it does so while a single stream's config asks for it."""
         config = self.config
-        streams = [stream for stream in (config.text_config, config.image_config) if stream is not None]
-        asked = [stream._attn_implementation for stream in streams if is_flash_attention_requested(stream)]
+        asked = [c._attn_implementation for c in config.decoder_configs if is_flash_attention_requested(c)]
         own = config._attn_implementation_internal
         if asked and not is_flash_attention_requested(config):
             config._attn_implementation_internal = asked[0]

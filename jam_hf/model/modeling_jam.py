@@ -188,6 +188,8 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
     def _check_that_no_picture_is_missing(self, input_ids: torch.LongTensor) -> None:
         """For training without `pixel_values`: placeholders in a row are a picture that was lost on its way here."""
         placeholders = input_ids == self.config.image_token_id
+        if not bool(placeholders.any()):  # the usual case waits for the device once
+            return
         if self.config.image_seq_length > 1:
             in_a_row = placeholders[:, 1:] & placeholders[:, :-1]
         else:
@@ -198,11 +200,10 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
                 "placeholder. Let the collator keep pixel_values (Trainer: remove_unused_columns=False), or encode the "
                 "pictures beforehand."
             )
-        if bool(placeholders.any()):
-            logger.warning_once(
-                "A placeholder <image> stands alone in the training text and will be learned as it is. Where it stands for a "
-                "picture, let JamProcessor make input_ids and pixel_values together."
-            )
+        logger.warning_once(
+            "A placeholder <image> stands alone in the training text and will be learned as it is. Where it stands for a "
+            "picture, let JamProcessor make input_ids and pixel_values together."
+        )
 
     def encode_pictures(
         self, input_ids: torch.LongTensor, labels: torch.LongTensor | None, pixel_values: torch.Tensor | None

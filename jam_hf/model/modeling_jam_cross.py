@@ -31,6 +31,10 @@ from .modeling_jam_families import family_of
 from .sharding_jam import tensor_parallel_plan
 
 
+# Parameters of the image tokenizer, in a JamModel and in a JamForCausalLM.
+VQ_PREFIXES = ("vq_model.", "model.vq_model.")
+
+
 class ZeroInitLinear(nn.Linear):
     """A projection that starts at zero, so that the residual branch it ends adds nothing at step 0."""
 
@@ -203,7 +207,7 @@ class JamPreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for name, parameter in model.named_parameters():
-            if name.startswith(("vq_model.", "model.vq_model.")):
+            if name.startswith(VQ_PREFIXES):
                 parameter.requires_grad_(False)
         return loaded
 
@@ -243,8 +247,7 @@ class JamPreTrainedModel(PreTrainedModel):
         Its codebook is read by the quantiser around it, so that it cannot be a unit of its own.
         """
         tp_plan, ep_plan, fsdp_plan = super()._resolve_parallel_plans(distributed_config)
-        inside = ("vq_model.", "model.vq_model.")
-        return tp_plan, ep_plan, {name: style for name, style in fsdp_plan.items() if not name.startswith(inside)}
+        return tp_plan, ep_plan, {name: style for name, style in fsdp_plan.items() if not name.startswith(VQ_PREFIXES)}
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in `PreTrainedModel`; a vocabulary that would end before the last image code is refused."""

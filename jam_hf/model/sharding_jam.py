@@ -24,10 +24,7 @@ _FEED_FORWARD = {
     "opt": {"fc1": "colwise", "fc2": "rowwise"},
 }
 _CROSS_ATTENTION = {role: f"cross_attn.{name}" for role, name in _PROJECTIONS.items()}
-_CROSS_FEED_FORWARD = {
-    "llama": {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"},
-    "opt": {"mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"},
-}
+_CROSS_FEED_FORWARD = _FEED_FORWARD | {"opt": {"mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}}
 # OPTAttention reshapes to all of its heads, whatever came: a slice of them would be read as a slice of the positions.
 _SPLITS_HEADS = {"llama": True, "opt": False}
 
@@ -37,11 +34,10 @@ def splits_by_heads(config: Any, processes: int = 1) -> bool:
 
     All are, or none: transformers sizes static caches by one rule for all layers.
     """
-    streams = [config.text_config] + ([config.image_config] if config.image_config is not None else [])
     return all(
         _SPLITS_HEADS[stream.model_type]
         and (getattr(stream, "num_key_value_heads", None) or stream.num_attention_heads) % processes == 0
-        for stream in streams
+        for stream in config.decoder_configs
     )
 
 
