@@ -1,7 +1,8 @@
 """Several gloo processes on this machine, for the tests of what runs in more than one. It knows no model.
 
 `run(worker, processes, *arguments)` starts them; the worker is a top-level function of an importable module, because a new
-interpreter imports it by name. Each process has one thread, and what it returns comes back.
+process imports it by name. Each process has one thread, and what it returns comes back. They are forked from a server that has
+imported what they need, so that a test pays for its processes but not for their imports.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def run(worker: Callable, processes: int, *arguments: Any, limit: float = 120.0)
     Raises:
         AssertionError: if a process raised, died or did not come back in time; with the tracebacks of all that raised.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "accelerate", "jam_hf"])
     port = _free_port()
     children, channels = [], []
     for rank in range(processes):
