@@ -1,26 +1,33 @@
-"""Reading parents tensor by tensor, and writing tensors shard by shard. It knows nothing of the maths.
+"""Checkpoints read row by row, and written shard by shard. It knows nothing of the maths and of key names.
 
-Only safetensors are read.
+Only safetensors are read. Nothing here holds more than a few blocks of rows, unless a source asks for a whole tensor.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from .tensor_files import TensorFile, TensorFileWriter, TensorSpec
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+BLOCK_BYTES = 4 << 20  # of output made at a time by each thread; what a core's cache holds with its sources
+_THREADS = min(4, os.cpu_count() or 1)
 
 
 class Parent:
@@ -30,42 +37,96 @@ class Parent:
         source: folder, Hub id (`revision` as in `from_pretrained`) or `PreTrainedModel`.
         role: "text parent", "image parent", ...: how messages call it.
     Raises:
-        ValueError: if it is no checkpoint with safetensors.
+        ValueError: if it is no checkpoint with safetensors, or one of its files is damaged.
     """
 
     def __init__(self, source: str | os.PathLike | PreTrainedModel, role: str, revision: str | None = None):
         self.role = role
-        self._state: dict[str, torch.Tensor] | None = None
-        self._files: dict[str, Path] = {}
         self.hub_id: str | None = None  # where the parent can be found by others
+        self.revision: str | None = None
+        self.license: str | None = None
+        self._state: dict[str, torch.Tensor] = {}
+        self._files: dict[str, TensorFile] = {}
         if isinstance(source, PreTrainedModel):
             self.name, self.folder = source.name_or_path or type(source).__name__, None
             self.config: PreTrainedConfig = source.config
-            self._state = source.state_dict()
+            self._state = {key: tensor.detach().cpu() for key, tensor in source.state_dict().items()}
+            self.specs = {key: TensorSpec(tuple(tensor.shape), tensor.dtype) for key, tensor in self._state.items()}
             return
         self.name = str(source)
         self.folder = _resolve_folder(source, role, revision)
-        self.hub_id = None if Path(source).is_dir() else str(source)
+        if not Path(source).is_dir():
+            self.hub_id = str(source)
+            self.revision = self.folder.name if self.folder.parent.name == "snapshots" else revision
+        self.license = _license(self.folder)
         self.config = AutoConfig.from_pretrained(self.folder)
         self._files = _tensor_files(self.folder, role)
+        self.specs = {key: file.specs[key] for key, file in self._files.items()}
 
     def keys(self) -> set[str]:
-        return set(self._state if self._state is not None else self._files)
+        return set(self.specs)
+
+    def require(self, key: str) -> TensorSpec:
+        """Shape and dtype of a tensor. Raises `ValueError` if the parent has none of that name."""
+        if key not in self.specs:
+            raise ValueError(f"The {self.role} {self.name} has no tensor '{key}'.")
+        return self.specs[key]
+
+    def read(self, key: str, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """Rows `[first, last)` of a tensor, on the CPU.
+
+        Raises:
+            ValueError: if it is missing, cannot be read, or holds NaN or infinity there; the message names file and tensor.
+        """
+        self.require(key)
+        if self._state:
+            rows = self._state[key][first:last] if self._state[key].dim() else self._state[key]
+        else:
+            try:
+                rows = self._files[key].read(key, first, last)
+            except OSError as error:
+                raise ValueError(f"Cannot read tensor '{key}' of the {self.role} from {self._files[key].path}: {error}.") from error
+        if not all_finite(rows):
+            raise ValueError(f"Tensor '{key}' of the {self.role}, in {self.where(key)}, holds NaN or infinity.")
+        return rows
 
     def get(self, key: str) -> torch.Tensor:
-        """The tensor, on the CPU. Raises `ValueError` (naming file and tensor) if it is missing or unreadable."""
-        if self._state is not None:
-            if key not in self._state:
-                raise ValueError(f"The {self.role} {self.name} has no tensor '{key}'.")
-            return self._state[key].detach().cpu()
-        if key not in self._files:
-            raise ValueError(f"The {self.role} {self.name} has no tensor '{key}'.")
-        path = self._files[key]
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"Cannot read tensor '{key}' of the {self.role} from {path}: {error}.") from error
+        """The whole tensor; see `read`."""
+        return self.read(key)
+
+    def where(self, key: str) -> str:
+        """The file that a tensor lies in, in words."""
+        return str(self._files[key].path) if key in self._files else f"the model in memory '{self.name}'"
+
+    def identity(self) -> str | None:
+        """Digest of the config and of names, sizes, headers and times of the files; None for a model in memory."""
+        if self.folder is None:
+            return None
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for path in sorted({file.path for file in self._files.values()}):
+            status = path.stat()
+            digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+    def content_id(self) -> str:
+        """Digest of what the parent is, wherever it lies: its config's shapes and its tensors' names, shapes and first rows."""
+        digest = hashlib.sha256()
+        for key in sorted(self.specs):
+            spec = self.specs[key]
+            digest.update(f"{key} {list(spec.shape)} {spec.dtype}".encode())
+            if spec.rows:
+                digest.update(self.read(key, 0, 1).reshape(-1)[:64].view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite; for half precision by the bits of the exponent, at memory speed."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    exponents = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+    if tensor.dtype in exponents:
+        return int((tensor.contiguous().view(torch.int16) & 0x7FFF).amax()) < exponents[tensor.dtype]
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float64))) or bool(torch.isfinite(tensor).all())
 
 
 def _resolve_folder(source: str | os.PathLike, role: str, revision: str | None) -> Path:
@@ -81,31 +142,235 @@ def _resolve_folder(source: str | os.PathLike, role: str, revision: str | None) 
         raise ValueError(f"The {role} '{source}' is not a folder. Expected a checkpoint folder or a Hub id such as 'a/b'.")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     except Exception as error:  # the Hub's, the network's and the cache's errors have no common base class
         raise ValueError(f"The {role} '{source}' is neither a folder nor a Hub repository that can be read: {error}") from error
 
 
-def _tensor_files(folder: Path, role: str) -> dict[str, Path]:
-    if (folder / _INDEX).is_file():
-        weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+def _license(folder: Path) -> str | None:
+    """What the parent's own model card says, where it has one."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return None
+    from huggingface_hub import ModelCard
+
+    try:
+        data = ModelCard.load(path, ignore_metadata_errors=True).data
+    except Exception:  # a card is free text: whatever is wrong with it is no reason not to read the weights
+        return None
+    return getattr(data, "license_name", None) or data.license
+
+
+def _tensor_files(folder: Path, role: str) -> dict[str, TensorFile]:
+    """The open file of each tensor."""
+    if (folder / INDEX).is_file():
+        try:
+            weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / INDEX} of the {role} is damaged: {error!r}. Fetch or save it again.") from error
         missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
         if missing:
             raise ValueError(f"The {role} '{folder}' is incomplete: its index names {', '.join(missing)}, which is missing.")
-        return {key: folder / name for key, name in weight_map.items()}
-    path = folder / _SINGLE
+        files = {name: TensorFile(folder / name) for name in sorted(set(weight_map.values()))}
+        absent = sorted(key for key, name in weight_map.items() if key not in files[name].specs)
+        if absent:
+            raise ValueError(
+                f"The {role} '{folder}' is incomplete: by its index '{absent[0]}' lies in {weight_map[absent[0]]}, which has no "
+                f"such tensor ({len(absent)} of {len(weight_map)} are missing)."
+            )
+        return {key: files[name] for key, name in weight_map.items()}
+    path = folder / SINGLE
     if not path.is_file():
         raise ValueError(
-            f"The {role} '{folder}' has no safetensors ({_SINGLE} or {_INDEX}). Only safetensors are read; convert other "
+            f"The {role} '{folder}' has no safetensors ({SINGLE} or {INDEX}). Only safetensors are read; convert other "
             "files first, e.g. load and save_pretrained with transformers."
         )
+    file = TensorFile(path)
+    return dict.fromkeys(file.specs, file)
+
+
+class Source(Protocol):
+    """Something that yields rows of one tensor: a parent's, noise, a constant, or several of them combined."""
+
+    def read(self, first: int, last: int) -> torch.Tensor:
+        """Rows `[first, last)`."""
+
+    def release(self) -> None:
+        """Forget what was kept to answer `read`."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """Consecutive rows of an output tensor: `make` of the same rows of all sources, block by block."""
+
+    rows: int
+    sources: tuple[Source, ...]
+    make: Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """How one output tensor is made. what: in words, for people. inputs: (role, key) of each tensor of a parent it comes from."""
+
+    spec: TensorSpec
+    bands: tuple[Band, ...]
+    what: str = ""
+    inputs: tuple[tuple[str, str], ...] = ()
+    loads: int = field(default=0)  # bytes that its sources keep in memory while it is made
+
+    def blocks(self) -> Iterator[tuple[int, int, Callable[[], torch.Tensor]]]:
+        """(first row, number of rows, function that makes them) for blocks of about `BLOCK_BYTES`."""
+        size = max(1, BLOCK_BYTES // max(1, self.spec.row_numel * self.spec.dtype.itemsize))
+        start = 0
+        for band in self.bands:
+            for first in range(0, band.rows, size):
+                last = min(first + size, band.rows)
+                yield start + first, last - first, lambda band=band, first=first, last=last: _make(band, first, last)
+            start += band.rows
+
+    def tensor(self) -> torch.Tensor:
+        """The whole tensor: what the blocks are, put together."""
+        made = [make().reshape(rows, *self.spec.shape[1:]) for _, rows, make in self.blocks()]
+        return torch.cat(made).reshape(self.spec.shape)
+
+
+def _make(band: Band, first: int, last: int) -> torch.Tensor:
+    return band.make(*(source.read(first, last) for source in band.sources))
+
+
+def plan_shards(specs: dict[str, TensorSpec], max_shard_size: str) -> tuple[dict[str, list[str]], dict[str, Any] | None]:
+    """Keys by file name, and the index (None where one file holds all)."""
+    plan = split_state_dict_into_shards_factory(
+        specs,
+        get_storage_size=lambda spec: spec.nbytes,
+        get_storage_id=lambda spec: None,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename} if plan.is_sharded else None
+    return plan.filename_to_tensors, index
+
+
+def write_plans(folder: Path, plans: dict[str, TensorPlan], max_shard_size: str = "2GB") -> None:
+    """Write planned tensors shard by shard, a few blocks of rows in memory at a time.
+
+    A shard gets its name when it is whole and on the disk; shards that are there already, from a run that was stopped, stay.
+
+    Raises:
+        ValueError: if a tensor made has another shape than planned, or does not fit its dtype. OSError: if the disk is full or
+            cannot be written; the message names file and tensor.
+    """
+    shards, index = plan_shards({key: plan.spec for key, plan in plans.items()}, max_shard_size)
+    total = sum(plan.spec.nbytes for plan in plans.values())
+    there = sum(plans[key].spec.nbytes for name, keys in shards.items() if (folder / name).is_file() for key in keys)
+    with (
+        tqdm(total=total, initial=there, desc="tensors", unit="B", unit_scale=True, unit_divisor=1024) as progress,
+        _one_torch_thread(),
+        ThreadPoolExecutor(1, "sync") as syncing,
+    ):
+        pending = []
+        for name, keys in shards.items():
+            path = folder / name
+            if path.is_file():
+                continue
+            partial = path.with_name(f"{name}.partial")
+            try:
+                writer = TensorFileWriter(partial, {key: plans[key].spec for key in keys})
+            except OSError as error:
+                raise OSError(error.errno, f"cannot write {path.name} in {folder}: {error.strerror}") from error
+            try:
+                _write_shard(writer, {key: plans[key] for key in keys}, progress)
+            except BaseException:
+                writer.close(sync=False)
+                raise
+            pending.append(syncing.submit(_finish, writer, path))
+        for future in pending:
+            future.result()
+    if index is not None:
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / f"{INDEX}.partial").write_text(text, encoding="utf-8")
+        (folder / f"{INDEX}.partial").replace(folder / INDEX)
+
+
+def _finish(writer: TensorFileWriter, path: Path) -> None:
+    writer.close(sync=True)
+    writer.path.replace(path)
+
+
+def _write_shard(writer: TensorFileWriter, plans: dict[str, TensorPlan], progress: tqdm) -> None:
+    room = threading.Semaphore(2 * _THREADS)
+    failed, counting = threading.Event(), threading.Lock()
+
+    def work(key: str, first: int, rows: int, make: Callable[[], torch.Tensor]) -> None:
+        try:
+            if failed.is_set():
+                return
+            spec = plans[key].spec
+            made = make()
+            if tuple(made.shape) != ((rows, *spec.shape[1:]) if spec.shape else ()):
+                raise ValueError(f"Tensor '{key}': expected rows of {list(spec.shape)}, made {list(made.shape)} at row {first}.")
+            cast = made.to(spec.dtype)
+            if not all_finite(cast):
+                raise ValueError(
+                    f"Tensor '{key}' ({plans[key].what}) holds {made.abs().max().item():.4g}, which overflows {spec.dtype} "
+                    f"(largest: {torch.finfo(spec.dtype).max:.4g}). Choose another dtype, e.g. dtype='bfloat16'."
+                )
+            try:
+                writer.write(key, first, cast)
+            except OSError as error:
+                raise OSError(error.errno, f"cannot write tensor '{key}' to {writer.path}: {error.strerror}") from error
+            with counting:
+                progress.update(cast.numel() * cast.element_size())
+        except BaseException:
+            failed.set()
+            raise
+        finally:
+            room.release()
+
+    with ThreadPoolExecutor(_THREADS, "fuse") as pool:
+        futures = []
+        try:
+            for key, plan in plans.items():
+                for first, rows, make in plan.blocks():
+                    room.acquire()
+                    if failed.is_set():
+                        room.release()
+                        break
+                    futures.append(pool.submit(work, key, first, rows, make))
+                if plan.loads:  # what its sources keep is the largest thing in memory: let go before the next tensor
+                    _wait(futures)
+                    _release(plan)
+                if failed.is_set():
+                    break
+            _wait(futures)
+        except BaseException:
+            failed.set()
+            raise
+
+
+def _wait(futures: list) -> None:
+    for future in futures:
+        future.result()
+    futures.clear()
+
+
+def _release(plan: TensorPlan) -> None:
+    for band in plan.bands:
+        for source in band.sources:
+            source.release()
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Blocks are shared out among threads of our own; torch's would only get in their way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        with safe_open(path, framework="pt") as file:
-            return dict.fromkeys(file.keys(), path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"Cannot read {path} of the {role}: {error}. The file is damaged or cut short.") from error
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def write_tensors(
@@ -113,38 +378,38 @@ def write_tensors(
     shapes: dict[str, torch.Tensor],
     make: Callable[[str], torch.Tensor],
     max_shard_size: str = "2GB",
-    metadata: dict[str, Any] | None = None,
 ) -> None:
-    """Write tensors shard by shard; only one shard is in memory.
+    """Write tensors shard by shard, one whole tensor in memory at a time.
 
     Args:
         shapes: a tensor on the meta device for every key, for shape and dtype.
         make: returns the tensor of a key.
-    Raises:
-        ValueError: if a tensor made has another shape or dtype than planned, or holds NaN or infinity.
     """
-    plan = split_state_dict_into_shards_factory(
-        shapes,
-        get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
-        get_storage_id=lambda tensor: None,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
-    with tqdm(total=len(shapes), desc="tensors", unit="tensor") as progress:
-        for name, keys in plan.filename_to_tensors.items():
-            shard = {}
-            for key in keys:
-                tensor = make(key)
-                if tensor.shape != shapes[key].shape or tensor.dtype != shapes[key].dtype:
-                    raise ValueError(
-                        f"Tensor '{key}': expected {list(shapes[key].shape)} of {shapes[key].dtype}, made "
-                        f"{list(tensor.shape)} of {tensor.dtype}."
-                    )
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    raise ValueError(f"Tensor '{key}' holds NaN or infinity; look at that tensor of the parents.")
-                shard[key] = tensor.contiguous()
-                progress.update()
-            save_file(shard, folder / name, metadata={"format": "pt"})
-    if plan.is_sharded:
-        index = {"metadata": {**plan.metadata, **(metadata or {})}, "weight_map": plan.tensor_to_filename}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    plans = {
+        key: TensorPlan(
+            spec := TensorSpec(tuple(tensor.shape), tensor.dtype),
+            (Band(spec.rows, (Made(make, key),), lambda rows: rows),),
+            loads=spec.nbytes,
+        )
+        for key, tensor in shapes.items()
+    }
+    write_plans(folder, plans, max_shard_size)
+
+
+class Made:
+    """Rows of a tensor that a function makes as a whole."""
+
+    def __init__(self, make: Callable[[str], torch.Tensor], key: str):
+        self._make, self._key = make, key
+        self._tensor: torch.Tensor | None = None
+        self._lock = threading.Lock()
+
+    def read(self, first: int, last: int) -> torch.Tensor:
+        with self._lock:
+            if self._tensor is None:
+                self._tensor = self._make(self._key)
+        return self._tensor[first:last] if self._tensor.dim() else self._tensor
+
+    def release(self) -> None:
+        self._tensor = None
+

@@ -1,58 +1,69 @@
 """`fuse`: two parents and a VQ model in, one JAM checkpoint out.
 
-It checks that the parents fit, builds the JAM's config, and lets the tables say where each tensor comes from.
+`plan_fusion` reads configs, headers and tokenizers and says how every tensor will be made; it writes nothing. `fuse` does it.
 """
 
 from __future__ import annotations
 
 import copy
-import json
+import errno
+import hashlib
 import os
+import shutil
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..files import whole_folder
-from ..model.configuration_jam import FUSION_MODES, SUPPORTED_FAMILIES, JamConfig, JamVQConfig
+from ..files import resumable_folder, whole_folder
+from ..model.configuration_jam import FUSION_MODES, JamConfig
 from ..model.image_processing_jam import JamImageProcessor
 from ..model.modeling_jam import JamForCausalLM
-from ..model.modeling_jam_families import family_of
 from ..model.modeling_jam_vq import JamVQModel
 from ..model.processing_jam import JamProcessor
-from . import inits, tables
-from .checkpoint import Parent, write_tensors
+from . import report, tables
+from .checkpoint import Parent, TensorPlan, write_plans
 from .model_card import model_card
+from .parents import IMAGE_PARENTS, TEXT_PARENTS, Decoder, head_specs, image_codes, picture_tokens
+from .recipe import FusionRecipe
+from .shapes import check_parents, jam_config
+from .tensor_files import TensorSpec
+from .vocabulary import TokenNames, Vocabulary, differing_tokens, joined_vocabulary, shared_vocabulary
+from .vq_source import vq_model_of
 
 
 DEFAULT_INIT = {"uniform": "average", "width": "copy", "cross": "preserving"}
 
-# What may differ between parents that are averaged or concatenated: names, ids, training-time settings.
-_FREE_FIELDS = {
-    "_name_or_path",
-    "architectures",
-    "attention_dropout",
-    "bos_token_id",
-    "dropout",
-    "dtype",
-    "eos_token_id",
-    "id2label",
-    "init_std",
-    "initializer_range",
-    "label2id",
-    "layerdrop",
-    "pad_token_id",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-}
+
+@dataclass
+class FusionPlan:
+    """A fusion before it is done. `describe()` and `explain(key)` say what it will be; nothing has been written."""
+
+    recipe: FusionRecipe
+    config: JamConfig
+    vocabulary: Vocabulary
+    text: Decoder
+    image: Decoder
+    tensors: dict[str, TensorPlan]
+    warnings: list[str]
+    digest: str
+    fingerprint: str | None  # None: an input is in memory, so that a stopped run cannot be taken up again
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all output tensors."""
+        return sum(plan.spec.nbytes for plan in self.tensors.values())
+
+    def describe(self) -> str:
+        """Shapes, parameters, memory, disk, vocabulary, pairing of layers and warnings, as text."""
+        return report.describe(self)
+
+    def explain(self, key: str) -> str:
+        """Where a tensor comes from, as text. Raises `ValueError` for a tensor that the JAM does not have."""
+        return report.explain(self, key)
 
 
 def fuse(
@@ -63,107 +74,228 @@ def fuse(
     init: str | None = None,
     vq_model: str | os.PathLike | JamVQModel | None = None,
     tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
-    image_token_offset: int | None = None,
-    break_token: str = "<break>",
-    image_token: str = "<image>",
-    mask_token: str = "<mask>",
-    mask_end_token: str = "</mask>",
-    cross_attention_interval: int = 2,
-    dtype: str | torch.dtype | None = None,
-    seed: int = 0,
-    max_shard_size: str = "2GB",
     overwrite: bool = False,
+    **settings: Any,
 ) -> Path:
     """Fuse a text LLM and an autoregressive image model into a JAM checkpoint (paper, stage 1).
 
+    Tensors are read, made and written in blocks of rows, so that memory does not grow with the models. A run that was killed goes
+    on where it was, when it is started again with the same arguments.
+
     Args:
-        text_model, image_model: checkpoint folder, Hub id, or model in memory; causal LMs of one family (Llama, OPT) over
-            one vocabulary that holds the image codes.
-        mode: "uniform", "width" or "cross".
+        text_model: checkpoint folder, Hub id, or model in memory: Llama, Mistral, Qwen2, Qwen3 or OPT.
+        image_model: likewise: a plain causal LM of these families whose vocabulary holds the image codes, or a Chameleon
+            (Anole), Emu3 or Janus `ForConditionalGeneration`.
+        mode: "uniform" (equal shapes), "width" (equal depth and head size) or "cross" (any; layers are paired by relative depth).
         output_dir: where the checkpoint appears, whole or not at all.
         init: uniform "average"; width "copy" (default), "average" [P], "block_diagonal" (ours); cross "preserving" (ours,
             default: text logits equal the text parent's and image logits the image parent's) or "paper".
-        vq_model: [`JamVQModel`] or its folder: the image tokenizer that made the image parent's codes.
-        tokenizer: tokenizer or its folder; the text parent's where `None`.
-        image_token_offset: id of image code 0; by default found by the tokenizer's `<img:0>`, else the last K ids.
-        break_token, image_token, mask_token, mask_end_token: the special tokens, by their text in the tokenizer.
-        cross_attention_interval: cross blocks after layers 0, interval, 2*interval, ... [A]: 2.
-        dtype: of the decoders; the parents' where `None`. The VQ model stays in float32.
-        seed: for what is drawn at random (cross blocks, projections).
-        max_shard_size: as in `save_pretrained`. overwrite: a non-empty `output_dir` is refused, unless `overwrite`, which
-            replaces the whole folder once the new one is complete.
+        vq_model: the image tokenizer that made the image parent's codes: a [`JamVQModel`], its folder, or what `convert_vq` reads;
+            the image parent's own where `None`.
+        tokenizer: the JAM's tokenizer or its folder; the text parent's where `None`.
+        overwrite: a non-empty `output_dir` is refused, unless `overwrite`, which replaces the whole folder once the new one is
+            complete.
+        settings: further fields of [`FusionRecipe`]:
+            image_tokenizer: of the image parent, where its folder has none.
+            text_revision, image_revision: branch, tag or commit on the Hub.
+            image_size: side of a picture in pixels, for image tokenizers that take any (Emu3).
+            image_token_offset: id of image code 0 in a plain causal LM; by default its tokenizer's `<img:0>`, else the last K ids.
+            break_token, image_token, mask_token, mask_end_token: the JAM's special tokens, by their text.
+            special_tokens: image parent's token by JAM's token, for markup that both have under different names.
+            cross_attention_interval: cross blocks after layers 0, interval, 2*interval, ... [A]: 2.
+            dtype: of the decoders; the parents' where `None`. The VQ model stays in float32.
+            seed: for what is drawn at random (cross blocks, projections). max_shard_size: as in `save_pretrained`.
     Returns:
         the path of the checkpoint: config, generation config, safetensors, tokenizer and processor, the code that loads it
-        elsewhere, and a model card.
+        elsewhere, the recipe, and a model card.
     Raises:
-        ValueError: if the parents do not fit; the message names both. FileExistsError: if `output_dir` is in use.
+        ValueError: if the parents do not fit; the message names both. FileExistsError: if `output_dir` is in use. OSError: if the
+            disk has no room.
     """
+    _check_output(output_dir, text_model, image_model, vq_model, tokenizer, settings.get("image_tokenizer"))
+    plan = plan_fusion(text_model, image_model, mode, init, vq_model, tokenizer, **settings)
+    return run_fusion(plan, output_dir, overwrite)
+
+
+def plan_fusion(
+    text_model: str | os.PathLike | PreTrainedModel,
+    image_model: str | os.PathLike | PreTrainedModel,
+    mode: str,
+    init: str | None = None,
+    vq_model: str | os.PathLike | JamVQModel | None = None,
+    tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
+    image_tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
+    dtype: str | torch.dtype | None = None,
+    **settings: Any,
+) -> FusionPlan:
+    """Everything about a fusion but the writing; arguments, errors: see [`fuse`]."""
+    named_dtype = _named_dtype(dtype)
+    names = {
+        "text": text_model,
+        "image": image_model,
+        "vq": vq_model,
+        "tokenizer": tokenizer,
+        "image_tokenizer": image_tokenizer,
+    }
+    recipe = FusionRecipe.of(
+        {
+            **{key: _written(value) for key, value in names.items()},
+            "mode": mode,
+            "init": init,
+            "dtype": str(named_dtype).removeprefix("torch.") if named_dtype else None,
+            **settings,
+        },
+        "fuse",
+    )
     if mode not in FUSION_MODES:
         raise ValueError(f"mode must be one of {', '.join(map(repr, FUSION_MODES))}, got {mode!r}.")
-    init = DEFAULT_INIT[mode] if init is None else init
+    recipe.init = init = DEFAULT_INIT[mode] if init is None else init
     if init not in tables.INITS[mode]:
         raise ValueError(f"init for mode {mode!r} must be one of {', '.join(map(repr, tables.INITS[mode]))}, got {init!r}.")
-    if vq_model is None:
-        raise ValueError("vq_model is missing: a JAM carries the image tokenizer that made its image parent's codes.")
-    text, image = Parent(text_model, "text parent"), Parent(image_model, "image parent")
-    check_parents(text, image, mode)
-    for source in (text_model, image_model, vq_model, tokenizer):
+    warnings: list[str] = []
+    text = Decoder(Parent(text_model, "text parent", recipe.text_revision), TEXT_PARENTS)
+    image = Decoder(Parent(image_model, "image parent", recipe.image_revision), IMAGE_PARENTS)
+    check_parents(text, image, mode, init)
+    vq, vq_warnings = vq_model_of(vq_model, image, recipe.image_size)
+    warnings += vq_warnings
+    tokenizer = _tokenizer(tokenizer, text.parent)
+    image_tokenizer = _image_tokenizer(image_tokenizer, image.parent)
+    codes = image_codes(image, vq.config.num_vq_embeddings, recipe.image_token_offset, image_tokenizer or tokenizer)
+    vocabulary = _vocabulary(tokenizer, image_tokenizer, text, image, codes.rows, vq, recipe)
+    config = jam_config(
+        text,
+        image,
+        vq.config,
+        mode,
+        init,
+        recipe.cross_attention_interval,
+        {"vocab_size": vocabulary.size, **vocabulary.ids, **codes.head_config},
+    )
+    config.dtype = named_dtype or _dtype(text, image)
+    config.architectures = ["JamForCausalLM"]
+    parts = tables.Ingredients(
+        config, text, image, codes, vocabulary.text_map, vocabulary.image_map, vq.state_dict(), recipe.seed
+    )
+    head_specs(codes, image.parent)
+    tensors = tables.plan_tensors(_specs(config), tables.table(mode, init, config), parts)
+    tables.check_all_used(parts, mode)
+    warnings += report.warnings(text, image, config, vocabulary, mode, init)
+    contents = (
+        text.parent.content_id(),
+        image.parent.content_id(),
+        _digest(vq.state_dict()),
+        _tokenizer_digest(tokenizer),
+        _tokenizer_digest(image_tokenizer) if image_tokenizer is not None else None,
+    )
+    digest = recipe.digest(*contents)
+    identities = text.parent.identity(), image.parent.identity()
+    fingerprint = None
+    if None not in identities:
+        fingerprint = hashlib.sha256(f"{digest} {identities} {recipe.max_shard_size}".encode()).hexdigest()
+    return FusionPlan(recipe, config, vocabulary, text, image, tensors, warnings, digest, fingerprint)
+
+
+def run_fusion(plan: FusionPlan, output_dir: str | os.PathLike, overwrite: bool = False) -> Path:
+    """Do what was planned; see [`fuse`]."""
+    folder_context: AbstractContextManager[Path | None]
+    if plan.fingerprint is None:
+        folder_context = whole_folder(output_dir, overwrite)
+    else:
+        folder_context = resumable_folder(output_dir, plan.fingerprint, overwrite)
+    with folder_context as folder:
+        if folder is None:
+            return Path(output_dir)
+        there = sum(path.stat().st_size for path in folder.glob("*.safetensors*"))
+        free = shutil.disk_usage(folder).free
+        if free + there < plan.num_bytes:
+            raise OSError(
+                errno.ENOSPC,
+                f"the fusion needs {report.size(plan.num_bytes - there)} more in '{Path(output_dir).absolute().parent}', and "
+                f"{report.size(free)} are free. Make room, or choose another output folder",
+            )
+        write_plans(folder, plan.tensors, plan.recipe.max_shard_size)
+        _write_small_files(plan, folder)
+    return Path(output_dir)
+
+
+def _write_small_files(plan: FusionPlan, folder: Path) -> None:
+    """All but the tensors; config.json last: a folder without it is no checkpoint."""
+    config, vocabulary, recipe = plan.config, plan.vocabulary, plan.recipe
+    GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        generation_mode="interleaved",
+    ).save_pretrained(folder)
+    tokenizer = vocabulary.tokenizer
+    tokenizer.padding_side = "left"
+    layout = {**vocabulary.layout, **({"grid_size": config.grid_size} if vocabulary.layout else {})}
+    processor = JamProcessor(
+        JamImageProcessor.from_size(config.vq_config.sample_size),
+        tokenizer,
+        image_seq_length=config.image_seq_length,
+        image_token=recipe.image_token,
+        break_token=recipe.break_token,
+        **layout,
+    )
+    processor.save_pretrained(folder)
+    (folder / "README.md").write_text(model_card(plan), encoding="utf-8")
+    (folder / "fusion.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    config.save_pretrained(folder)
+
+
+def _specs(config: JamConfig) -> dict[str, TensorSpec]:
+    """Shape and dtype of every tensor of a JAM."""
+    with torch.device("meta"):
+        skeleton = JamForCausalLM(config)
+    skeleton.to(config.dtype or torch.float32)
+    skeleton.model.vq_model.to(torch.float32)
+    tied = set(skeleton.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    state = skeleton.state_dict()
+    return {key: TensorSpec(tuple(value.shape), value.dtype) for key, value in state.items() if key not in tied}
+
+
+def _vocabulary(
+    tokenizer: PreTrainedTokenizerBase,
+    image_tokenizer: PreTrainedTokenizerBase | None,
+    text: Decoder,
+    image: Decoder,
+    codes: torch.LongTensor,
+    vq: JamVQModel,
+    recipe: FusionRecipe,
+) -> Vocabulary:
+    names = TokenNames(recipe.break_token, recipe.image_token, recipe.mask_token, recipe.mask_end_token)
+    plain = image.kind in TEXT_PARENTS
+    same_size = text.vocab_size == image.vocab_size
+    if plain and same_size and (image_tokenizer is None or not differing_tokens(tokenizer, image_tokenizer)):
+        if recipe.special_tokens:
+            raise ValueError("special_tokens is for parents with different tokenizers; these have one vocabulary. Leave it out.")
+        return shared_vocabulary(tokenizer, text.vocab_size, codes, names)
+    if image_tokenizer is None:
+        raise ValueError(
+            f"The text parent {text.parent.name} and the image parent {image.parent.name} have no common vocabulary (vocab_size: "
+            f"{text.vocab_size} and {image.vocab_size}), and the image parent brings no tokenizer to say what its rows mean. Pass "
+            "image_tokenizer=..."
+        )
+    pictures = picture_tokens(image, image_tokenizer, vq.config.grid_size)
+    return joined_vocabulary(
+        tokenizer, text.vocab_size, image_tokenizer, codes, pictures, names, recipe.special_tokens
+    )
+
+
+def _check_output(output_dir: str | os.PathLike, *sources: Any) -> None:
+    for source in sources:
         if isinstance(source, (str, os.PathLike)) and Path(source).exists():
             source, target = Path(source).resolve(), Path(output_dir).resolve()
             if source == target or target in source.parents:
                 what = "is also an input" if source == target else f"holds the input '{source}'"
                 raise ValueError(f"output_dir '{output_dir}' {what}; choose another folder.")
-    vq = _vq_model(vq_model)
-    tokenizer = _tokenizer(tokenizer, text)
-    _check_vocabularies(tokenizer, image)
-    ids = _token_ids(tokenizer, vq.config, text, image_token_offset, break_token, image_token, mask_token, mask_end_token)
-    config = jam_config(text.config, image.config, vq.config, mode, init, cross_attention_interval, ids)
-    config.dtype = _named_dtype(dtype) or _dtype(text, image)
-
-    with whole_folder(output_dir, overwrite) as folder:
-        write_weights(folder, config, text, image, vq, mode, init, seed, max_shard_size)
-        config.architectures = ["JamForCausalLM"]
-        config.save_pretrained(folder)
-        GenerationConfig(
-            bos_token_id=config.bos_token_id,
-            eos_token_id=config.eos_token_id,
-            pad_token_id=config.pad_token_id,
-            generation_mode="interleaved",
-        ).save_pretrained(folder)
-        tokenizer.padding_side = "left"
-        processor = JamProcessor(
-            JamImageProcessor.from_size(config.vq_config.sample_size),
-            tokenizer,
-            image_seq_length=config.image_seq_length,
-            image_token=image_token,
-            break_token=break_token,
-        )
-        processor.save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(config, init, text.hub_id, image.hub_id), encoding="utf-8")
-    return Path(output_dir)
 
 
-def _vq_model(source: Any) -> JamVQModel:
-    if isinstance(source, JamVQModel):
-        return source
-    if not isinstance(source, (str, os.PathLike)):
-        raise ValueError(
-            f"vq_model must be a JamVQModel or its folder, got {type(source).__name__}. A diffusers VQModel goes into "
-            "the `.vq` of a JamVQModel made with its arguments."
-        )
-    folder = Path(source)
-    if folder.exists() or str(source).count("/") > 1:
-        path = folder / "config.json"
-        if not path.is_file():
-            raise ValueError(f"The VQ model '{source}' is no checkpoint: expected a folder with config.json and safetensors.")
-        found = json.loads(path.read_text(encoding="utf-8"))
-        kind = found.get("model_type", found.get("_class_name"))
-        if kind != JamVQConfig.model_type:
-            raise ValueError(
-                f"The VQ model '{source}' is a '{kind}'; expected the folder of a JamVQModel ('{JamVQConfig.model_type}'). "
-                "Load a diffusers VQModel into the `.vq` of a JamVQModel made with its arguments, and save that."
-            )
-    return JamVQModel.from_pretrained(source)
+def _written(source: Any) -> str | None:
+    if source is None or isinstance(source, (str, os.PathLike)):
+        return str(source) if source is not None else None
+    return f"{type(source).__name__} in memory"
 
 
 def _tokenizer(tokenizer: Any, text: Parent) -> PreTrainedTokenizerBase:
@@ -172,220 +304,61 @@ def _tokenizer(tokenizer: Any, text: Parent) -> PreTrainedTokenizerBase:
     source = tokenizer if tokenizer is not None else text.folder
     if source is None:
         raise ValueError("The text parent is a model in memory and brings no tokenizer; pass tokenizer=...")
+    return _read_tokenizer(source, "tokenizer")
+
+
+def _image_tokenizer(tokenizer: Any, image: Parent) -> PreTrainedTokenizerBase | None:
+    """The image parent's; None where it brings none."""
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
+    if tokenizer is None:
+        if image.folder is None or not (image.folder / "tokenizer_config.json").is_file():
+            return None
+        tokenizer = image.folder
+    return _read_tokenizer(tokenizer, "image_tokenizer")
+
+
+def _read_tokenizer(source: str | os.PathLike, argument: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source)
-    except (ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"No tokenizer can be read from '{source}' ({reason}). Pass one: tokenizer=...") from error
-
-
-def _check_vocabularies(tokenizer: PreTrainedTokenizerBase, image: Parent) -> None:
-    """An id must mean the same in both parents. An image parent that brings no tokenizer is taken at its word."""
-    if image.folder is None or not (image.folder / "tokenizer_config.json").is_file():
-        return
-    ours, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(image.folder).get_vocab()
-    differing = sorted((token for token in ours if theirs.get(token) != ours[token]), key=ours.__getitem__)
-    if differing:
-        token = differing[0]
-        raise ValueError(
-            f"The JAM's tokenizer and that of the image parent {image.name} give {len(differing)} of {len(ours)} tokens other "
-            f"ids, e.g. {token!r}: {ours[token]} and {theirs.get(token)}. Parents are fused row by row, so both need one "
-            "vocabulary."
-        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"No tokenizer can be read from '{source}' ({error}). Pass {argument}=... .") from error
 
 
 def _named_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None:
+        return None
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found is not None and not (isinstance(found, torch.dtype) and found.is_floating_point) or (dtype and found is None):
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype must be a float type such as 'bfloat16' or torch.bfloat16, got {dtype!r}.")
     return found
 
 
-def _dtype(text: Parent, image: Parent) -> torch.dtype:
-    found = {parent.config.dtype or torch.float32 for parent in (text, image)}
-    if len(found) > 1:
+def _dtype(text: Decoder, image: Decoder) -> torch.dtype:
+    found = [decoder.parent.require(decoder.embedding_key).dtype for decoder in (text, image)]
+    if found[0] != found[1]:
         raise ValueError(
-            f"The text parent {text.name} is stored in {text.config.dtype}, the image parent {image.name} in "
-            f"{image.config.dtype}. Say which the JAM shall have: dtype=..."
+            f"The text parent {text.parent.name} is stored in {found[0]}, the image parent {image.parent.name} in {found[1]}. "
+            "Say which the JAM shall have: dtype=..."
         )
-    return found.pop()
+    return found[0]
 
 
-def check_parents(text: Parent, image: Parent, mode: str) -> None:
-    """Raise a `ValueError` that names both parents and every difference that `mode` cannot take."""
-    for parent in (text, image):
-        if parent.config.model_type not in SUPPORTED_FAMILIES:
-            raise ValueError(
-                f"The {parent.role} {parent.name} is of the family '{parent.config.model_type}'; supported: "
-                f"{', '.join(SUPPORTED_FAMILIES)}."
-            )
-    ours, theirs = text.config.to_dict(), image.config.to_dict()
-    if ours["model_type"] != theirs["model_type"]:
-        names = {"model_type"}  # all else follows from it
-    elif mode == "cross":  # the streams keep their own shapes; depth and vocabulary are shared
-        names = {"vocab_size", "num_hidden_layers", "model_type"}
-    else:
-        names = (set(ours) | set(theirs)) - _FREE_FIELDS
-    differing = sorted(name for name in names if ours.get(name) != theirs.get(name))
-    if differing:
-        listing = "; ".join(f"{name}: {ours.get(name)} and {theirs.get(name)}" for name in differing)
-        raise ValueError(
-            f"The text parent {text.name} and the image parent {image.name} cannot be fused as '{mode}', they differ in "
-            f"{listing} (text parent first)."
-        )
+def _digest(state: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        digest.update(key.encode())
+        digest.update(state[key].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
-def _token_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    vq: JamVQConfig,
-    text: Parent,
-    image_token_offset: int | None,
-    break_token: str,
-    image_token: str,
-    mask_token: str,
-    mask_end_token: str,
-) -> dict[str, Any]:
-    vocabulary = tokenizer.get_vocab()
-    missing = [t for t in (break_token, image_token, mask_token, mask_end_token) if t not in vocabulary]
-    if missing:
-        raise ValueError(
-            f"The tokenizer has no {', '.join(map(repr, missing))}. Add them as special tokens before fusing (and give the "
-            "parents' embeddings rows for them), or name the tokens that play their part: break_token=..., "
-            "image_token=..., mask_token=..., mask_end_token=..."
-        )
-    mask, end = vocabulary[mask_token], vocabulary[mask_end_token]
-    count = 1
-    while mask_token.endswith(">") and vocabulary.get(f"{mask_token[:-1]}:{count}>") == mask + count:
-        count += 1
-    if image_token_offset is None:
-        image_token_offset = vocabulary.get("<img:0>", text.config.vocab_size - vq.num_vq_embeddings)
-    last = f"<img:{vq.num_vq_embeddings - 1}>"
-    if "<img:0>" in vocabulary and vocabulary.get(last) != image_token_offset + vq.num_vq_embeddings - 1:
-        raise ValueError(
-            f"The tokenizer's image codes do not fit the VQ model: with {vq.num_vq_embeddings} codes from id "
-            f"{image_token_offset}, {last} should be id {image_token_offset + vq.num_vq_embeddings - 1}, but it is "
-            f"{vocabulary.get(last)}."
-        )
-    return {
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "break_token_id": vocabulary[break_token],
-        "image_token_id": vocabulary[image_token],
-        "mask_token_id": mask,
-        "num_mask_tokens": count,
-        "mask_end_token_id": end,
-        "image_token_offset": image_token_offset,
-    }
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def jam_config(
-    text: PreTrainedConfig,
-    image: PreTrainedConfig,
-    vq: JamVQConfig,
-    mode: str,
-    init: str,
-    cross_attention_interval: int,
-    ids: dict[str, Any],
-) -> JamConfig:
-    """The config of the JAM that `text` and `image` become."""
-    text, image, vq = copy.deepcopy(text), copy.deepcopy(image), copy.deepcopy(vq)
-    for config in (text, image, vq):
-        config.name_or_path = ""  # where a parent lay on this machine is nobody else's business
-        config.__dict__.pop("auto_map", None)  # the code is the JAM's
-    tied = bool(text.tie_word_embeddings and image.tie_word_embeddings)
-    if mode == "cross":
-        preserving = init == "preserving"
-        return JamConfig(
-            fusion_mode="cross",
-            text_config=text,
-            image_config=image,
-            vq_config=vq,
-            cross_form=init,
-            cross_attention_interval=cross_attention_interval,
-            tie_word_embeddings=tied and not preserving,
-            **ids,
-        )
-    decoder = tables.widen(text) if mode == "width" else text
-    return JamConfig(fusion_mode=mode, text_config=decoder, vq_config=vq, tie_word_embeddings=tied, **ids)
-
-
-def write_weights(
-    folder: Path,
-    config: JamConfig,
-    text: Parent,
-    image: Parent,
-    vq: JamVQModel,
-    mode: str,
-    init: str,
-    seed: int = 0,
-    max_shard_size: str = "2GB",
-) -> None:
-    """Make every tensor that `config` asks for and write the shards.
-
-    Raises:
-        ValueError: if a parent lacks a tensor, or has one that the JAM has no place for.
-    """
-    with torch.device("meta"):
-        skeleton = JamForCausalLM(config)
-    skeleton.to(config.dtype or torch.float32)
-    skeleton.model.vq_model.to(torch.float32)
-    tied = set(skeleton.all_tied_weights_keys) if config.tie_word_embeddings else set()
-    shapes = {key: tensor for key, tensor in skeleton.state_dict().items() if key not in tied}
-    rules = tables.table(mode, init, config)
-    vq_state = vq.state_dict()
-    used: dict[str, set[str]] = {"text": set(), "image": set()}
-
-    def take(parent: Parent, rest: str) -> torch.Tensor:
-        for key in _parent_keys(parent, rest):
-            if key in parent.keys():
-                used[parent.role.split()[0]].add(key)
-                return parent.get(key)
-        raise ValueError(f"The {parent.role} {parent.name} has no tensor '{_parent_keys(parent, rest)[0]}'.")
-
-    def make(key: str) -> torch.Tensor:
-        dtype = shapes[key].dtype
-        for rule in rules:
-            rest = rule.match(key)
-            if rest is None:
-                continue
-            if rule.sources == "vq":
-                return vq_state[rest].cpu()
-            if rule.sources == "new":
-                if not rule.std:
-                    return torch.full(shapes[key].shape, 1.0 if rule.std is None else 0.0, dtype=dtype)
-                return inits.normal(shapes[key].shape, rule.std, key, seed, dtype)
-            if rule.sources == "image_head":
-                tensors = [take(image, "lm_head.weight")]
-            else:
-                wanted = {"text": [text], "image": [image], "both": [text, image]}[rule.sources]
-                tensors = [take(parent, rest) for parent in wanted]
-            for parent, tensor in zip((text, image), tensors):
-                if not torch.isfinite(tensor.to(dtype)).all():
-                    raise ValueError(f"Tensor '{rest}' of {parent.name} holds NaN or infinity as {dtype}.")
-            made = rule.make(*tensors) if rule.make else tensors[0]
-            return made.to(dtype)
-        raise AssertionError(f"no rule for '{key}' in the table of mode '{mode}'")
-
-    write_tensors(folder, shapes, make, max_shard_size)
-    expected_unused = {"lm_head.weight"} if mode != "cross" or config.tie_word_embeddings else set()
-    for parent in (text, image):
-        left = parent.keys() - used[parent.role.split()[0]] - expected_unused
-        if config.cross_form == "paper" and mode == "cross" and parent is image:
-            # One embedding, one position table and one final norm: the paper takes the text parent's.
-            left = {k for k in left if "layers." in k}
-        left = {k for k in left if not k.endswith(("rotary_emb.inv_freq", "lm_head.weight"))}
-        if left:
-            raise ValueError(
-                f"The {parent.role} {parent.name} has tensors that a '{mode}' JAM has no place for: "
-                f"{', '.join(sorted(left)[:5])}{' ...' if len(left) > 5 else ''}."
-            )
-
-
-def _parent_keys(parent: Parent, rest: str) -> list[str]:
-    """Where a tensor of the decoder may stand in the parent: under its causal LM, under its base model, or tied."""
-    path = family_of(parent.config).decoder_path
-    if rest == "lm_head.weight":
-        keys = ["lm_head.weight"]
-        return [*keys, *_parent_keys(parent, "embed_tokens.weight")] if parent.config.tie_word_embeddings else keys
-    return [path + rest, path.removeprefix("model.") + rest]
+def plan_recipe(recipe: FusionRecipe) -> FusionPlan:
+    """`plan_fusion` with the settings of a recipe."""
+    settings = {key: value for key, value in vars(replace(recipe)).items() if key not in ("text", "image", "mode", "vq")}
+    return plan_fusion(recipe.text, recipe.image, recipe.mode, vq_model=recipe.vq, **settings)

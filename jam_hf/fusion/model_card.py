@@ -1,13 +1,21 @@
 """The README.md of a fused checkpoint: what it is made of and how to use it, in the form the Hub reads.
 
-It knows names and words only; `fuse` says what the parents were.
+It knows words only; what they say comes from the plan of the fusion.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from huggingface_hub import ModelCardData
 
-from ..model.configuration_jam import JamConfig
+from ..version import __version__
+from . import report
+from .parents import Decoder
+
+
+if TYPE_CHECKING:
+    from .fuse import FusionPlan
 
 
 _MODES = {
@@ -29,8 +37,19 @@ It reads and writes text and pictures in one sequence of tokens. Made with `jam_
 | fusion | {mode} |
 | init | {init} |
 | pictures | {size}x{size} pixels, {length} codes out of {codes} |
+| recipe | `{digest}` (jam_hf {version}; fusion.yaml) |
 
 A fusion is a starting point: it has not been trained jointly yet.
+
+## What was preserved
+
+{preserved}
+{vocabulary}
+{notes}
+## Recipe
+
+```yaml
+{recipe}```
 
 ## Use
 
@@ -66,32 +85,55 @@ pipe(text="A small red circle:", generation_mode="image", max_new_tokens={room})
 """
 
 
-def model_card(config: JamConfig, init: str, text: str | None, image: str | None) -> str:
-    """The text of README.md.
-
-    Args:
-        config: the JAM's. init: as `fuse` takes it.
-        text, image: Hub ids of the parents; None for one that lies in a folder or in memory (its path is nobody's business).
-    """
+def model_card(plan: FusionPlan) -> str:
+    """The text of README.md. A parent that lies in a folder or in memory is not named: its path is nobody's business."""
+    config = plan.config
+    names = [decoder.parent.hub_id for decoder in (plan.text, plan.image) if decoder.parent.hub_id]
+    licences = {decoder.parent.license for decoder in (plan.text, plan.image)}
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="any-to-any",
         tags=["jam", f"jam-{config.fusion_mode}"],
-        base_model=list(dict.fromkeys(name for name in (text, image) if name)) or None,
-        base_model_relation="merge" if text or image else None,
+        base_model=list(dict.fromkeys(names)) or None,
+        base_model_relation="merge" if names else None,
+        license=licences.pop() if len(licences) == 1 else "other",
     )
     body = _BODY.format(
-        text=_linked(text),
-        image=_linked(image),
+        text=_linked(plan.text),
+        image=_linked(plan.image),
         mode=_MODES[config.fusion_mode],
-        init=init,
+        init=plan.recipe.init,
         size=config.vq_config.sample_size,
         length=config.image_seq_length,
         codes=config.num_image_tokens,
-        room=config.image_seq_length + 2,
+        digest=plan.digest[:16],
+        version=__version__,
+        preserved=report.preserved(plan.recipe.mode, plan.recipe.init),
+        vocabulary=_vocabulary(plan),
+        notes="".join(f"- {warning}\n" for warning in plan.warnings),
+        recipe=plan.recipe.to_yaml(),
+        room=config.picture_length + 2,
     )
     return f"---\n{data.to_yaml()}\n---\n{body}"
 
 
-def _linked(name: str | None) -> str:
-    return f"[{name}](https://huggingface.co/{name})" if name else "not on the Hub"
+def _vocabulary(plan: FusionPlan) -> str:
+    pairs = report.pairing(plan.config)
+    lines = []
+    if plan.text.config.num_hidden_layers != plan.image.config.num_hidden_layers and pairs:
+        listing = ", ".join(f"{text}:{image}" for text, image in pairs)
+        lines += ["", f"Layers side by side (text:image): {listing}."]
+    if plan.vocabulary.coverage is not None:
+        lines += ["", "The vocabulary is the text parent's. Rows of the image parent for its tokens:", ""]
+        lines += [f"- {line}" for line in plan.vocabulary.coverage.lines()]
+    return "\n".join(lines)
+
+
+def _linked(decoder: Decoder) -> str:
+    parent = decoder.parent
+    if not parent.hub_id:
+        name = "not on the Hub"
+    else:
+        name = f"[{parent.hub_id}](https://huggingface.co/{parent.hub_id})"
+        name += f", revision `{parent.revision}`" if parent.revision else ""
+    return f"{name} ({type(parent.config).__name__.removesuffix('Config')}; licence: {parent.license or 'not stated'})"

@@ -1,27 +1,26 @@
 """Which tensor of a JAM comes from which tensors of its parents, by which function: declarative tables of keys.
 
-They know key names and modes; they read and write nothing. A rule is a regular expression on the JAM's key; the first that
-matches rules. `{rest}` is the part of the key inside a decoder, which both parents have.
+A row is a regular expression on the JAM's key, words for people, and a function that names sources; the first row that matches
+rules. `{rest}` is the part of the key inside a decoder, which both parents have. Nothing is read or written here.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from transformers import PreTrainedConfig
 
 from ..model.configuration_jam import JamConfig
 from . import inits
+from .checkpoint import Band, Source, TensorPlan
+from .parents import Decoder, ImageCodes
+from .sources import Combined, Constant, Noise, ParentRows, VocabularyRows
+from .tensor_files import TensorSpec
+from .vocabulary import RowMap
 
-
-# The fields of a decoder's config that JAM-Width doubles [P] (hidden size, FFN) [A] (heads).
-DOUBLED_BY_WIDTH = {
-    "llama": ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
-    "opt": ("hidden_size", "ffn_dim", "num_attention_heads", "word_embed_proj_dim"),
-}
 
 INITS = {
     "uniform": ("average",),
@@ -29,105 +28,276 @@ INITS = {
     "cross": ("preserving", "paper"),
 }
 
-_WIDTH_BLOCKS = {
-    "copy": inits.width_copy,
-    "average": inits.width_average,
-    "block_diagonal": inits.width_block_diagonal,
-}
+
+@dataclass
+class Ingredients:
+    """All that a fusion is made of. `vq`: state of the VQ model. `used`: keys taken so far, by role."""
+
+    config: JamConfig
+    text: Decoder
+    image: Decoder
+    codes: ImageCodes
+    text_map: RowMap
+    image_map: RowMap
+    vq: dict[str, torch.Tensor]
+    seed: int = 0
+    used: dict[str, set[str]] = field(default_factory=lambda: {"text": set(), "image": set()})
+
+    def text_rows(self, rest: str) -> ParentRows:
+        return ParentRows(self.text.parent, self.text.key(rest))
+
+    def image_rows(self, rest: str) -> ParentRows:
+        return ParentRows(self.image.parent, self.image.key(rest))
+
+    def text_vocabulary(self, head: bool) -> VocabularyRows:
+        return VocabularyRows(self.text, self.text.head_key if head else self.text.embedding_key, self.text_map)
+
+    def image_vocabulary(self, head: bool) -> VocabularyRows:
+        if not head or not self.codes.head:
+            key = self.image.head_key if head else self.image.embedding_key
+            return VocabularyRows(self.image, key, self.image_map, self.codes)
+        # Codes have a head of their own; in this one, their rows mean nothing.
+        first = self.config.image_token_offset
+        last = first + len(self.codes)
+        known = self.image_map.offsets.clone()
+        known[first : last + 1] = known[first]
+        known[last + 1 :] -= len(self.codes)
+        rows = torch.cat((self.image_map.rows[: known[first]], self.image_map.rows[known[first] + len(self.codes) :]))
+        return VocabularyRows(self.image, self.image.head_key, RowMap(known, rows, min(self.image_map.identity, first)))
+
+
+# Sources and function of an output tensor: (ingredients, key, match, spec) -> bands.
+Build = Callable[[Ingredients, str, re.Match, TensorSpec], tuple[Band, ...]]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One row of a table.
-
-    pattern: matches the JAM's key; its group `rest` names the tensor inside the parents' decoders ("lm_head.weight" stands
-    for the output projection, "vq" for the VQ model). sources: "both", "text", "image", "vq" or "new".
-    make: function of the source tensors; for "new", of nothing, and `std` says what to draw (0.0: zeros, None: ones).
-    what: the row in words, for `--explain` and the model card.
-    """
+    """One row of a table. what: the row in words, for `--explain` and the model card."""
 
     pattern: str
-    sources: str
     what: str
-    make: Callable[..., torch.Tensor] | None = None
-    std: float | None = None
-
-    def match(self, key: str) -> str | None:
-        found = re.fullmatch(self.pattern, key)
-        if found is None:
-            return None
-        groups = found.groupdict()
-        if "depth" in groups:  # cross mode keeps the two layers of a depth in one module
-            return f"layers.{groups['depth']}.{groups['rest']}"
-        return groups.get("rest", "")
+    build: Build
 
 
+def _as_it_is(rows: torch.Tensor) -> torch.Tensor:
+    return rows
+
+
+def _whole(source: Source, spec: TensorSpec, make: Callable = _as_it_is) -> tuple[Band, ...]:
+    return (Band(spec.rows, (source,), make),)
+
+
+# ----- rows of tables, used by more than one mode ---------------------------------------------------------------------
+
+
+def _vq(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec) -> tuple[Band, ...]:
+    return _whole(Constant(parts.vq[match["rest"]].cpu()), spec)
+
+
+def _mean(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec) -> tuple[Band, ...]:
+    rest = match["rest"]
+    return (Band(spec.rows, (parts.text_rows(rest), parts.image_rows(rest)), inits.average),)
+
+
+def _image_head(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec) -> tuple[Band, ...]:
+    """The image parent's own head for codes (Janus); in width it reads the image parent's half of the hidden state."""
+    rest = match["rest"]
+    source = ParentRows(parts.image.parent, parts.codes.head[rest])
+    missing = 0 if len(spec.shape) < 2 else spec.row_numel - source.spec.row_numel
+    return _whole(source, spec, partial(inits.zeros_left, width=missing) if missing else _as_it_is)
+
+
+_VQ = Rule(r"model\.vq_model\.(?P<rest>.*)", "the VQ model, as it is", _vq)
+_OWN_HEAD = Rule(
+    r"image_head\.(?P<rest>(proj_out|vision_head)\..*)", "the image parent's own head for codes, kept as a module", _image_head
+)
 _DECODER = r"model\.language_model\."
-_VQ = Rule(r"model\.vq_model\.(?P<rest>.*)", "vq", "the VQ model, as it is")
+
+
+# ----- uniform --------------------------------------------------------------------------------------------------------
+
+
+def _uniform_vocabulary(
+    parts: Ingredients, key: str, match: re.Match, spec: TensorSpec, head: bool = False
+) -> tuple[Band, ...]:
+    text, image = parts.text_vocabulary(head), parts.image_vocabulary(head)
+    has_text, has_image = text.present, image.present
+
+    def combine(first: int, last: int, text_rows: torch.Tensor, image_rows: torch.Tensor) -> torch.Tensor:
+        return inits.mean_of_present(has_text[first:last], has_image[first:last], text_rows, image_rows)
+
+    return _whole(Combined(text, image, combine), spec)
 
 
 def _uniform_table() -> list[Rule]:
+    known = "mean of the parents; where only one knows the token, its row"
     return [
         _VQ,
-        Rule(r"(?P<rest>lm_head\.weight)", "both", "mean of the parents", inits.average),
-        Rule(_DECODER + r"(?P<rest>.*)", "both", "mean of the parents", inits.average),
+        _OWN_HEAD,
+        Rule(r"lm_head\.weight", known, partial(_uniform_vocabulary, head=True)),
+        Rule(_DECODER + r"embed_tokens\.weight", known, _uniform_vocabulary),
+        Rule(_DECODER + r"(?P<rest>.*)", "mean of the parents", _mean),
     ]
+
+
+# ----- width ----------------------------------------------------------------------------------------------------------
+
+
+def _width_vocabulary(
+    parts: Ingredients, key: str, match: re.Match, spec: TensorSpec, head: bool = False
+) -> tuple[Band, ...]:
+    return (Band(spec.rows, (parts.text_vocabulary(head), parts.image_vocabulary(head)), inits.beside),)
+
+
+def _width_beside(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec) -> tuple[Band, ...]:
+    rest = match["rest"]
+    return (Band(spec.rows, (parts.text_rows(rest), parts.image_rows(rest)), inits.beside),)
+
+
+def _width_behind(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec) -> tuple[Band, ...]:
+    sources = parts.text_rows(match["rest"]), parts.image_rows(match["rest"])
+    return tuple(Band(source.spec.rows, (source,), _as_it_is) for source in sources)
+
+
+def _width_block(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec, init: str = "copy") -> tuple[Band, ...]:
+    text, image = parts.text_rows(match["rest"]), parts.image_rows(match["rest"])
+    if init == "copy":
+        return Band(text.spec.rows, (text,), inits.twice), Band(image.spec.rows, (image,), inits.twice)
+    if init == "average":
+        return (
+            Band(text.spec.rows, (text, text, image), inits.beside_mean),
+            Band(image.spec.rows, (image, text, image), inits.beside_mean),
+        )
+    return (
+        Band(text.spec.rows, (text,), partial(inits.zeros_right, width=image.spec.row_numel)),
+        Band(image.spec.rows, (image,), partial(inits.zeros_left, width=text.spec.row_numel)),
+    )
 
 
 def _width_table(init: str) -> list[Rule]:
-    block = _WIDTH_BLOCKS[init]
     columns = "the parents side by side on the hidden dimension"
     return [
         _VQ,
-        Rule(r"(?P<rest>lm_head\.weight)", "both", columns, inits.concat_columns),
-        Rule(_DECODER + r"(?P<rest>embed_(tokens|positions)\.weight)", "both", columns, inits.concat_columns),
-        Rule(_DECODER + r"(?P<rest>.*norm\.weight)", "both", columns, inits.concat_rows),
-        Rule(_DECODER + r"(?P<rest>.*\.bias)", "both", columns, inits.concat_rows),
-        Rule(_DECODER + r"(?P<rest>.*\.weight)", "both", f"block rule '{init}' of the parents", block),
+        _OWN_HEAD,
+        Rule(r"lm_head\.weight", columns, partial(_width_vocabulary, head=True)),
+        Rule(_DECODER + r"embed_tokens\.weight", columns, _width_vocabulary),
+        Rule(_DECODER + r"(?P<rest>embed_positions\.weight)", columns, _width_beside),
+        # One norm serves all heads of a layer, so both parents' cannot stand side by side (ours [R]).
+        Rule(_DECODER + r"(?P<rest>.*\.[qk]_norm\.weight)", "mean of the parents: one norm for all heads", _mean),
+        Rule(_DECODER + r"(?P<rest>.*norm\.weight)", "the parents one after the other", _width_behind),
+        Rule(_DECODER + r"(?P<rest>.*\.bias)", "the parents one after the other", _width_behind),
+        Rule(
+            _DECODER + r"(?P<rest>.*\.weight)", f"block rule '{init}' of the parents", partial(_width_block, init=init)
+        ),
     ]
 
 
+# ----- cross ----------------------------------------------------------------------------------------------------------
+
+
+def _text(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec) -> tuple[Band, ...]:
+    return _whole(parts.text_rows(match["rest"]), spec)
+
+
+def _image(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec) -> tuple[Band, ...]:
+    return _whole(parts.image_rows(match["rest"]), spec)
+
+
+def _text_layer(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec) -> tuple[Band, ...]:
+    layer = parts.config.text_layer_depths.index(int(match["depth"]))
+    return _whole(parts.text_rows(f"layers.{layer}.{match['rest']}"), spec)
+
+
+def _image_layer(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec) -> tuple[Band, ...]:
+    layer = parts.config.image_layer_depths.index(int(match["depth"]))
+    return _whole(parts.image_rows(f"layers.{layer}.{match['rest']}"), spec)
+
+
+def _text_head(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec) -> tuple[Band, ...]:
+    return _whole(parts.text_vocabulary(head=True), spec)
+
+
+def _code_head(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec) -> tuple[Band, ...]:
+    code_map = RowMap.of((int(row),) for row in parts.codes.rows)
+    first = int(parts.codes.rows[0])
+    if torch.equal(parts.codes.rows, torch.arange(first, first + len(parts.codes))):
+        source = ParentRows(parts.image.parent, parts.image.head_key)
+        return (Band(spec.rows, (_Shifted(source, first),), _as_it_is),)
+    return _whole(VocabularyRows(parts.image, parts.image.head_key, code_map), spec)
+
+
+class _Shifted:
+    """Rows of a source from `first` on."""
+
+    def __init__(self, source: ParentRows, first: int):
+        self.source, self.first = source, first
+        self.inputs, self.loads = source.inputs, 0
+
+    def read(self, first: int, last: int) -> torch.Tensor:
+        return self.source.read(self.first + first, self.first + last)
+
+    def release(self) -> None:
+        pass
+
+
+def _shared_vocabulary(
+    parts: Ingredients, key: str, match: re.Match, spec: TensorSpec, head: bool = False
+) -> tuple[Band, ...]:
+    """The paper's one projection: codes from the image parent, text from the text parent, and what it lacks from the other."""
+    text, image = parts.text_vocabulary(head), parts.image_vocabulary(head)
+    use_image = ~text.present & image.present
+    first_code = parts.config.image_token_offset
+    use_image[first_code : first_code + len(parts.codes)] = True
+
+    def combine(first: int, last: int, text_rows: torch.Tensor, image_rows: torch.Tensor) -> torch.Tensor:
+        return inits.choose(use_image[first:last], text_rows, image_rows)
+
+    return _whole(Combined(text, image, combine), spec)
+
+
+def _new(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec, std: float = 0.0) -> tuple[Band, ...]:
+    return _whole(Noise(key, spec.shape[1:], std, parts.seed, spec.dtype), spec)
+
+
+def _ones(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec) -> tuple[Band, ...]:
+    return _whole(Constant(torch.ones(spec.shape, dtype=spec.dtype)), spec)
+
+
 def _cross_table(init: str, config: JamConfig) -> list[Rule]:
-    first, last = config.image_token_offset, config.image_token_offset + config.num_image_tokens
     preserving = init == "preserving"
     std = config.initializer_range
-
-    def splice(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-        return inits.splice_rows(text, image, first, last)
-
-    shared = f"image parent in rows {first}..{last - 1}, text parent in all others"
-    embed = (inits.concat_columns, "text parent's row, then image parent's row") if preserving else (splice, shared)
-    head = [Rule(r"(?P<rest>lm_head\.weight)", "both", shared, splice)]
+    shared = "image codes from the image parent, all others from the text parent"
     if preserving:
-        head = [
-            Rule(r"(?P<rest>lm_head\.weight)", "text", "text parent's output projection"),
-            Rule(
-                r"image_head\.weight",
-                "image_head",
-                f"rows {first}..{last - 1} of the image parent's output projection",
-                lambda weight: weight[first:last],
-            ),
+        vocabulary = [
+            _OWN_HEAD,
+            Rule(r"lm_head\.weight", "text parent's output projection", _text_head),
+            Rule(r"image_head\.weight", "rows of the image codes in the image parent's output projection", _code_head),
+            Rule(_DECODER + r"embed_tokens\.weight", "text parent's row, then image parent's row", _width_vocabulary),
+        ]
+    else:
+        vocabulary = [
+            _OWN_HEAD,
+            Rule(r"lm_head\.weight", shared, partial(_shared_vocabulary, head=True)),
+            Rule(_DECODER + r"embed_tokens\.weight", shared, _shared_vocabulary),
         ]
     ending = "zeros: adds nothing at step 0" if preserving else f"normal, std {std}"
     layer = _DECODER + r"layers\.(?P<depth>\d+)\."
     cross = _DECODER + r"layers\.\d+\.(text|image)_cross\."
+    projection_std = config.text_config.hidden_size**-0.5
     return [
         _VQ,
-        *head,
-        Rule(_DECODER + r"(?P<rest>embed_tokens\.weight)", "both", embed[1], embed[0]),
-        Rule(_DECODER + r"text_stem\.(?P<rest>.*)", "text", "text parent"),
-        Rule(_DECODER + r"image_stem\.(?P<rest>.*)", "image", "image parent"),
-        Rule(layer + r"text_layer\.(?P<rest>.*)", "text", "text parent"),
-        Rule(layer + r"image_layer\.(?P<rest>.*)", "image", "image parent"),
-        Rule(cross + r"(cross_attn\.o_proj|mlp\.down_proj)\.weight", "new", ending, std=0.0 if preserving else std),
-        Rule(cross + r".*norm\.weight", "new", "ones", std=None),
-        Rule(cross + r".*\.weight", "new", f"normal, std {std}", std=std),
+        *vocabulary,
+        Rule(_DECODER + r"text_stem\.(?P<rest>.*)", "text parent", _text),
+        Rule(_DECODER + r"image_stem\.(?P<rest>.*)", "image parent", _image),
+        Rule(layer + r"text_layer\.(?P<rest>.*)", "text parent", _text_layer),
+        Rule(layer + r"image_layer\.(?P<rest>.*)", "image parent", _image_layer),
         Rule(
-            _DECODER + r"output_projection\.weight",
-            "new",
-            "normal, std d^-0.5",
-            std=config.text_config.hidden_size**-0.5,
+            cross + r"(cross_attn\.o_proj|mlp\.down_proj)\.weight", ending, partial(_new, std=0.0 if preserving else std)
         ),
+        Rule(cross + r".*norm\.weight", "ones", _ones),
+        Rule(cross + r".*norm\.bias", "zeros", partial(_new, std=0.0)),
+        Rule(cross + r".*\.weight", f"normal, std {std}", partial(_new, std=std)),
+        Rule(_DECODER + r"output_projection\.weight", "normal, std d^-0.5", partial(_new, std=projection_std)),
     ]
 
 
@@ -140,12 +310,51 @@ def table(mode: str, init: str, config: JamConfig) -> list[Rule]:
     return _cross_table(init, config)
 
 
-def widen(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of a decoder of twice the hidden size, heads and FFN (JAM-Width); the head size stays."""
-    values = config.to_dict()
-    if config.model_type == "llama":
-        values["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        values["num_key_value_heads"] = config.num_key_value_heads or config.num_attention_heads
-    for name in DOUBLED_BY_WIDTH[config.model_type]:
-        values[name] = 2 * values[name]
-    return type(config).from_dict(values)
+def plan_tensors(specs: dict[str, TensorSpec], rules: list[Rule], parts: Ingredients) -> dict[str, TensorPlan]:
+    """How each tensor is made.
+
+    Raises:
+        ValueError: if a parent lacks a tensor, has one of another shape, or has one that the JAM has no place for.
+    """
+    plans = {}
+    for key, spec in specs.items():
+        rule, match = next(
+            ((rule, found) for rule in rules if (found := re.fullmatch(rule.pattern, key))), (None, None)
+        )
+        if rule is None:
+            raise AssertionError(f"no row for '{key}' in the table")
+        bands = rule.build(parts, key, match, spec)
+        _check_shape(key, spec, bands)
+        sources = [source for band in bands for source in band.sources]
+        inputs = tuple(dict.fromkeys(entry for source in sources for entry in source.inputs))
+        for role, name in inputs:
+            parts.used[role.split()[0]].add(name)
+        plans[key] = TensorPlan(spec, bands, rule.what, inputs, sum(source.loads for source in dict.fromkeys(sources)))
+    parts.used["image"] |= parts.codes.used
+    return plans
+
+
+def _check_shape(key: str, spec: TensorSpec, bands: tuple[Band, ...]) -> None:
+    """Rows must add up; where one parent's tensor goes in as it is, its columns must agree too."""
+    found = [
+        (source.key, source.parent, source.spec) for band in bands for source in band.sources if isinstance(source, ParentRows)
+    ]
+    rows = sum(band.rows for band in bands)
+    alone = len(bands) == 1 and len(bands[0].sources) == 1 and bands[0].make is _as_it_is
+    if rows != spec.rows or (alone and found and found[0][2].shape != spec.shape):
+        listing = ", ".join(f"'{name}' of the {parent.role} {parent.name} is {list(s.shape)}" for name, parent, s in found)
+        raise ValueError(f"Tensor '{key}' should be {list(spec.shape)}, but {listing or f'its sources have {rows} rows'}.")
+
+
+def check_all_used(parts: Ingredients, mode: str) -> None:
+    """Raise a `ValueError` if a parent has a tensor that the JAM has no place for."""
+    for decoder, role in ((parts.text, "text"), (parts.image, "image")):
+        left = decoder.tensors() - parts.used[role]
+        if mode == "cross" and parts.config.cross_form == "paper" and role == "image":
+            # One embedding, one position table and one final norm: the paper takes the text parent's.
+            left = {key for key in left if "layers." in key}
+        if left:
+            raise ValueError(
+                f"The {decoder.parent.role} {decoder.parent.name} has tensors that a '{mode}' JAM has no place for: "
+                f"{', '.join(sorted(left)[:5])}{' ...' if len(left) > 5 else ''}."
+            )

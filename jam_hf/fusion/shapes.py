@@ -1,0 +1,159 @@
+"""Which parents fit together in which mode, and the config of the JAM that they become. It knows configs only."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ..model.configuration_jam import JamConfig, JamVQConfig
+from .parents import Decoder
+
+
+# Families whose layers compute the same from the same weights, by the name of the first.
+_SAME_ARITHMETIC = {"llama": "llama", "mistral": "llama", "emu3_text_model": "llama"}
+
+# What may differ between OPT parents that are averaged or concatenated: names, ids, training-time settings.
+_FREE_FIELDS = {
+    "_name_or_path",
+    "architectures",
+    "attention_dropout",
+    "bos_token_id",
+    "dropout",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "init_std",
+    "initializer_range",
+    "label2id",
+    "layerdrop",
+    "pad_token_id",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "vocab_size",
+}
+
+# Sizes that JAM-Width adds up [P] (hidden size, FFN) [A] (heads).
+_ADDED_BY_WIDTH = {
+    "opt": ("hidden_size", "ffn_dim", "num_attention_heads", "word_embed_proj_dim"),
+    "rotary": ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+}
+
+
+def shape_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """All that must agree for one decoder to stand for both parents: sizes, positions, norms, biases, activation."""
+    family = config.model_type
+    if family == "opt":
+        return {"family": family, **{k: v for k, v in config.to_dict().items() if k not in _FREE_FIELDS | {"model_type"}}}
+    heads = config.num_attention_heads
+    window = getattr(config, "sliding_window", None)
+    return {
+        "family": _SAME_ARITHMETIC.get(family, family),
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": config.num_key_value_heads or heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "hidden_act": config.hidden_act,
+        "rms_norm_eps": config.rms_norm_eps,
+        "attention_bias": bool(getattr(config, "attention_bias", False)),
+        "mlp_bias": bool(getattr(config, "mlp_bias", False)),
+        "rope_parameters": config.rope_parameters,
+        "sliding_window": window,
+        "layer_types": list(getattr(config, "layer_types", None) or []) if window else [],
+    }
+
+
+def check_parents(text: Decoder, image: Decoder, mode: str, init: str) -> None:
+    """Raise a `ValueError` that names both parents and every difference that `mode` cannot take."""
+    if mode == "cross":
+        return
+    if image.kind == "chameleon":
+        raise ValueError(
+            f"The image parent {image.parent.name} is a Chameleon, whose layers no text parent has: it fuses as 'cross' only, "
+            f"not as '{mode}'."
+        )
+    ours, theirs = shape_fields(text.config), shape_fields(image.config)
+    free: set[str] = set()
+    hint = "Fuse them as 'cross', which takes any sizes and depths."
+    if mode == "width":
+        hint = "Width needs equal depth and head size, and for unequal sizes init='block_diagonal'; 'cross' takes any."
+        if init == "block_diagonal" and ours["family"] == theirs["family"] != "opt":
+            free = {"hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"}
+            ours["heads per key/value head"] = ours["num_attention_heads"] / ours["num_key_value_heads"]
+            theirs["heads per key/value head"] = theirs["num_attention_heads"] / theirs["num_key_value_heads"]
+        elif init == "block_diagonal" and ours["family"] == theirs["family"]:
+            free = {"hidden_size", "ffn_dim", "num_attention_heads", "word_embed_proj_dim"}
+            for config, fields in ((text.config, ours), (image.config, theirs)):
+                fields["head_dim"] = config.hidden_size // config.num_attention_heads
+                fields["projected embeddings"] = config.word_embed_proj_dim != config.hidden_size
+    names = {"family"} if ours["family"] != theirs["family"] else (set(ours) | set(theirs)) - free
+    differing = sorted(name for name in names if ours.get(name) != theirs.get(name))
+    if differing:
+        listing = "; ".join(f"{name}: {ours.get(name)} and {theirs.get(name)}" for name in differing)
+        raise ValueError(
+            f"The text parent {text.parent.name} and the image parent {image.parent.name} cannot be fused as '{mode}', they "
+            f"differ in {listing} (text parent first). {hint}"
+        )
+
+
+def jam_config(
+    text: Decoder, image: Decoder, vq: JamVQConfig, mode: str, init: str, interval: int, settings: dict[str, Any]
+) -> JamConfig:
+    """The config of the JAM that the parents become. `settings`: ids, vocabulary and head, as [`JamConfig`] takes them."""
+    size = settings.pop("vocab_size")
+    text_config, image_config = _own(text.config, size, settings), _own(image.config, size, settings)
+    tied = text.tied and image.tied
+    vq = copy.deepcopy(vq)
+    _forget_origin(vq)
+    if mode == "cross":
+        return JamConfig(
+            fusion_mode="cross",
+            text_config=text_config,
+            image_config=image_config,
+            vq_config=vq,
+            cross_form=init,
+            cross_attention_interval=interval,
+            tie_word_embeddings=tied and init == "paper",
+            **settings,
+        )
+    if mode == "width":
+        text_config = _widened(text_config, image_config)
+    elif text_config.model_type != "opt":
+        text_config.max_position_embeddings = min(text_config.max_position_embeddings, image_config.max_position_embeddings)
+    return JamConfig(fusion_mode=mode, text_config=text_config, vq_config=vq, tie_word_embeddings=tied, **settings)
+
+
+def _own(config: PreTrainedConfig, vocab_size: int, ids: dict[str, Any]) -> PreTrainedConfig:
+    """A copy over the JAM's vocabulary and ids, without what it says of other parts of the parent."""
+    config = copy.deepcopy(config)
+    _forget_origin(config)
+    config.vocab_size = vocab_size
+    if getattr(config, "vocabulary_map", None) is not None:
+        config.vocabulary_map = None
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if ids[name] is not None:
+            setattr(config, name, ids[name])
+    return config
+
+
+def _forget_origin(config: PreTrainedConfig) -> None:
+    config.name_or_path = ""  # where a parent lay on this machine is nobody else's business
+    config.__dict__.pop("auto_map", None)  # the code is the JAM's
+
+
+def _widened(text: PreTrainedConfig, image: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of a decoder of both hidden sizes, heads and FFNs together (JAM-Width); the head size stays."""
+    rotary = text.model_type != "opt"
+    if rotary:
+        for config in (text, image):
+            config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            config.num_key_value_heads = config.num_key_value_heads or config.num_attention_heads
+        text.max_position_embeddings = min(text.max_position_embeddings, image.max_position_embeddings)
+    for name in _ADDED_BY_WIDTH["rotary" if rotary else "opt"]:
+        setattr(text, name, getattr(text, name) + getattr(image, name))
+    return type(text).from_dict(text.to_dict())

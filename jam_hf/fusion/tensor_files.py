@@ -1,0 +1,167 @@
+"""safetensors files read and written in blocks of rows, so that memory never holds a whole tensor, let alone a shard.
+
+The safetensors package reads through memory maps, which count as resident memory for as long as they are open, and writes only
+what is in memory as a whole. The format is small: 8 bytes of length, a JSON header, the bytes. This file knows nothing of what
+the tensors are for.
+
+"Rows" are slices along the first dimension; a scalar has one row.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LARGEST_HEADER = 100_000_000  # as the safetensors package has it
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a tensor. rows: size of the first dimension (1 for a scalar); row_numel: elements in one row."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_numel(self) -> int:
+        return torch.Size(self.shape[1:]).numel()
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.row_numel * self.dtype.itemsize
+
+
+class TensorFile:
+    """A safetensors file, open for reading.
+
+    Raises:
+        ValueError: if it is no safetensors file, or is cut short; the message names the file and the first tensor concerned.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.specs: dict[str, TensorSpec] = {}
+        self._starts: dict[str, int] = {}
+        self._descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            self._read_header()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def _read_header(self) -> None:
+        size = os.fstat(self._descriptor).st_size
+        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+        try:
+            if not 2 <= length <= min(_LARGEST_HEADER, size - 8):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(os.pread(self._descriptor, length, 8))
+            entries = {key: value for key, value in header.items() if key != "__metadata__"}
+            ends = {}
+            for key, entry in entries.items():
+                if entry["dtype"] not in DTYPES:
+                    raise ValueError(f"tensor '{key}' has the dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+                start, ends[key] = entry["data_offsets"]
+                self.specs[key] = TensorSpec(tuple(entry["shape"]), DTYPES[entry["dtype"]])
+                self._starts[key] = 8 + length + start
+                if start < 0 or ends[key] - start != self.specs[key].nbytes:
+                    raise ValueError(f"tensor '{key}' of shape {entry['shape']} takes {ends[key] - start} bytes")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.path} is no safetensors file, or is damaged: {error}. Fetch or save it again.") from error
+        beyond = sorted((key for key in ends if 8 + length + ends[key] > size), key=ends.__getitem__)
+        if beyond:
+            raise ValueError(
+                f"{self.path} is cut short: it has {size} bytes, and needs {8 + length + max(ends.values())}. The first tensor "
+                f"that is not whole is '{beyond[0]}' ({len(beyond)} of {len(ends)}). Fetch or save it again."
+            )
+
+    def read(self, key: str, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """Rows `[first, last)` of a tensor."""
+        spec = self.specs[key]
+        last = spec.rows if last is None else last
+        shape = (last - first, *spec.shape[1:]) if spec.shape else ()
+        tensor = torch.empty(shape, dtype=spec.dtype)
+        width = spec.row_numel * spec.dtype.itemsize
+        view, start = _bytes(tensor), self._starts[key] + first * width
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._descriptor, [view[done:]], start + done)
+            if not count:
+                raise ValueError(f"{self.path} ends inside tensor '{key}': it was cut short while it was read.")
+            done += count
+        return tensor
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self):
+        if hasattr(self, "_descriptor"):
+            self.close()
+
+
+class TensorFileWriter:
+    """A safetensors file whose tensors are known beforehand and whose rows come in any order, from several threads."""
+
+    def __init__(self, path: str | os.PathLike, specs: dict[str, TensorSpec]):
+        self.path, self.specs = Path(path), specs
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        starts = {}
+        # Widest dtypes first, as the safetensors package orders them: every tensor is aligned for its dtype.
+        for key in sorted(specs, key=lambda key: (-specs[key].dtype.itemsize, key)):
+            spec, starts[key] = specs[key], end
+            end += spec.nbytes
+            header[key] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [starts[key], end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._starts = {key: 8 + len(text) + start for key, start in starts.items()}
+        self.size = 8 + len(text) + end
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._write(len(text).to_bytes(8, "little") + text, 0)
+        os.ftruncate(self._descriptor, self.size)
+
+    def write(self, key: str, first: int, rows: torch.Tensor) -> None:
+        """Put rows `[first, first + len(rows))` of a tensor in their place."""
+        width = self.specs[key].row_numel * self.specs[key].dtype.itemsize
+        self._write(_bytes(rows.contiguous()), self._starts[key] + first * width)
+
+    def _write(self, data: bytes | memoryview, start: int) -> None:
+        view, done = memoryview(data), 0
+        while done < len(view):
+            done += os.pwrite(self._descriptor, view[done:], start + done)
+
+    def close(self, sync: bool = True) -> None:
+        """`sync`: only once the bytes lie on the disk may the file be given its final name."""
+        try:
+            if sync:
+                os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

@@ -1,0 +1,362 @@
+"""One vocabulary out of two: which rows of each parent's embedding make each row of the JAM's.
+
+The text parent's tokenizer rules: its ids stay what they are, new special tokens and the image codes come behind. Rows of the
+image parent are found by the text of a token, then by re-tokenising that text into the image parent's pieces (their mean). It
+knows tokenizers and ids; it reads no tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from .parents import PictureTokens
+
+
+@dataclass(frozen=True)
+class RowMap:
+    """Row i of the JAM's vocabulary is the mean of the parent's rows `rows[offsets[i]:offsets[i + 1]]`.
+
+    Where there is none, the parent has nothing to say of that token. offsets: int64 `[V + 1]`; rows: int64.
+    identity: so many leading rows are the parent's own, one for one.
+    """
+
+    offsets: torch.LongTensor
+    rows: torch.LongTensor
+    identity: int
+
+    @classmethod
+    def of(cls, pieces: Iterable[tuple[int, ...]]) -> RowMap:
+        pieces = list(pieces)
+        counts = torch.tensor([len(ids) for ids in pieces], dtype=torch.long)
+        rows = torch.tensor([row for ids in pieces for row in ids], dtype=torch.long)
+        identity = 0
+        while identity < len(pieces) and pieces[identity] == (identity,):
+            identity += 1
+        return cls(torch.cat((torch.zeros(1, dtype=torch.long), counts.cumsum(0))), rows, identity)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def present(self) -> torch.Tensor:
+        """bool `[V]`: whether the parent has a row for the token."""
+        return self.offsets.diff() > 0
+
+
+@dataclass
+class Coverage:
+    """How many of the text tokens got a row of the image parent, and by which way."""
+
+    counts: Counter = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, way: str, token: str) -> None:
+        self.counts[way] += 1
+        self.examples.setdefault(way, [])
+        if len(self.examples[way]) < 3:
+            self.examples[way].append(token)
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def lines(self) -> list[str]:
+        return [
+            f"{way}: {count} ({100 * count / max(1, self.total):.1f} %), e.g. {', '.join(map(repr, self.examples[way]))}"
+            for way, count in self.counts.most_common()
+        ]
+
+
+# The ways, in the order in which they are tried.
+SAME_TEXT, SAME_ROLE, PIECES, BYTES, NONE = (
+    "same text",
+    "same role or declared",
+    "mean of pieces",
+    "mean of bytes",
+    "none: starts as the mean row",
+)
+
+
+def surfaces(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
+    """The bytes that each id stands for, by id; None for special tokens and for ids that are no token.
+
+    Byte-level BPE writes bytes as letters, SentencePiece a space as U+2581 and lone bytes as `<0x41>`; both are undone here.
+    """
+    vocabulary = tokenizer.get_vocab()
+    found: list[bytes | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    decoder = json.dumps(json.loads(backend.to_str())["decoder"]) if backend is not None else ""
+    letters = {letter: byte for byte, letter in bytes_to_unicode().items()} if "ByteLevel" in decoder else None
+    special = set(tokenizer.all_special_ids)
+    added = {}
+    for index, token in tokenizer.added_tokens_decoder.items():
+        added[index] = token.content
+        if token.special:
+            special.add(index)
+    for token, index in vocabulary.items():
+        if index in special:
+            continue
+        if index in added:
+            found[index] = token.encode()
+        elif letters is not None:
+            if all(letter in letters for letter in token):
+                found[index] = bytes(letters[letter] for letter in token)
+        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            found[index] = bytes([int(token[3:5], 16)])
+        else:
+            found[index] = token.replace("\u2581", " ").encode()
+    return found
+
+
+def transplant(
+    text: PreTrainedTokenizerBase, image: PreTrainedTokenizerBase, num_rows: int, declared: dict[int, int]
+) -> tuple[list[tuple[int, ...]], Coverage]:
+    """For each of `num_rows` ids of the text tokenizer, the rows of the image parent whose mean stands for it.
+
+    Args:
+        declared: image parent's id by text id, which wins over everything else.
+    """
+    ours, theirs = surfaces(text), surfaces(image)
+    by_text: dict[bytes, int] = {}
+    for index, surface in enumerate(theirs):
+        if surface is not None:
+            by_text.setdefault(surface, index)
+    single_bytes = {surface: index for surface, index in by_text.items() if len(surface) == 1}
+    roles = dict(declared)
+    for role in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
+        mine, other = getattr(text, role), getattr(image, role)
+        if mine is not None and other is not None:
+            roles.setdefault(mine, other)
+    their_vocabulary = image.get_vocab()
+    names = text.convert_ids_to_tokens(list(range(len(ours))))
+    pieces: list[tuple[int, ...]] = [()] * num_rows
+    coverage = Coverage()
+    left: list[int] = []
+    for index in range(min(num_rows, len(ours))):
+        surface, name = ours[index], names[index]
+        if name is None:
+            continue
+        if index in roles:
+            pieces[index] = (roles[index],)
+            coverage.add(SAME_ROLE, name)
+        elif surface is None and name in their_vocabulary:
+            pieces[index] = (their_vocabulary[name],)
+            coverage.add(SAME_TEXT, name)
+        elif surface is not None and surface in by_text:
+            pieces[index] = (by_text[surface],)
+            coverage.add(SAME_TEXT, name)
+        elif surface:
+            left.append(index)
+        else:
+            coverage.add(NONE, name)
+    for index, found in zip(left, _tokenised([ours[index] for index in left], image, theirs)):
+        way = PIECES
+        if not found and all(bytes([byte]) in single_bytes for byte in ours[index]):
+            found, way = tuple(single_bytes[bytes([byte])] for byte in ours[index]), BYTES
+        pieces[index] = found
+        coverage.add(way if found else NONE, names[index])
+    return pieces, coverage
+
+
+def _tokenised(
+    texts: list[bytes], tokenizer: PreTrainedTokenizerBase, known: list[bytes | None]
+) -> Iterable[tuple[int, ...]]:
+    """The pieces of each text, or () where they do not spell exactly that text.
+
+    Some tokenizers put a space before a text; behind a line feed, which is then taken off, they do not.
+    """
+
+    def spelled(ids: list[int]) -> bytes | None:
+        parts = [known[index] if index < len(known) else None for index in ids]
+        return None if None in parts else b"".join(parts)
+
+    def encode(strings: list[str]) -> list[list[int]]:
+        if not strings:
+            return []
+        return tokenizer(strings, add_special_tokens=False)["input_ids"]
+
+    readable: dict[int, str] = {}
+    for position, text in enumerate(texts):
+        try:
+            readable[position] = text.decode()
+        except UnicodeDecodeError:
+            continue  # a part of a character: its bytes are all there is
+    found: list[tuple[int, ...]] = [()] * len(texts)
+    again = []
+    for position, ids in zip(readable, encode(list(readable.values()))):
+        if ids and spelled(ids) == texts[position]:
+            found[position] = tuple(ids)
+        else:
+            again.append(position)
+    for position, ids in zip(again, encode(["\n" + readable[position] for position in again])):
+        for skip in range(1, len(ids)):
+            if spelled(ids[:skip]) in (b"\n", b" \n") and spelled(ids[skip:]) == texts[position]:
+                found[position] = tuple(ids[skip:])
+                break
+    return found
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> list[str]:
+    """Add what the tokenizer lacks, as special tokens, behind all others. Returns what was added."""
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in dict.fromkeys(tokens) if token not in vocabulary]
+    if missing:
+        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)
+    return missing
+
+
+def differing_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> list[str]:
+    """Tokens of `ours` to which `theirs` gives another id, or none; in the order of their ids."""
+    vocabulary, other = ours.get_vocab(), theirs.get_vocab()
+    return sorted((token for token in vocabulary if other.get(token) != vocabulary[token]), key=vocabulary.__getitem__)
+
+
+@dataclass(frozen=True)
+class TokenNames:
+    """The JAM's special tokens, by their text in its tokenizer."""
+
+    break_token: str = "<break>"
+    image_token: str = "<image>"
+    mask_token: str = "<mask>"
+    mask_end_token: str = "</mask>"
+    num_mask_tokens: int = 8
+
+    @property
+    def masks(self) -> list[str]:
+        """CM3 sentinels: `<mask>`, `<mask:1>`, ..."""
+        stem = self.mask_token.removesuffix(">")
+        return [self.mask_token, *(f"{stem}:{i}>" for i in range(1, self.num_mask_tokens))]
+
+    def required(self) -> list[str]:
+        return [self.break_token, self.image_token, self.mask_token, self.mask_end_token]
+
+
+@dataclass
+class Vocabulary:
+    """The JAM's vocabulary and where its rows come from.
+
+    size: text ids, new special tokens and image codes. ids: token ids for [`JamConfig`]. layout: tokens around a picture for
+    [`JamProcessor`]. coverage: None where both parents have one vocabulary. added: special tokens that the tokenizer got.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    size: int
+    text_map: RowMap
+    image_map: RowMap
+    ids: dict[str, Any]
+    layout: dict[str, Any] = field(default_factory=dict)
+    coverage: Coverage | None = None
+    added: list[str] = field(default_factory=list)
+
+
+def shared_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, size: int, codes: torch.LongTensor, names: TokenNames
+) -> Vocabulary:
+    """Both parents have one vocabulary, image codes included: every row stands where it stood.
+
+    Raises:
+        ValueError: if the tokenizer lacks a special token.
+    """
+    known = tokenizer.get_vocab()
+    missing = [token for token in names.required() if token not in known]
+    if missing:
+        raise ValueError(
+            f"The tokenizer has no {', '.join(map(repr, missing))}. Add them as special tokens before fusing (and give the "
+            "parents' embeddings rows for them), or name the tokens that play their part: break_token=..., "
+            "image_token=..., mask_token=..., mask_end_token=..."
+        )
+    row_map = RowMap(torch.arange(size + 1), torch.arange(size), size)
+    return Vocabulary(tokenizer, size, row_map, row_map, _ids(tokenizer, names, int(codes[0])))
+
+
+def joined_vocabulary(
+    tokenizer: PreTrainedTokenizerBase,
+    text_rows: int,
+    image_tokenizer: PreTrainedTokenizerBase,
+    codes: torch.LongTensor,
+    pictures: PictureTokens,
+    names: TokenNames,
+    special_tokens: dict[str, str],
+) -> Vocabulary:
+    """The text parent's vocabulary, then new special tokens, then the image codes.
+
+    Args:
+        tokenizer: the text parent's; it gets what it lacks. text_rows: rows of its embedding, padding included.
+        codes: the image parent's row of each code. pictures: its tokens around a picture.
+        special_tokens: the image parent's token (text) by the JAM's (text), beyond those that `pictures` says.
+    Raises:
+        ValueError: if `special_tokens` names a token that a tokenizer does not have.
+    """
+    structure: dict[str, int] = {}  # the image parent's row by the JAM's token
+    layout: dict[str, Any] = {}
+    if pictures.begin is not None:
+        structure[names.break_token] = pictures.begin
+    if pictures.end is not None:
+        layout["image_end_token"] = "</break>" if names.break_token == "<break>" else f"{names.break_token}/end"
+        structure[layout["image_end_token"]] = pictures.end
+    for field_name, stem, ids in (
+        ("image_prefix_tokens", "picture", pictures.prefix),
+        ("image_suffix_tokens", "/picture", pictures.suffix),
+    ):
+        if ids:
+            layout[field_name] = [f"<{stem}:{i}>" for i in range(len(ids))]
+            structure |= dict(zip(layout[field_name], ids))
+    if pictures.row_end is not None:
+        layout["image_row_end_token"] = "<row>"
+        structure["<row>"] = pictures.row_end
+
+    wanted = [*names.required()[:2], *structure, *names.masks, names.mask_end_token]
+    added = [] if tokenizer.pad_token_id is not None else ["<pad>"]
+    added = add_special_tokens(tokenizer, [*added, *wanted])
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = "<pad>"
+    ours, theirs = tokenizer.get_vocab(), image_tokenizer.get_vocab()
+    declared = {ours[token]: row for token, row in structure.items()}
+    for token, other in special_tokens.items():
+        for vocabulary, name, whose in ((ours, token, "the JAM's tokenizer"), (theirs, other, "the image parent's tokenizer")):
+            if name not in vocabulary:
+                raise ValueError(f"special_tokens: {whose} has no token {name!r}. Expected {{JAM's token: image parent's}}.")
+        declared[ours[token]] = theirs[other]
+    base = max(text_rows, max(ours.values()) + 1)
+    pieces, coverage = transplant(tokenizer, image_tokenizer, base, declared)
+    size = base + len(codes)
+    text_map = RowMap.of([*((row,) for row in range(text_rows)), *[()] * (size - text_rows)])
+    image_map = RowMap.of([*pieces, *((int(row),) for row in codes)])
+    ids = _ids(tokenizer, names, base)
+    for name, token_field in (
+        ("image_end_token_id", "image_end_token"),
+        ("image_prefix_token_ids", "image_prefix_tokens"),
+        ("image_row_end_token_id", "image_row_end_token"),
+        ("image_suffix_token_ids", "image_suffix_tokens"),
+    ):
+        if token_field in layout:
+            ids[name] = tokenizer.convert_tokens_to_ids(layout[token_field])
+    return Vocabulary(tokenizer, size, text_map, image_map, ids, layout, coverage, added)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, names: TokenNames, image_token_offset: int) -> dict[str, Any]:
+    known = tokenizer.get_vocab()
+    first = known[names.mask_token]
+    count = 1
+    while names.mask_token.endswith(">") and known.get(f"{names.mask_token[:-1]}:{count}>") == first + count:
+        count += 1
+    return {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "break_token_id": known[names.break_token],
+        "image_token_id": known[names.image_token],
+        "mask_token_id": first,
+        "num_mask_tokens": count,
+        "mask_end_token_id": known[names.mask_end_token],
+        "image_token_offset": image_token_offset,
+    }
