@@ -159,7 +159,7 @@ class JamCrossDecoderLayer(nn.Module):
         index = 2 * (depth + sum(crossed < depth for crossed in config.cross_attention_layers))
         self.text_layer = family_of(text).make_layer(text, depth, index)
         self.image_layer = family_of(image).make_layer(image, depth, index + 1)
-        self.text_attention, self.image_attention = attention_type(text, depth), attention_type(image, depth)
+        self.text_attention_type, self.image_attention_type = attention_type(text, depth), attention_type(image, depth)
         self.text_cross = self.image_cross = None
         if depth in config.cross_attention_layers:
             zero_init = config.cross_form == "preserving"
@@ -176,8 +176,8 @@ class JamCrossDecoderLayer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`[B, T, D_text]`, `[B, T, D_image]` -> the same. The keyword dicts hold each stream's mask and positions, by kind of
         attention."""
-        text_states = states_of(self.text_layer(text_states, **text_kwargs[self.text_attention], **kwargs))
-        image_states = states_of(self.image_layer(image_states, **image_kwargs[self.image_attention], **kwargs))
+        text_states = states_of(self.text_layer(text_states, **text_kwargs[self.text_attention_type], **kwargs))
+        image_states = states_of(self.image_layer(image_states, **image_kwargs[self.image_attention_type], **kwargs))
         if self.text_cross is not None:
             # Both directions read the states from before either update [A]; so do the cached keys and values. Both go by
             # position: reentrant checkpointing sees no gradients of what goes by keyword.
