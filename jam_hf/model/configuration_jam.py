@@ -20,8 +20,14 @@ from .sharding_jam import tensor_parallel_plan
 FUSION_MODES = ("uniform", "width", "cross")
 CROSS_FORMS = ("preserving", "paper")
 # The explicit registry of decoder families; modeling_jam_families.py holds their modules. Families that scale their
-# embeddings, slide a window or cap their logits would be silently wrong here, so what is not listed is refused.
-SUPPORTED_FAMILIES = ("llama", "opt")
+# embeddings, cap their logits or have other kinds of layers would be silently wrong here, so what is not listed is refused.
+SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt", "chameleon", "emu3_text_model")
+# Those whose positions are a learned table, added to the embedding; all others rotate queries and keys.
+LEARNED_POSITIONS = ("opt",)
+# Those whose decoder transformers has not without a VQ model inside: one stream of a cross JAM, but no decoder by itself.
+STREAM_ONLY_FAMILIES = ("chameleon",)
+# Those that say layer by layer, in `layer_types`, whether a window slides; Mistral says it for all layers at once.
+LAYERWISE_WINDOWS = ("qwen2", "qwen3")
 
 # Read from, and written to, the decoders' own configs: they are the home of these numbers.
 _DELEGATED = (
@@ -128,7 +134,8 @@ class JamConfig(PreTrainedConfig):
         fusion_mode (`str`, defaults to `"cross"`): `"uniform"` and `"width"` are one stock decoder (of one parent's size,
             of twice the hidden size); `"cross"` is two stock decoders in lockstep with cross blocks between them.
         text_config (`PreTrainedConfig` or `dict`): the decoder (uniform, width) or the text stream (cross). Families:
-            Llama, OPT.
+            Llama, Mistral, Qwen2, Qwen3, OPT, Chameleon's decoder (cross only) and Emu3's (`emu3_text_model`). The streams
+            may be of different families.
         image_config (`PreTrainedConfig` or `dict`, *optional*): the image stream; cross only.
         vq_config ([`JamVQConfig`] or `dict`): the image tokenizer, arguments of `diffusers.VQModel`.
         cross_attention_interval (`int`, defaults to 2): cross blocks follow layers 0, interval, 2*interval, ...
@@ -189,6 +196,12 @@ class JamConfig(PreTrainedConfig):
             )
         super().__post_init__(**kwargs)
         self._check_family("text_config")
+        if self.fusion_mode != "cross" and self.text_config.model_type in STREAM_ONLY_FAMILIES:
+            raise ValueError(
+                f"JamConfig: a JAM of fusion_mode='{self.fusion_mode}' is one stock decoder, and transformers has that of the "
+                f"family '{self.text_config.model_type}' only together with a VQ model. Use fusion_mode='cross', where it can "
+                "be either stream."
+            )
         if self.image_config is not None:
             self._check_family("image_config")
             self._check_streams()
@@ -215,12 +228,28 @@ class JamConfig(PreTrainedConfig):
     # ----- checks -----------------------------------------------------------------------------------------------------
 
     def _check_family(self, name: str) -> None:
-        family = getattr(self, name).model_type
+        config = getattr(self, name)
+        family = config.model_type
         if family not in SUPPORTED_FAMILIES:
             raise ValueError(
                 f"JamConfig: `{name}` is of the family '{family}', which JAM does not support yet. Supported families: "
-                f"{', '.join(SUPPORTED_FAMILIES)}. (Others may scale embeddings, slide windows or cap logits; fusing "
+                f"{', '.join(SUPPORTED_FAMILIES)}. (Others may scale embeddings, cap logits or mix kinds of attention; fusing "
                 "them unseen would give a wrong model, not an error.)"
+            )
+        # `layer_types` may say what the stock decoder does not do; a cache, which goes by it, would then hold too little.
+        stated = getattr(config, "layer_types", None)
+        known = ("full_attention", "sliding_attention")
+        does = [attention_type(config, depth) for depth in range(config.num_hidden_layers)]
+        if stated is not None and (list(stated) != does or not set(stated) <= set(known)):
+            raise ValueError(
+                f"JamConfig: {name}.layer_types is {list(stated)}, but the layers of a '{family}' decoder with "
+                f"sliding_window={getattr(config, 'sliding_window', None)} are {does}; known kinds: {', '.join(known)}. "
+                "Correct layer_types, or leave it out."
+            )
+        if "sliding_attention" in does and not config.sliding_window:
+            raise ValueError(
+                f"JamConfig: {name} has layers of the kind 'sliding_attention' but sliding_window={config.sliding_window}. Set "
+                "the window's size (in Qwen2 and Qwen3 with use_sliding_window=True), or make the layers 'full_attention'."
             )
 
     def _check_streams(self) -> None:
@@ -236,6 +265,14 @@ class JamConfig(PreTrainedConfig):
                 "JamConfig: cross_form='paper' feeds both streams from one embedding, so both need the same hidden size, "
                 f"got {self._embedding_size(text)} in text_config and {self._embedding_size(image)} in image_config. "
                 "Use cross_form='preserving' for streams of different widths."
+            )
+        learned = [config.model_type in LEARNED_POSITIONS for config in (text, image)]
+        if self.cross_form == "paper" and learned[0] != learned[1]:
+            kinds = ["learned" if is_learned else "rotary" for is_learned in learned]
+            raise ValueError(
+                "JamConfig: cross_form='paper' feeds the text stream's embedding and positions to both streams, so both need "
+                f"positions of the same kind, got {kinds[0]} ones in text_config ('{text.model_type}') and {kinds[1]} ones in "
+                f"image_config ('{image.model_type}'). Use cross_form='preserving' for such a pair."
             )
         for name, config in (("text_config", text), ("image_config", image)):
             if getattr(config, "layerdrop", 0.0):
@@ -366,11 +403,16 @@ class JamConfig(PreTrainedConfig):
 
         Uniform and width: the layers. Cross, depth by depth: text layer, image layer and, where cross blocks follow, text
         reading image and image reading text. An offloaded cache fetches the next entry while one is at work, so it needs the
-        order of the visits.
+        order of the visits. An entry has a `sliding_window` where that attention slides, and only there: caches go by it.
         """
-        if self.fusion_mode != "cross":
-            return [self.text_config] * self.num_hidden_layers
-        return [self.text_config, self.image_config] * (self.num_hidden_layers + len(self.cross_attention_layers))
+        whole = [_without_window(config) for config in self.decoder_configs]
+        layers = []
+        for depth in range(self.num_hidden_layers):
+            for config, full in zip(self.decoder_configs, whole):
+                layers.append(config if attention_type(config, depth) == "sliding_attention" else full)
+            if depth in self.cross_attention_layers:
+                layers += whole  # cross blocks attend to all that came before
+        return layers
 
     @per_layer_config.setter
     def per_layer_config(self, value: Any) -> None:
@@ -443,6 +485,23 @@ class JamConfig(PreTrainedConfig):
         return cls(**{**settings, **kwargs})
 
 
+def attention_type(config: PreTrainedConfig, depth: int) -> str:
+    """ "sliding_attention" or "full_attention": what the stock decoder of this config does in the layer of this depth."""
+    if config.model_type in LAYERWISE_WINDOWS:
+        return config.layer_types[depth]
+    slides = config.model_type == "mistral" and config.sliding_window is not None
+    return "sliding_attention" if slides else "full_attention"
+
+
+def _without_window(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config, or a shallow copy of it without its sliding window where it has one."""
+    if getattr(config, "sliding_window", None) is None:
+        return config
+    config = copy.copy(config)
+    config.sliding_window = None
+    return config
+
+
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"JamConfig: `{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
@@ -481,4 +540,4 @@ JamConfig.register_for_auto_class()
 JamVQConfig.register_for_auto_class()
 
 
-__all__ = ["JamConfig", "JamVQConfig"]
+__all__ = ["JamConfig", "JamVQConfig", "attention_type"]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
@@ -185,6 +186,13 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
             image_tokens = PictureGrammar(self.config).last_pictures(image_tokens)
         return self.model.decode_image_tokens(image_tokens)
 
+    def create_masks_for_generate(self, config: JamConfig, **kwargs: Any) -> torch.Tensor | dict[str, Any] | None:
+        """For `generate()` with a static cache: the masks of a step, as the decoder itself would make them."""
+        if config.fusion_mode != "cross":
+            return create_masks_for_generate(config=config.text_config, **kwargs)
+        names = ("inputs_embeds", "attention_mask", "past_key_values", "position_ids")
+        return self.model.language_model.masks_for_generate(**{name: kwargs.get(name) for name in names})
+
     def _check_that_no_picture_is_missing(self, input_ids: torch.LongTensor) -> None:
         """For training without `pixel_values`: placeholders in a row are a picture that was lost on its way here."""
         placeholders = input_ids == self.config.image_token_id
@@ -289,8 +297,9 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
 def _register_adapter_targets() -> None:
     """Tell peft, where it is installed, what an adapter without `target_modules` adapts in a JAM.
 
-    It is what peft has for its decoders, in every method for which peft treats their families alike (LoRA: the queries and
-    values of all attentions, those of both streams and of the cross blocks). diffusers has imported peft by now.
+    It is what peft has for its decoders, in every method for which peft treats their families alike, of those that it knows
+    (LoRA: the queries and values of all attentions, those of both streams and of the cross blocks). diffusers has imported peft
+    by now.
     """
     try:
         from peft.utils import constants
@@ -298,8 +307,8 @@ def _register_adapter_targets() -> None:
         return
     for name, table in vars(constants).items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_TARGET_MODULES_MAPPING"):
-            targets = [table.get(family) for family in FAMILIES]
-            if targets[0] is not None and all(other == targets[0] for other in targets):
+            targets = [table[family] for family in FAMILIES if family in table]
+            if targets and all(other == targets[0] for other in targets):
                 table.setdefault(JamConfig.model_type, targets[0])
 
 

@@ -18,7 +18,6 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -26,8 +25,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_jam import JamConfig
-from .modeling_jam_families import family_of
+from .configuration_jam import JamConfig, attention_type
+from .modeling_jam_families import family_of, masks_by_type, sliding_cache_index, states_of
 from .sharding_jam import tensor_parallel_plan
 
 
@@ -158,8 +157,9 @@ class JamCrossDecoderLayer(nn.Module):
         text, image = config.text_config, config.image_config
         # The order of JamConfig.per_layer_config: depth by depth, a pair of layers and perhaps a pair of cross blocks.
         index = 2 * (depth + sum(crossed < depth for crossed in config.cross_attention_layers))
-        self.text_layer = family_of(text).layer(text, layer_idx=index)
-        self.image_layer = family_of(image).layer(image, layer_idx=index + 1)
+        self.text_layer = family_of(text).make_layer(text, depth, index)
+        self.image_layer = family_of(image).make_layer(image, depth, index + 1)
+        self.text_attention_type, self.image_attention_type = attention_type(text, depth), attention_type(image, depth)
         self.text_cross = self.image_cross = None
         if depth in config.cross_attention_layers:
             zero_init = config.cross_form == "preserving"
@@ -170,19 +170,20 @@ class JamCrossDecoderLayer(nn.Module):
         self,
         text_states: torch.Tensor,
         image_states: torch.Tensor,
-        text_kwargs: dict[str, Any],
-        image_kwargs: dict[str, Any],
+        text_kwargs: dict[str, dict[str, Any]],
+        image_kwargs: dict[str, dict[str, Any]],
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[B, T, D_text]`, `[B, T, D_image]` -> the same; the keyword dicts hold each stream's mask and positions."""
-        text_states = self.text_layer(text_states, **text_kwargs, **kwargs)
-        image_states = self.image_layer(image_states, **image_kwargs, **kwargs)
+        """`[B, T, D_text]`, `[B, T, D_image]` -> the same. The keyword dicts hold each stream's mask and positions, by kind of
+        attention."""
+        text_states = states_of(self.text_layer(text_states, **text_kwargs[self.text_attention_type], **kwargs))
+        image_states = states_of(self.image_layer(image_states, **image_kwargs[self.image_attention_type], **kwargs))
         if self.text_cross is not None:
             # Both directions read the states from before either update [A]; so do the cached keys and values. Both go by
             # position: reentrant checkpointing sees no gradients of what goes by keyword.
             text_states, image_states = (
-                self.text_cross(text_states, image_states, **text_kwargs, **kwargs),
-                self.image_cross(image_states, text_states, **image_kwargs, **kwargs),
+                self.text_cross(text_states, image_states, **text_kwargs["full_attention"], **kwargs),
+                self.image_cross(image_states, text_states, **image_kwargs["full_attention"], **kwargs),
             )
         return text_states, image_states
 
@@ -312,22 +313,44 @@ class JamCrossDecoder(JamPreTrainedModel):
         self.output_projection = (
             JamOutputProjection(text.hidden_size + image.hidden_size, text.hidden_size, bias=False) if paper else None
         )
+        self.text_sliding_index = sliding_cache_index(text, [layer.text_layer for layer in self.layers])
+        self.image_sliding_index = sliding_cache_index(image, [layer.image_layer for layer in self.layers])
         self.gradient_checkpointing = False
         self.post_init()
+
+    def stream_masks(self, stream: str, **kwargs: Any) -> dict[str, Any]:
+        """The masks of one stream ("text", "image") by kind of attention; `kwargs` as in `create_causal_mask`."""
+        config = self.config.text_config if stream == "text" else self.config.image_config
+        sliding_index = self.text_sliding_index if stream == "text" else self.image_sliding_index
+        return masks_by_type(config, sliding_index, **kwargs)
+
+    def masks_for_generate(self, **kwargs: Any) -> torch.Tensor | dict[str, Any] | None:
+        """Masks that `generate()` makes outside a compiled step, as `forward` takes them; `kwargs` as in `create_causal_mask`.
+
+        One mask where one serves all attentions; otherwise one each under `{stream}_{kind of attention}`.
+        """
+        text, image = self.stream_masks("text", **kwargs), self.stream_masks("image", **kwargs)
+        same = self.config.text_config._attn_implementation == self.config.image_config._attn_implementation
+        if same and len(text) == len(image) == 1:
+            return text["full_attention"]
+        return {f"text_{kind}": mask for kind, mask in text.items()} | {f"image_{kind}": mask for kind, mask in image.items()}
 
     @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, Any] | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> JamModelOutputWithPast:
-        """See [`JamModel.forward`]; `inputs_embeds` is `[B, T, sum(config.embedding_sizes)]`."""
+        """See [`JamModel.forward`]; `inputs_embeds` is `[B, T, sum(config.embedding_sizes)]`.
+
+        `attention_mask` may also be what `masks_for_generate` made.
+        """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         for name in self._can_record_outputs:  # for the recorders, not for the attention functions
@@ -338,28 +361,31 @@ class JamCrossDecoder(JamPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        text, image = self.config.text_config, self.config.image_config
         if self.output_projection is None:
             text_embeds, image_embeds = inputs_embeds.split(self.config.embedding_sizes, dim=-1)
         else:
             text_embeds = image_embeds = inputs_embeds
         streams = []
-        for config, stem, embeds in ((text, self.text_stem, text_embeds), (image, self.image_stem, image_embeds)):
+        for stream, stem, embeds in (("text", self.text_stem, text_embeds), ("image", self.image_stem, image_embeds)):
             positions = position_ids
             if positions is None:
                 positions = stem.position_ids(embeds, attention_mask, past_key_values)
             if stem is self.image_stem and self.output_projection is not None:
                 embeds = streams[0][0]  # the paper's form: the same embedding plus position table feeds both [A]
             states = stem.embed(embeds, positions)
-            mask = create_causal_mask(
-                config=config,
-                inputs_embeds=states,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=positions,
-            )
-            stream_kwargs = {"attention_mask": mask, "position_ids": positions, **stem.layer_kwargs(states, positions)}
-            streams.append((states, stream_kwargs))
+            if isinstance(attention_mask, dict):
+                prefix = f"{stream}_"
+                masks = {k.removeprefix(prefix): mask for k, mask in attention_mask.items() if k.startswith(prefix)}
+            else:
+                masks = self.stream_masks(
+                    stream,
+                    inputs_embeds=states,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    position_ids=positions,
+                )
+            placed = {"position_ids": positions, **stem.layer_kwargs(states, positions)}
+            streams.append((states, {kind: {"attention_mask": mask, **placed} for kind, mask in masks.items()}))
         (text_states, text_kwargs), (image_states, image_kwargs) = streams
 
         for layer in self.layers:

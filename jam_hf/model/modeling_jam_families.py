@@ -1,7 +1,8 @@
 """The registry of decoder families: what JAM takes from each stock transformers decoder, and what differs between them.
 
 It knows the stock modules and their names; it does not know how two streams are mixed (modeling_jam_cross.py). A family is
-added here and to `SUPPORTED_FAMILIES`; nothing is guessed from a config by duck typing.
+added here, to `SUPPORTED_FAMILIES` (and what stands beside it) and to the plans of sharding_jam.py; nothing is guessed from a
+config by duck typing.
 
 Shape suffixes: B batch, T new positions, D hidden size, E embedding size (= D but for OPT's `word_embed_proj_dim`).
 """
@@ -13,10 +14,35 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, LlamaModel, PreTrainedConfig
+from transformers import Cache, LlamaModel, MistralModel, PreTrainedConfig, Qwen2Model, Qwen3Model
 from transformers.activations import ACT2FN
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.models.chameleon.modeling_chameleon import (
+    ChameleonDecoderLayer,
+    ChameleonMLP,
+    ChameleonRMSNorm,
+    ChameleonRotaryEmbedding,
+    ChameleonSwinDecoderLayer,
+)
+from transformers.models.emu3.modeling_emu3 import (
+    Emu3DecoderLayer,
+    Emu3MLP,
+    Emu3RMSNorm,
+    Emu3RotaryEmbedding,
+    Emu3TextModel,
+)
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.mistral.modeling_mistral import (
+    MistralDecoderLayer,
+    MistralMLP,
+    MistralRMSNorm,
+    MistralRotaryEmbedding,
+)
 from transformers.models.opt.modeling_opt import OPTDecoder, OPTDecoderLayer, OPTLearnedPositionalEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm, Qwen2RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
+
+from .configuration_jam import attention_type
 
 
 class JamFeedForward(nn.Module):
@@ -32,18 +58,17 @@ class JamFeedForward(nn.Module):
         return self.down_proj(self.act_fn(self.up_proj(hidden_BTD)))
 
 
-class LlamaStem(nn.Module):
-    """What a Llama decoder does before its first and after its last layer, under Llama's own parameter names."""
+class RotaryStem(nn.Module):
+    """What a decoder with rotary positions does before its first and after its last layer, under the family's own names."""
 
     def __init__(self, config: PreTrainedConfig, has_final_norm: bool, has_positions: bool):
         super().__init__()
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) if has_final_norm else None
+        family = family_of(config)
+        self.rotary_emb = family.rotary(config=config)
+        self.norm = family.norm(config) if has_final_norm else None
 
-    def position_ids(
-        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
-    ) -> torch.LongTensor:
-        """`[1, T]`: counted from the start of the row, as LlamaModel does."""
+    def position_ids(self, inputs_embeds: torch.Tensor, attention_mask: Any, past_key_values: Cache | None) -> torch.LongTensor:
+        """`[1, T]`: counted from the start of the row, as the stock decoders do."""
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         return (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
 
@@ -77,12 +102,10 @@ class OPTStem(nn.Module):
             if projected:
                 self.project_out = nn.Linear(config.hidden_size, config.word_embed_proj_dim, bias=False)
 
-    def position_ids(
-        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
-    ) -> torch.LongTensor:
+    def position_ids(self, inputs_embeds: torch.Tensor, attention_mask: Any, past_key_values: Cache | None) -> torch.LongTensor:
         """`[B or 1, T]`: counted over the attended positions of the 2D mask, as OPTDecoder does (padding is -1)."""
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if attention_mask is None or attention_mask.dim() != 2:
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
             return (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
         position_ids = (torch.cumsum(attention_mask, dim=1) * attention_mask - 1).long()
         # Indexed, not sliced: the length of a static cache is a tensor, which a compiled graph must not read.
@@ -107,36 +130,76 @@ class OPTStem(nn.Module):
 class Family:
     """Stock classes of one family.
 
-    decoder: the whole decoder (uniform, width). layer: one layer of it (cross). stem: what surrounds the layers (cross).
-    norm, feed_forward: makers of a norm and of a bias-free FFN of the family, for the cross blocks.
+    decoder: the whole decoder (uniform, width); None where transformers has none by itself. layer: one layer of it (cross).
+    swin_layer: the same where the config says `swin_norm`. stem: what surrounds the layers (cross). rotary: its rotary
+        embedding. norm_class, feed_forward_class: the classes behind `norm` and `feed_forward`; None: OPT's, which has neither.
     decoder_path: where the decoder sits in a checkpoint of the parent's causal LM.
     stem_first: whether the stem's weights stand before the layers or behind them, as in the stock decoder; a device map goes
         by that order.
     """
 
-    decoder: type
+    decoder: type | None
     layer: type
     stem: type
     decoder_path: str
     stem_first: bool
+    rotary: type | None = None
+    norm_class: type | None = None
+    feed_forward_class: type | None = None
+    swin_layer: type | None = None
+
+    def make_layer(self, config: PreTrainedConfig, depth: int, cache_index: int) -> nn.Module:
+        """The stock layer of this depth; its attention is the `cache_index`-th of the JAM's cache."""
+        layer_class = self.swin_layer if self.swin_layer is not None and config.swin_norm else self.layer
+        layer = layer_class(config, layer_idx=depth)  # the stock layer looks up by its depth whether it slides
+        layer.self_attn.layer_idx = cache_index
+        return layer
 
     def norm(self, config: PreTrainedConfig) -> nn.Module:
-        if self is FAMILIES["llama"]:
-            return LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        return nn.LayerNorm(config.hidden_size, elementwise_affine=config.layer_norm_elementwise_affine, bias=False)
+        if self.norm_class is None:
+            return nn.LayerNorm(config.hidden_size, elementwise_affine=config.layer_norm_elementwise_affine, bias=False)
+        return self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
 
     def feed_forward(self, config: PreTrainedConfig) -> nn.Module:
-        if self is FAMILIES["opt"]:
+        if self.feed_forward_class is None:
             return JamFeedForward(config.hidden_size, config.ffn_dim, config.activation_function)
-        feed_forward = LlamaMLP(config)
+        feed_forward = self.feed_forward_class(config)
         for projection in (feed_forward.gate_proj, feed_forward.up_proj, feed_forward.down_proj):
             projection.bias = None  # cross blocks have no biases, whatever the parent's `mlp_bias`
         return feed_forward
 
 
+def _rotary_family(
+    decoder: type | None, layer: type, rotary: type, norm: type, feed_forward: type, swin_layer: type | None = None
+) -> Family:
+    return Family(
+        decoder=decoder,
+        layer=layer,
+        stem=RotaryStem,
+        decoder_path="model.",
+        stem_first=False,
+        rotary=rotary,
+        norm_class=norm,
+        feed_forward_class=feed_forward,
+        swin_layer=swin_layer,
+    )
+
+
 FAMILIES: dict[str, Family] = {
-    "llama": Family(LlamaModel, LlamaDecoderLayer, LlamaStem, "model.", stem_first=False),
+    "llama": _rotary_family(LlamaModel, LlamaDecoderLayer, LlamaRotaryEmbedding, LlamaRMSNorm, LlamaMLP),
+    "mistral": _rotary_family(MistralModel, MistralDecoderLayer, MistralRotaryEmbedding, MistralRMSNorm, MistralMLP),
+    "qwen2": _rotary_family(Qwen2Model, Qwen2DecoderLayer, Qwen2RotaryEmbedding, Qwen2RMSNorm, Qwen2MLP),
+    "qwen3": _rotary_family(Qwen3Model, Qwen3DecoderLayer, Qwen3RotaryEmbedding, Qwen3RMSNorm, Qwen3MLP),
     "opt": Family(OPTDecoder, OPTDecoderLayer, OPTStem, "model.decoder.", stem_first=True),
+    "chameleon": _rotary_family(
+        None,  # ChameleonModel has the decoder's modules, and a VQ model of its own among them
+        ChameleonDecoderLayer,
+        ChameleonRotaryEmbedding,
+        ChameleonRMSNorm,
+        ChameleonMLP,
+        swin_layer=ChameleonSwinDecoderLayer,
+    ),
+    "emu3_text_model": _rotary_family(Emu3TextModel, Emu3DecoderLayer, Emu3RotaryEmbedding, Emu3RMSNorm, Emu3MLP),
 }
 
 
@@ -147,3 +210,28 @@ def family_of(config: PreTrainedConfig) -> Family:
             f"JAM does not support decoders of the family '{config.model_type}'; supported: {', '.join(FAMILIES)}."
         )
     return FAMILIES[config.model_type]
+
+
+def sliding_cache_index(config: PreTrainedConfig, layers: list[nn.Module]) -> int | None:
+    """Where the first of a stream's `layers` that slides stands in the JAM's cache; None where none slides."""
+    indices = [
+        layer.self_attn.layer_idx for depth, layer in enumerate(layers) if attention_type(config, depth) == "sliding_attention"
+    ]
+    return indices[0] if indices else None
+
+
+def masks_by_type(config: PreTrainedConfig, sliding_index: int | None, **kwargs: Any) -> dict[str, Any]:
+    """The masks of one stream by transformers' names for kinds of attention; `kwargs` as in `create_causal_mask`.
+
+    There is always one for full attention: cross blocks see the whole past. `sliding_index`, see `sliding_cache_index`: the
+    cache of a layer that slides is shorter, and the other stream's window may have another size.
+    """
+    masks = {"full_attention": create_causal_mask(config=config, **kwargs)}
+    if sliding_index is not None:
+        masks["sliding_attention"] = create_sliding_window_causal_mask(config=config, layer_idx=sliding_index, **kwargs)
+    return masks
+
+
+def states_of(output: Any) -> torch.Tensor:
+    """The hidden states that a stock layer returned: alone, or first in a tuple (Chameleon)."""
+    return output[0] if isinstance(output, tuple) else output

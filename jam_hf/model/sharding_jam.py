@@ -9,24 +9,37 @@ from __future__ import annotations
 from typing import Any
 
 
-# Split by heads: each process computes its own heads, and `rowwise` sums what they add.
-_BY_HEADS = {"query": "colwise", "key": "colwise", "value": "colwise", "output": "rowwise"}
-# Weights are split all the same, but each process computes every head: for head counts that cannot be shared out evenly.
-_WHOLE = dict.fromkeys(("query", "key", "value"), "colwise_gather_output") | {"output": "rowwise_split_input"}
+# Split by heads: each process computes its own heads, and `rowwise` sums what they add. A norm that all heads share (Qwen3) is
+# whole, but its gradient is that of the process's own heads.
+_BY_HEADS = dict.fromkeys(("query", "key", "value"), "colwise") | {
+    "output": "rowwise",
+    "norm of heads": "replicated_with_grad_allreduce",
+}
+# Weights are split all the same, but each process computes every head: for head counts that cannot be shared out evenly. The
+# norm is named here to outvote the stock config's plan, which would add up gradients that are whole.
+_WHOLE = dict.fromkeys(("query", "key", "value"), "colwise_gather_output") | {
+    "output": "rowwise_split_input",
+    "norm of heads": "replicate",
+}
 
 _PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
+_LLAMA_ATTENTION = {f"self_attn.{name}": role for role, name in _PROJECTIONS.items()}
 _ATTENTION = {
-    "llama": {role: f"self_attn.{name}" for role, name in _PROJECTIONS.items()},
-    "opt": {role: f"self_attn.{name}" for role, name in (_PROJECTIONS | {"output": "out_proj"}).items()},
+    "llama": _LLAMA_ATTENTION,
+    "mistral": _LLAMA_ATTENTION,
+    "qwen2": _LLAMA_ATTENTION,
+    "qwen3": _LLAMA_ATTENTION | {"self_attn.q_norm": "norm of heads", "self_attn.k_norm": "norm of heads"},
+    "opt": {f"self_attn.{name}": role for role, name in (_PROJECTIONS | {"output": "out_proj"}).items()},
+    "chameleon": _LLAMA_ATTENTION,  # its norms have weights for each head, and are whole as all heads are
+    "emu3_text_model": _LLAMA_ATTENTION,
 }
-_FEED_FORWARD = {
-    "llama": {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"},
-    "opt": {"fc1": "colwise", "fc2": "rowwise"},
-}
-_CROSS_ATTENTION = {role: f"cross_attn.{name}" for role, name in _PROJECTIONS.items()}
+_GATED = {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
+_FEED_FORWARD = dict.fromkeys(_ATTENTION, _GATED) | {"opt": {"fc1": "colwise", "fc2": "rowwise"}}
+_CROSS_ATTENTION = {f"cross_attn.{name}": role for role, name in _PROJECTIONS.items()}
 _CROSS_FEED_FORWARD = _FEED_FORWARD | {"opt": {"mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}}
-# OPTAttention reshapes to all of its heads, whatever came: a slice of them would be read as a slice of the positions.
-_SPLITS_HEADS = {"llama": True, "opt": False}
+# OPTAttention and ChameleonAttention reshape to all of their heads, whatever came: a slice of them would be read as a slice of
+# the positions.
+_COUNTS_ALL_HEADS = ("opt", "chameleon")
 
 
 def splits_by_heads(config: Any, processes: int = 1) -> bool:
@@ -35,7 +48,7 @@ def splits_by_heads(config: Any, processes: int = 1) -> bool:
     All are, or none: transformers sizes static caches by one rule for all layers.
     """
     return all(
-        _SPLITS_HEADS[stream.model_type]
+        stream.model_type not in _COUNTS_ALL_HEADS
         and (getattr(stream, "num_key_value_heads", None) or stream.num_attention_heads) % processes == 0
         for stream in config.decoder_configs
     )
@@ -53,7 +66,7 @@ def tensor_parallel_plan(config: Any, processes: int = 1) -> dict[str, str]:
     plan = {"language_model.embed_tokens": "embedding_rowwise"}
 
     def add(prefix: str, names: dict[str, str], feed_forward: dict[str, str]) -> None:
-        plan.update({f"{prefix}{name}": attention[role] for role, name in names.items()})
+        plan.update({f"{prefix}{name}": attention[role] for name, role in names.items()})
         plan.update({f"{prefix}{name}": style for name, style in feed_forward.items()})
 
     if config.fusion_mode != "cross":

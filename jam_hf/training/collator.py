@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
+from ..model.configuration_jam import SUPPORTED_FAMILIES
 from .cm3 import CM3Settings, cm3
 
 
@@ -132,7 +133,7 @@ class JamDataCollator:
 
 
 def supports_packing(config: PreTrainedConfig) -> bool:
-    """Whether a model with this config keeps packed documents apart: a Llama, or a JAM whose decoders do."""
+    """Whether a model with this config keeps packed documents apart, as all stock decoders but OPT's do, or a JAM of such."""
     if config.model_type == "jam":
         return config.fusion_mode == "cross" or supports_packing(config.text_config)
-    return config.model_type == "llama"
+    return config.model_type in SUPPORTED_FAMILIES and config.model_type != "opt"  # OPT masks without position_ids
