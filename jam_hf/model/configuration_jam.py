@@ -304,8 +304,8 @@ class JamConfig(PreTrainedConfig):
             raise ValueError(f"JamConfig: `image_head_hidden_size` must be at least 1, got {size}.")
         if size is None and self.image_head_act != "gelu":
             raise ValueError(
-                f"JamConfig: `image_head_act` is {self.image_head_act!r}, but without `image_head_hidden_size` the image head is "
-                "a linear layer. Set `image_head_hidden_size`, or leave `image_head_act` out."
+                f"JamConfig: `image_head_act` is {self.image_head_act!r}, but without `image_head_hidden_size` the image head "
+                "is a linear layer. Set `image_head_hidden_size`, or leave `image_head_act` out."
             )
 
     def _derive_and_check_tying(self) -> None:
@@ -419,7 +419,8 @@ class JamConfig(PreTrainedConfig):
         """The pairs `[text layer, image layer]` that stand at one depth, upwards (empty for uniform and width).
 
         `layer_pairing` where it is given. Otherwise layer i of the shallower stream, of S layers, stands beside layer
-        `ceil((i + 1) * L / S) - 1` of the deeper one, of L layers: the last layers are a pair, and equal depths pair as they are.
+        `ceil((i + 1) * L / S) - 1` of the deeper one, of L layers: the last layers are a pair, and in streams of equal depth
+        layer i stands beside layer i.
 
         Raises:
             ValueError: if `layer_pairing` does not fit the streams.

@@ -54,7 +54,7 @@ class JamModelOutputWithPast(ModelOutput):
             (`JamConfig.num_hidden_layers`). Attentions: one for each text layer. A depth without a text layer, in streams of
             different depths, repeats the state and has no attention.
         image_last_hidden_state (`[B, T, E]`): what the image head reads (cross, preserving form).
-        image_hidden_states, image_attentions: image stream: the states beside `hidden_states[1:]`, and one for each image layer.
+        image_hidden_states, image_attentions: image stream: the states beside `hidden_states[1:]`; one for each image layer.
         cross_attentions, image_cross_attentions: text reading image, image reading text; one entry per cross block.
     """
 
