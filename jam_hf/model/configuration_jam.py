@@ -33,7 +33,6 @@ LAYERWISE_WINDOWS = ("qwen2", "qwen3")
 _DELEGATED = (
     "vocab_size",
     "hidden_size",
-    "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
@@ -138,11 +137,20 @@ class JamConfig(PreTrainedConfig):
             may be of different families.
         image_config (`PreTrainedConfig` or `dict`, *optional*): the image stream; cross only.
         vq_config ([`JamVQConfig`] or `dict`): the image tokenizer, arguments of `diffusers.VQModel`.
-        cross_attention_interval (`int`, defaults to 2): cross blocks follow layers 0, interval, 2*interval, ...
+        layer_pairing (`list[list[int]]`, *optional*): which layers of the two streams stand at one depth, where the streams
+            have different numbers of layers: one pair `[text layer, image layer]` for each layer of the shallower stream.
+            Follows from relative position where `None` (see `layer_pairs`), and is saved. `None` where the numbers are equal:
+            layer i stands beside layer i.
+        cross_attention_interval (`int`, defaults to 2): cross blocks follow every so many-th pair of layers, from the first
+            on: in streams of equal depth layers 0, interval, 2*interval, ...
         cross_form (`str`, defaults to `"preserving"`): `"paper"`: one embedding feeds both streams, and a new linear layer
             over both final states feeds one output projection. `"preserving"` (ours): each stream reads its own parent's
             embedding, text logits are read from the text stream and image logits from the image stream, and the cross
             blocks' outputs start at zero, so that a fusion reproduces both parents.
+        image_head_hidden_size (`int`, *optional*): hidden size of an image head that is an MLP, as Janus has it
+            (`JanusVQVAEHead`); the logits of image codes then come from it in every mode. Where `None`, they come from rows
+            of a linear layer.
+        image_head_act (`str`, defaults to `"gelu"`): its activation, by transformers' name.
         break_token_id, mask_token_id, image_token_id (`int`): `<break>` on both sides of a picture, the first CM3
             sentinel `<mask>`, and the placeholder `<image>` that stands for a code in text.
         num_mask_tokens (`int`, defaults to 8): CM3 sentinels, ids `mask_token_id + i` (paper: 512).
@@ -152,6 +160,7 @@ class JamConfig(PreTrainedConfig):
         tie_word_embeddings (`bool`, *optional*): follows `text_config` where `None`; never in the preserving form.
 
     `vocab_size`, `hidden_size`, `num_hidden_layers` and their like are read from, and written to, the decoders' configs.
+    `num_hidden_layers` of a cross JAM is its number of depths, that of the deeper stream.
 
     Raises:
         ValueError: if the parts contradict each other; the message says what was expected and what came.
@@ -169,8 +178,11 @@ class JamConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     image_config: dict | PreTrainedConfig | None = None
     vq_config: dict | PreTrainedConfig | None = None
+    layer_pairing: list[list[int]] | None = None
     cross_attention_interval: int = 2
     cross_form: str = "preserving"
+    image_head_hidden_size: int | None = None
+    image_head_act: str = "gelu"
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
@@ -205,6 +217,8 @@ class JamConfig(PreTrainedConfig):
         if self.image_config is not None:
             self._check_family("image_config")
             self._check_streams()
+        self._derive_and_check_pairing()
+        self._check_image_head()
         if self.cross_attention_interval < 1:
             raise ValueError(f"JamConfig: `cross_attention_interval` must be at least 1, got {self.cross_attention_interval}.")
         self._derive_and_check_tying()
@@ -224,6 +238,16 @@ class JamConfig(PreTrainedConfig):
         """As in `PreTrainedConfig`; the folder carries the code that it needs (remote_code_jam.py)."""
         _add_auto_map(self, AUTO_MAP)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in `PreTrainedConfig`; without the fields of what this JAM has not (unequal depths, an MLP as image head)."""
+        values = super().to_dict()
+        if self.layer_pairing is None:
+            values.pop("layer_pairing", None)
+        if self.image_head_hidden_size is None:
+            values.pop("image_head_hidden_size", None)
+            values.pop("image_head_act", None)
+        return values
 
     # ----- checks -----------------------------------------------------------------------------------------------------
 
@@ -254,12 +278,11 @@ class JamConfig(PreTrainedConfig):
 
     def _check_streams(self) -> None:
         text, image = self.text_config, self.image_config
-        for name in ("vocab_size", "num_hidden_layers"):
-            if getattr(text, name) != getattr(image, name):
-                raise ValueError(
-                    f"JamConfig: in cross mode both streams need the same `{name}`, got {getattr(text, name)} in "
-                    f"text_config and {getattr(image, name)} in image_config."
-                )
+        if text.vocab_size != image.vocab_size:
+            raise ValueError(
+                f"JamConfig: in cross mode both streams need the same `vocab_size`, got {text.vocab_size} in text_config and "
+                f"{image.vocab_size} in image_config."
+            )
         if self.cross_form == "paper" and self._embedding_size(text) != self._embedding_size(image):
             raise ValueError(
                 "JamConfig: cross_form='paper' feeds both streams from one embedding, so both need the same hidden size, "
@@ -280,6 +303,47 @@ class JamConfig(PreTrainedConfig):
                     f"JamConfig: LayerDrop would break the lockstep of the two streams; set {name}.layerdrop to 0.0 (it "
                     f"is {config.layerdrop})."
                 )
+
+    def _derive_and_check_pairing(self) -> None:
+        if self.fusion_mode != "cross":
+            if self.layer_pairing is not None:
+                raise ValueError(
+                    f"JamConfig: `layer_pairing` is for fusion_mode='cross'; a JAM of fusion_mode='{self.fusion_mode}' is one "
+                    "decoder. Leave it out."
+                )
+            return
+        pairs = self.layer_pairs  # checks what is given
+        unequal = self.text_config.num_hidden_layers != self.image_config.num_hidden_layers
+        self.layer_pairing = [list(pair) for pair in pairs] if unequal else None
+
+    def _check_pairing(self) -> None:
+        text, image = (config.num_hidden_layers for config in self.decoder_configs)
+        found, count = self.layer_pairing, min(text, image)
+        problem = None
+        if len(found) != count:
+            problem = f"has {len(found)} pairs"
+        elif any(len(pair) != 2 for pair in found):
+            problem = f"has the entry {next(pair for pair in found if len(pair) != 2)}"
+        elif outside := [pair for pair in found if not (0 <= pair[0] < text and 0 <= pair[1] < image)]:
+            problem = f"names a layer that does not exist in {outside[0]}"
+        elif crossed := [(a, b) for a, b in zip(found, found[1:]) if not (a[0] < b[0] and a[1] < b[1])]:
+            problem = f"does not go up in both streams from {crossed[0][0]} to {crossed[0][1]}"
+        if problem is not None:
+            raise ValueError(
+                f"JamConfig: `layer_pairing` {problem}. With {text} layers in text_config and {image} in image_config it needs "
+                f"{count} pairs [text layer, image layer], going up in both streams, one for each layer of the shallower one. "
+                f"Leave it out for pairs by relative position: {_pairs_by_position(text, image)}."
+            )
+
+    def _check_image_head(self) -> None:
+        size = self.image_head_hidden_size
+        if size is not None and size < 1:
+            raise ValueError(f"JamConfig: `image_head_hidden_size` must be at least 1, got {size}.")
+        if size is None and self.image_head_act != "gelu":
+            raise ValueError(
+                f"JamConfig: `image_head_act` is {self.image_head_act!r}, but without `image_head_hidden_size` the image head "
+                "is a linear layer. Set `image_head_hidden_size`, or leave `image_head_act` out."
+            )
 
     def _derive_and_check_tying(self) -> None:
         preserving = self.fusion_mode == "cross" and self.cross_form == "preserving"
@@ -377,11 +441,73 @@ class JamConfig(PreTrainedConfig):
         return self.vq_config.grid_size
 
     @property
-    def cross_attention_layers(self) -> tuple[int, ...]:
-        """Depths followed by a pair of cross blocks (empty for uniform and width)."""
+    def num_hidden_layers(self) -> int:
+        """Number of depths: the decoder's layers, or those of the deeper stream. Written to every decoder."""
+        return max(config.num_hidden_layers for config in self.decoder_configs)
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value: int) -> None:
+        for config in self.decoder_configs:
+            config.num_hidden_layers = value
+        self.layer_pairing = None  # the streams are equally deep from here on
+
+    @property
+    def layer_pairs(self) -> list[list[int]]:
+        """The pairs `[text layer, image layer]` that stand at one depth, upwards (empty for uniform and width).
+
+        `layer_pairing` where it is given. Otherwise layer i of the shallower stream, of S layers, stands beside layer
+        `ceil((i + 1) * L / S) - 1` of the deeper one, of L layers: the last layers are a pair, and in streams of equal depth
+        layer i stands beside layer i.
+
+        Raises:
+            ValueError: if `layer_pairing` does not fit the streams.
+        """
         if self.fusion_mode != "cross":
+            return []
+        if self.layer_pairing is None:
+            return _pairs_by_position(*(config.num_hidden_layers for config in self.decoder_configs))
+        self._check_pairing()
+        return [list(pair) for pair in self.layer_pairing]
+
+    @property
+    def text_layer_depths(self) -> tuple[int, ...]:
+        """The depth at which each layer of the text stream stands (uniform and width: of the decoder)."""
+        return self._layer_depths(0)
+
+    @property
+    def image_layer_depths(self) -> tuple[int, ...]:
+        """The depth at which each layer of the image stream stands (empty for uniform and width)."""
+        return self._layer_depths(1)
+
+    def _layer_depths(self, stream: int) -> tuple[int, ...]:
+        """The deeper stream, 0 (text) or 1 (image), numbers the depths."""
+        counts = [config.num_hidden_layers for config in self.decoder_configs]
+        if stream == len(counts):
             return ()
-        return tuple(range(0, self.num_hidden_layers, self.cross_attention_interval))
+        if counts[stream] == max(counts):
+            return tuple(range(counts[stream]))
+        return tuple(pair[1 - stream] for pair in self.layer_pairs)
+
+    @property
+    def cross_attention_layers(self) -> tuple[int, ...]:
+        """Depths followed by a pair of cross blocks (empty for uniform and width): every interval-th that has both layers."""
+        # Depths are numbered by the deeper stream, whose layer has the higher number in a pair.
+        return tuple(max(pair) for pair in self.layer_pairs[:: self.cross_attention_interval])
+
+    @property
+    def visited_attentions(self) -> tuple[tuple[int, str], ...]:
+        """Every attention of a cross JAM as (depth, module of the depth), in the order in which a forward visits them.
+
+        Depth by depth: "text_layer" and "image_layer", where the stream has a layer there, and, where cross blocks follow,
+        "text_cross" (text reads image) and "image_cross". The place in this order is the place in the cache.
+        """
+        text, image, crossed = (
+            frozenset(depths) for depths in (self.text_layer_depths, self.image_layer_depths, self.cross_attention_layers)
+        )
+        parts = {"text_layer": text, "image_layer": image, "text_cross": crossed, "image_cross": crossed}
+        return tuple(
+            (depth, part) for depth in range(self.num_hidden_layers) for part, depths in parts.items() if depth in depths
+        )
 
     @property
     def initializer_range(self) -> float:
@@ -401,18 +527,25 @@ class JamConfig(PreTrainedConfig):
     def per_layer_config(self) -> list[PreTrainedConfig]:
         """One config per cached attention, in the order in which a forward visits them.
 
-        Uniform and width: the layers. Cross, depth by depth: text layer, image layer and, where cross blocks follow, text
-        reading image and image reading text. An offloaded cache fetches the next entry while one is at work, so it needs the
-        order of the visits. An entry has a `sliding_window` where that attention slides, and only there: caches go by it.
+        Uniform and width: the layers. Cross: as `visited_attentions` has it. An offloaded cache fetches the next entry while
+        one is at work, so it needs the order of the visits. An entry has a `sliding_window` where that attention slides, and
+        only there: caches go by it. Cross blocks attend to all that came before.
         """
         whole = [_without_window(config) for config in self.decoder_configs]
-        layers = []
-        for depth in range(self.num_hidden_layers):
-            for config, full in zip(self.decoder_configs, whole):
-                layers.append(config if attention_type(config, depth) == "sliding_attention" else full)
-            if depth in self.cross_attention_layers:
-                layers += whole  # cross blocks attend to all that came before
-        return layers
+        if self.fusion_mode != "cross":
+            visited = [(0, layer) for layer in range(self.num_hidden_layers)]
+        else:
+            places = {"text_layer": (0, self.text_layer_depths), "image_layer": (1, self.image_layer_depths)}
+            visited = []
+            for depth, part in self.visited_attentions:
+                stream, depths = places.get(part, (int(part == "image_cross"), None))
+                visited.append((stream, None if depths is None else depths.index(depth)))
+        return [
+            self.decoder_configs[stream]
+            if layer is not None and attention_type(self.decoder_configs[stream], layer) == "sliding_attention"
+            else whole[stream]
+            for stream, layer in visited
+        ]
 
     @per_layer_config.setter
     def per_layer_config(self, value: Any) -> None:
@@ -505,6 +638,13 @@ def _without_window(config: PreTrainedConfig) -> PreTrainedConfig:
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"JamConfig: `{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _pairs_by_position(text: int, image: int) -> list[list[int]]:
+    """See `JamConfig.layer_pairs`; `text` and `image` are numbers of layers."""
+    shallow, deep = sorted((text, image))
+    pairs = [[i, -(-(i + 1) * deep // shallow) - 1] for i in range(shallow)]
+    return pairs if text == shallow else [pair[::-1] for pair in pairs]
 
 
 def _add_auto_map(config: PreTrainedConfig, auto_map: dict[str, str]) -> None:

@@ -15,6 +15,8 @@ from transformers import Cache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.janus.configuration_janus import JanusVQVAEConfig
+from transformers.models.janus.modeling_janus import JanusVQVAEHead
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
 from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
@@ -155,10 +157,15 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
     """A JAM that writes: next-token logits over one vocabulary of text and image codes.
 
     `lm_head` is the one output projection. In the preserving cross form it reads the text stream, and the columns of the
-    image codes come from `image_head`, which reads the image stream.
+    image codes come from `image_head`, which reads the image stream. Where the config asks for an MLP as `image_head`
+    (`image_head_hidden_size`), those columns come from it in every mode; in the others it reads the state that `lm_head` reads.
     """
 
-    _tp_plan = {"lm_head": "colwise_gather_output", "image_head": "colwise_gather_output"}
+    _tp_plan = {
+        "lm_head": "colwise_gather_output",
+        "image_head": "colwise_gather_output",
+        "image_head.vision_head": "colwise_gather_output",  # of an MLP; its first layer is whole in every process
+    }
     _fsdp_plan = {"lm_head": "keep_full_weight", "image_head": "keep_full_weight"}
 
     def __init__(self, config: JamConfig):
@@ -169,9 +176,24 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
             self._tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
         self.lm_head = nn.Linear(config.embedding_sizes[0], config.vocab_size, bias=False)
         self.image_head = None
-        if len(config.embedding_sizes) == 2:
+        if config.image_head_hidden_size is not None:
+            self.image_head = JanusVQVAEHead(
+                JanusVQVAEConfig(
+                    image_token_embed_dim=config.embedding_sizes[-1],
+                    projection_dim=config.image_head_hidden_size,
+                    num_embeddings=config.num_image_tokens,
+                    hidden_act=config.image_head_act,
+                )
+            )
+        elif len(config.embedding_sizes) == 2:
             self.image_head = nn.Linear(config.embedding_sizes[1], config.num_image_tokens, bias=False)
         self.post_init()
+
+    def init_parallel_plans(self) -> None:
+        """As in `JamPreTrainedModel`; an MLP is split by its layers, not as one."""
+        super().init_parallel_plans()
+        if not isinstance(self.image_head, nn.Linear):
+            self._tp_plan.pop("image_head", None)
 
     def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.LongTensor:
         """See [`JamModel.get_image_tokens`]."""
@@ -273,8 +295,10 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
         )
         logits_BTV = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         if self.image_head is not None:
-            image_states = slice_logits_to_keep(outputs.image_last_hidden_state, logits_to_keep)
-            image_logits_BTK = self.image_head(image_states).to(logits_BTV.device)
+            image_states = outputs.image_last_hidden_state
+            if image_states is None:  # one last state for both heads: uniform, width and the paper's cross form
+                image_states = outputs.last_hidden_state
+            image_logits_BTK = self.image_head(slice_logits_to_keep(image_states, logits_to_keep)).to(logits_BTV.device)
             first = self.config.image_token_offset
             last = first + self.config.num_image_tokens
             logits_BTV = torch.cat((logits_BTV[..., :first], image_logits_BTK, logits_BTV[..., last:]), dim=-1)

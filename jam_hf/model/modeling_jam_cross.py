@@ -49,9 +49,11 @@ class JamModelOutputWithPast(ModelOutput):
     Args:
         last_hidden_state (`[B, T, E]`): what the output projection reads (paper form: both streams, projected).
         past_key_values (`Cache`): one cache for all attentions, in the order of `JamConfig.per_layer_config`.
-        hidden_states, attentions: text stream; L + 1 and L entries. A state is that after the depth's cross block.
+        hidden_states, attentions: text stream. A state is that after a depth, its cross block included: one more than depths
+            (`JamConfig.num_hidden_layers`). Attentions: one for each text layer. A depth without a text layer, in streams of
+            different depths, repeats the state and has no attention.
         image_last_hidden_state (`[B, T, E]`): what the image head reads (cross, preserving form).
-        image_hidden_states, image_attentions: image stream, L entries each; the states are those beside `hidden_states[1:]`.
+        image_hidden_states, image_attentions: image stream: the states beside `hidden_states[1:]`; one for each image layer.
         cross_attentions, image_cross_attentions: text reading image, image reading text; one entry per cross block.
     """
 
@@ -122,7 +124,7 @@ class JamCrossAttention(nn.Module):
 
 
 class JamCrossBlock(GradientCheckpointingLayer):
-    """What a stream gets after every `cross_attention_interval`-th layer [A].
+    """What a stream gets after every `cross_attention_interval`-th pair of layers [A].
 
     A norm on the queries only (the other stream's states come un-normalised), causal cross-attention, residual, then a
     norm, a full FFN, residual. No biases, no gates.
@@ -149,22 +151,29 @@ class JamCrossBlock(GradientCheckpointingLayer):
 class JamCrossDecoderLayer(nn.Module):
     """One depth of a JAM-Cross: a stock layer of each stream, then, at every interval, a cross block in each direction.
 
+    Where the streams have different numbers of layers, a depth may hold a layer of the deeper one alone: the other is None.
     Not a GradientCheckpointingLayer itself: its four parts are, and checkpointing twice would compute twice.
     """
 
     def __init__(self, config: JamConfig, depth: int):
         super().__init__()
         text, image = config.text_config, config.image_config
-        # The order of JamConfig.per_layer_config: depth by depth, a pair of layers and perhaps a pair of cross blocks.
-        index = 2 * (depth + sum(crossed < depth for crossed in config.cross_attention_layers))
-        self.text_layer = family_of(text).make_layer(text, depth, index)
-        self.image_layer = family_of(image).make_layer(image, depth, index + 1)
-        self.text_attention_type, self.image_attention_type = attention_type(text, depth), attention_type(image, depth)
-        self.text_cross = self.image_cross = None
-        if depth in config.cross_attention_layers:
+        # Where each attention of this depth stands in the cache.
+        places = {part: place for place, (at, part) in enumerate(config.visited_attentions) if at == depth}
+        self.text_layer = self.image_layer = self.text_cross = self.image_cross = None
+        self.text_attention_type = self.image_attention_type = "full_attention"
+        if "text_layer" in places:
+            layer = config.text_layer_depths.index(depth)
+            self.text_layer = family_of(text).make_layer(text, layer, places["text_layer"])
+            self.text_attention_type = attention_type(text, layer)
+        if "image_layer" in places:
+            layer = config.image_layer_depths.index(depth)
+            self.image_layer = family_of(image).make_layer(image, layer, places["image_layer"])
+            self.image_attention_type = attention_type(image, layer)
+        if "text_cross" in places:
             zero_init = config.cross_form == "preserving"
-            self.text_cross = JamCrossBlock(text, image.hidden_size, index + 2, zero_init)
-            self.image_cross = JamCrossBlock(image, text.hidden_size, index + 3, zero_init)
+            self.text_cross = JamCrossBlock(text, image.hidden_size, places["text_cross"], zero_init)
+            self.image_cross = JamCrossBlock(image, text.hidden_size, places["image_cross"], zero_init)
 
     def forward(
         self,
@@ -176,8 +185,10 @@ class JamCrossDecoderLayer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`[B, T, D_text]`, `[B, T, D_image]` -> the same. The keyword dicts hold each stream's mask and positions, by kind of
         attention."""
-        text_states = states_of(self.text_layer(text_states, **text_kwargs[self.text_attention_type], **kwargs))
-        image_states = states_of(self.image_layer(image_states, **image_kwargs[self.image_attention_type], **kwargs))
+        if self.text_layer is not None:
+            text_states = states_of(self.text_layer(text_states, **text_kwargs[self.text_attention_type], **kwargs))
+        if self.image_layer is not None:
+            image_states = states_of(self.image_layer(image_states, **image_kwargs[self.image_attention_type], **kwargs))
         if self.text_cross is not None:
             # Both directions read the states from before either update [A]; so do the cached keys and values. Both go by
             # position: reentrant checkpointing sees no gradients of what goes by keyword.

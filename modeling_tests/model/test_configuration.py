@@ -45,10 +45,10 @@ def test_round_trip_through_files(tmp_path, mode):
         ({"cross_attention_interval": 0}, ["cross_attention_interval"]),
         (
             {
-                "text_config": {"model_type": "llama", "num_hidden_layers": 2},
-                "image_config": {"model_type": "llama", "num_hidden_layers": 3},
+                "text_config": {"model_type": "llama", "vocab_size": 9000},
+                "image_config": {"model_type": "llama", "vocab_size": 9001},
             },
-            ["num_hidden_layers", "2", "3"],
+            ["vocab_size", "9000", "9001"],
         ),
         (
             {
