@@ -68,7 +68,7 @@ class TensorFile:
         try:
             self._read_header()
         except BaseException:
-            os.close(self._descriptor)
+            self.close()
             raise
 
     def _read_header(self) -> None:
