@@ -41,8 +41,8 @@ def resumable_folder(output_dir: str | os.PathLike, recipe: str, overwrite: bool
     Args:
         recipe: what is being made, in one line without spaces; what an unfinished run with another recipe left is removed.
     Yields:
-        the temporary folder, `.<name>.unfinished` beside `output_dir`, or None where the last run was killed after its last step:
-        `output_dir` is complete then.
+        the temporary folder, `.<name>.unfinished` beside `output_dir`, or None where the last run was killed after its last
+        step: `output_dir` is complete then.
     Raises:
         FileExistsError: if `output_dir` holds anything and `overwrite` is False, or another run writes it now.
     """

@@ -95,9 +95,7 @@ def text_parent(kind: str, sizes: Sizes = Sizes(), seed: int = 1) -> tuple[PreTr
     common = {"num_hidden_layers": sizes.layers, "num_attention_heads": sizes.heads, "hidden_size": sizes.hidden}
     rotary = {**common, "intermediate_size": sizes.ffn, "num_key_value_heads": sizes.kv_heads, "max_position_embeddings": 256}
     if kind in ("llama", "mistral"):
-        tokenizer = sentencepiece_like_tokenizer(
-            SENTENCES["text"], 330, ["<s>", "</s>"], bos_token="<s>", eos_token="</s>"
-        )
+        tokenizer = sentencepiece_like_tokenizer(SENTENCES["text"], 330, ["<s>", "</s>"], bos_token="<s>", eos_token="</s>")
     elif kind == "opt":
         tokenizer = byte_level_tokenizer(
             SENTENCES["text"], 300, ["<s>", "<pad>", "</s>"], bos_token="</s>", eos_token="</s>", pad_token="<pad>"

@@ -85,7 +85,9 @@ class Parent:
             try:
                 rows = self._files[key].read(key, first, last)
             except OSError as error:
-                raise ValueError(f"Cannot read tensor '{key}' of the {self.role} from {self._files[key].path}: {error}.") from error
+                raise ValueError(
+                    f"Cannot read tensor '{key}' of the {self.role} from {self._files[key].path}: {error}."
+                ) from error
         if not all_finite(rows):
             raise ValueError(f"Tensor '{key}' of the {self.role}, in {self.where(key)}, holds NaN or infinity.")
         return rows
@@ -177,8 +179,8 @@ def _tensor_files(folder: Path, role: str) -> dict[str, TensorFile]:
         absent = sorted(key for key, name in weight_map.items() if key not in files[name].specs)
         if absent:
             raise ValueError(
-                f"The {role} '{folder}' is incomplete: by its index '{absent[0]}' lies in {weight_map[absent[0]]}, which has no "
-                f"such tensor ({len(absent)} of {len(weight_map)} are missing)."
+                f"The {role} '{folder}' is incomplete: by its index '{absent[0]}' lies in {weight_map[absent[0]]}, which has "
+                f"no such tensor ({len(absent)} of {len(weight_map)} are missing)."
             )
         return {key: files[name] for key, name in weight_map.items()}
     path = folder / SINGLE
@@ -212,7 +214,7 @@ class Band:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """How one output tensor is made. what: in words, for people. inputs: (role, key) of each tensor of a parent it comes from."""
+    """How one output tensor is made. what: in words, for people. inputs: (role, key) of the parents' tensors it comes from."""
 
     spec: TensorSpec
     bands: tuple[Band, ...]
@@ -310,7 +312,9 @@ def _write_shard(writer: TensorFileWriter, plans: dict[str, TensorPlan], progres
             spec = plans[key].spec
             made = make()
             if tuple(made.shape) != ((rows, *spec.shape[1:]) if spec.shape else ()):
-                raise ValueError(f"Tensor '{key}': expected rows of {list(spec.shape)}, made {list(made.shape)} at row {first}.")
+                raise ValueError(
+                    f"Tensor '{key}': expected rows of {list(spec.shape)}, made {list(made.shape)} at row {first}."
+                )
             cast = made.to(spec.dtype)
             if not all_finite(cast):
                 raise ValueError(
@@ -412,4 +416,3 @@ class Made:
 
     def release(self) -> None:
         self._tensor = None
-

@@ -79,19 +79,20 @@ def fuse(
 ) -> Path:
     """Fuse a text LLM and an autoregressive image model into a JAM checkpoint (paper, stage 1).
 
-    Tensors are read, made and written in blocks of rows, so that memory does not grow with the models. A run that was killed goes
-    on where it was, when it is started again with the same arguments.
+    Tensors are read, made and written in blocks of rows, so that memory does not grow with the models. A run that was killed
+    goes on where it was, when it is started again with the same arguments.
 
     Args:
         text_model: checkpoint folder, Hub id, or model in memory: Llama, Mistral, Qwen2, Qwen3 or OPT.
         image_model: likewise: a plain causal LM of these families whose vocabulary holds the image codes, or a Chameleon
             (Anole), Emu3 or Janus `ForConditionalGeneration`.
-        mode: "uniform" (equal shapes), "width" (equal depth and head size) or "cross" (any; layers are paired by relative depth).
+        mode: "uniform" (equal shapes), "width" (equal depth and head size) or "cross" (any; layers are paired by relative
+            depth).
         output_dir: where the checkpoint appears, whole or not at all.
         init: uniform "average"; width "copy" (default), "average" [P], "block_diagonal" (ours); cross "preserving" (ours,
             default: text logits equal the text parent's and image logits the image parent's) or "paper".
-        vq_model: the image tokenizer that made the image parent's codes: a [`JamVQModel`], its folder, or what `convert_vq` reads;
-            the image parent's own where `None`.
+        vq_model: the image tokenizer that made the image parent's codes: a [`JamVQModel`] or its folder (`convert_vq` makes
+            one of others); the image parent's own where `None`.
         tokenizer: the JAM's tokenizer or its folder; the text parent's where `None`.
         overwrite: a non-empty `output_dir` is refused, unless `overwrite`, which replaces the whole folder once the new one is
             complete.
@@ -99,7 +100,8 @@ def fuse(
             image_tokenizer: of the image parent, where its folder has none.
             text_revision, image_revision: branch, tag or commit on the Hub.
             image_size: side of a picture in pixels, for image tokenizers that take any (Emu3).
-            image_token_offset: id of image code 0 in a plain causal LM; by default its tokenizer's `<img:0>`, else the last K ids.
+            image_token_offset: id of image code 0 in a plain causal LM; by default its tokenizer's `<img:0>`, else the last K
+                ids.
             break_token, image_token, mask_token, mask_end_token: the JAM's special tokens, by their text.
             special_tokens: image parent's token by JAM's token, for markup that both have under different names.
             cross_attention_interval: cross blocks after layers 0, interval, 2*interval, ... [A]: 2.
@@ -109,8 +111,8 @@ def fuse(
         the path of the checkpoint: config, generation config, safetensors, tokenizer and processor, the code that loads it
         elsewhere, the recipe, and a model card.
     Raises:
-        ValueError: if the parents do not fit; the message names both. FileExistsError: if `output_dir` is in use. OSError: if the
-            disk has no room.
+        ValueError: if the parents do not fit; the message names both. FileExistsError: if `output_dir` is in use. OSError: if
+            the disk has no room.
     """
     _check_output(output_dir, text_model, image_model, vq_model, tokenizer, settings.get("image_tokenizer"))
     plan = plan_fusion(text_model, image_model, mode, init, vq_model, tokenizer, **settings)
@@ -269,18 +271,18 @@ def _vocabulary(
     same_size = text.vocab_size == image.vocab_size
     if plain and same_size and (image_tokenizer is None or not differing_tokens(tokenizer, image_tokenizer)):
         if recipe.special_tokens:
-            raise ValueError("special_tokens is for parents with different tokenizers; these have one vocabulary. Leave it out.")
+            raise ValueError(
+                "special_tokens is for parents with different tokenizers; these have one vocabulary. Leave it out."
+            )
         return shared_vocabulary(tokenizer, text.vocab_size, codes, names)
     if image_tokenizer is None:
         raise ValueError(
-            f"The text parent {text.parent.name} and the image parent {image.parent.name} have no common vocabulary (vocab_size: "
-            f"{text.vocab_size} and {image.vocab_size}), and the image parent brings no tokenizer to say what its rows mean. Pass "
-            "image_tokenizer=..."
+            f"The text parent {text.parent.name} and the image parent {image.parent.name} have no common vocabulary "
+            f"(vocab_size: {text.vocab_size} and {image.vocab_size}), and the image parent brings no tokenizer to say what its "
+            "rows mean. Pass image_tokenizer=..."
         )
     pictures = picture_tokens(image, image_tokenizer, vq.config.grid_size)
-    return joined_vocabulary(
-        tokenizer, text.vocab_size, image_tokenizer, codes, pictures, names, recipe.special_tokens
-    )
+    return joined_vocabulary(tokenizer, text.vocab_size, image_tokenizer, codes, pictures, names, recipe.special_tokens)
 
 
 def _check_output(output_dir: str | os.PathLike, *sources: Any) -> None:

@@ -48,9 +48,7 @@ def choose(use_image: torch.Tensor, text: torch.Tensor, image: torch.Tensor) -> 
     return torch.where(use_image[:, None], image, text)
 
 
-def mean_of_present(
-    has_text: torch.Tensor, has_image: torch.Tensor, text: torch.Tensor, image: torch.Tensor
-) -> torch.Tensor:
+def mean_of_present(has_text: torch.Tensor, has_image: torch.Tensor, text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
     """Row by row the mean, or the one parent's row where the other has none (JAM-Uniform over two vocabularies, ours)."""
     rows = average(text, image)
     rows = torch.where((has_text & ~has_image)[:, None], text.to(rows.dtype), rows)

@@ -112,7 +112,7 @@ def model_card(plan: FusionPlan) -> str:
         vocabulary=_vocabulary(plan),
         notes="".join(f"- {warning}\n" for warning in plan.warnings),
         recipe=plan.recipe.to_yaml(),
-        room=config.image_seq_length + 2,
+        room=config.picture_length + 2,
     )
     return f"---\n{data.to_yaml()}\n---\n{body}"
 

@@ -45,7 +45,7 @@ class Decoder:
         found = [key for key in parent.specs if key.endswith("embed_tokens.weight") and not _OTHER_PARTS.fullmatch(key)]
         if len(found) != 1:
             raise ValueError(
-                f"The {parent.role} {parent.name} has {len(found)} tensors '...embed_tokens.weight'; expected one, of its decoder."
+                f"The {parent.role} {parent.name} has {len(found)} tensors '...embed_tokens.weight'; expected one, its decoder's."
             )
         self.embedding_key = found[0]
         self.prefix = found[0].removesuffix("embed_tokens.weight")
@@ -113,9 +113,7 @@ class ImageCodes:
         return len(self.rows)
 
 
-def image_codes(
-    decoder: Decoder, num_codes: int, offset: int | None, tokenizer: PreTrainedTokenizerBase | None
-) -> ImageCodes:
+def image_codes(decoder: Decoder, num_codes: int, offset: int | None, tokenizer: PreTrainedTokenizerBase | None) -> ImageCodes:
     """Find the codes of an image parent.
 
     Args:
@@ -143,9 +141,7 @@ def image_codes(
     return codes
 
 
-def _plain_codes(
-    decoder: Decoder, num_codes: int, offset: int | None, tokenizer: PreTrainedTokenizerBase | None
-) -> ImageCodes:
+def _plain_codes(decoder: Decoder, num_codes: int, offset: int | None, tokenizer: PreTrainedTokenizerBase | None) -> ImageCodes:
     vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
     if offset is None:
         offset = vocabulary.get("<img:0>", decoder.vocab_size - num_codes)
@@ -179,7 +175,7 @@ def _mapped_codes(decoder: Decoder, mapping_class: type) -> ImageCodes:
     if sorted(ids) != list(range(len(ids))):
         missing = sorted(set(range(max(ids, default=-1) + 1)) - set(ids))
         raise ValueError(
-            f"The vocabulary_map of the image parent {decoder.parent.name} lacks {len(missing)} image codes, e.g. {missing[:3]}."
+            f"The vocabulary_map of the image parent {decoder.parent.name} lacks {len(missing)} codes, e.g. {missing[:3]}."
         )
     return ImageCodes(torch.tensor([ids[code] for code in range(len(ids))], dtype=torch.long))
 

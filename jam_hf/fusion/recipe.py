@@ -82,7 +82,7 @@ class FusionRecipe:
         return cls(**settings)
 
     def to_yaml(self) -> str:
-        """What differs from the defaults, as YAML; a parent in a folder by the folder's name alone, which is all that matters."""
+        """What differs from the defaults, as YAML; a parent in a folder by the folder's name alone."""
         values = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)

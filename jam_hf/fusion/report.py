@@ -58,9 +58,7 @@ def preserved(mode: str, init: str) -> str:
     return "Neither parent's logits: the mean of two networks is a starting point for training."
 
 
-def warnings(
-    text: Decoder, image: Decoder, config: JamConfig, vocabulary: Vocabulary, mode: str, init: str
-) -> list[str]:
+def warnings(text: Decoder, image: Decoder, config: JamConfig, vocabulary: Vocabulary, mode: str, init: str) -> list[str]:
     """What may surprise a user."""
     found = []
     if (mode, init) != ("cross", "preserving"):

@@ -35,7 +35,8 @@ class ParentRows:
 class VocabularyRows:
     """An embedding or a head of a parent, in the order of the JAM's vocabulary.
 
-    Rows that are the parent's own, one for one, are streamed. Where others are needed, the parent's tensor is kept until `release`.
+    Rows that are the parent's own, one for one, are streamed. Where others are needed, the parent's tensor is kept until
+    `release`.
     Tokens of which the parent knows nothing get the mean of its rows.
     """
 

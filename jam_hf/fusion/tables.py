@@ -143,9 +143,7 @@ def _uniform_table() -> list[Rule]:
 # ----- width ----------------------------------------------------------------------------------------------------------
 
 
-def _width_vocabulary(
-    parts: Ingredients, key: str, match: re.Match, spec: TensorSpec, head: bool = False
-) -> tuple[Band, ...]:
+def _width_vocabulary(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec, head: bool = False) -> tuple[Band, ...]:
     return (Band(spec.rows, (parts.text_vocabulary(head), parts.image_vocabulary(head)), inits.beside),)
 
 
@@ -186,9 +184,7 @@ def _width_table(init: str) -> list[Rule]:
         Rule(_DECODER + r"(?P<rest>.*\.[qk]_norm\.weight)", "mean of the parents: one norm for all heads", _mean),
         Rule(_DECODER + r"(?P<rest>.*norm\.weight)", "the parents one after the other", _width_behind),
         Rule(_DECODER + r"(?P<rest>.*\.bias)", "the parents one after the other", _width_behind),
-        Rule(
-            _DECODER + r"(?P<rest>.*\.weight)", f"block rule '{init}' of the parents", partial(_width_block, init=init)
-        ),
+        Rule(_DECODER + r"(?P<rest>.*\.weight)", f"block rule '{init}' of the parents", partial(_width_block, init=init)),
     ]
 
 
@@ -240,9 +236,7 @@ class _Shifted:
         pass
 
 
-def _shared_vocabulary(
-    parts: Ingredients, key: str, match: re.Match, spec: TensorSpec, head: bool = False
-) -> tuple[Band, ...]:
+def _shared_vocabulary(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec, head: bool = False) -> tuple[Band, ...]:
     """The paper's one projection: codes from the image parent, text from the text parent, and what it lacks from the other."""
     text, image = parts.text_vocabulary(head), parts.image_vocabulary(head)
     use_image = ~text.present & image.present
@@ -291,9 +285,7 @@ def _cross_table(init: str, config: JamConfig) -> list[Rule]:
         Rule(_DECODER + r"image_stem\.(?P<rest>.*)", "image parent", _image),
         Rule(layer + r"text_layer\.(?P<rest>.*)", "text parent", _text_layer),
         Rule(layer + r"image_layer\.(?P<rest>.*)", "image parent", _image_layer),
-        Rule(
-            cross + r"(cross_attn\.o_proj|mlp\.down_proj)\.weight", ending, partial(_new, std=0.0 if preserving else std)
-        ),
+        Rule(cross + r"(cross_attn\.o_proj|mlp\.down_proj)\.weight", ending, partial(_new, std=0.0 if preserving else std)),
         Rule(cross + r".*norm\.weight", "ones", _ones),
         Rule(cross + r".*norm\.bias", "zeros", partial(_new, std=0.0)),
         Rule(cross + r".*\.weight", f"normal, std {std}", partial(_new, std=std)),
@@ -318,9 +310,7 @@ def plan_tensors(specs: dict[str, TensorSpec], rules: list[Rule], parts: Ingredi
     """
     plans = {}
     for key, spec in specs.items():
-        rule, match = next(
-            ((rule, found) for rule in rules if (found := re.fullmatch(rule.pattern, key))), (None, None)
-        )
+        rule, match = next(((rule, found) for rule in rules if (found := re.fullmatch(rule.pattern, key))), (None, None))
         if rule is None:
             raise AssertionError(f"no row for '{key}' in the table")
         bands = rule.build(parts, key, match, spec)

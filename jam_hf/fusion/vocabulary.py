@@ -167,9 +167,7 @@ def transplant(
     return pieces, coverage
 
 
-def _tokenised(
-    texts: list[bytes], tokenizer: PreTrainedTokenizerBase, known: list[bytes | None]
-) -> Iterable[tuple[int, ...]]:
+def _tokenised(texts: list[bytes], tokenizer: PreTrainedTokenizerBase, known: list[bytes | None]) -> Iterable[tuple[int, ...]]:
     """The pieces of each text, or () where they do not spell exactly that text.
 
     Some tokenizers put a space before a text; behind a line feed, which is then taken off, they do not.
@@ -258,9 +256,7 @@ class Vocabulary:
     added: list[str] = field(default_factory=list)
 
 
-def shared_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, size: int, codes: torch.LongTensor, names: TokenNames
-) -> Vocabulary:
+def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, codes: torch.LongTensor, names: TokenNames) -> Vocabulary:
     """Both parents have one vocabulary, image codes included: every row stands where it stood.
 
     Raises:

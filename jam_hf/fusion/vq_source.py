@@ -37,7 +37,7 @@ def vq_model_of(source: Any, image: Decoder, image_size: int | None) -> tuple[Ja
         if kind != JamVQConfig.model_type:
             raise ValueError(
                 f"The VQ model '{source}' is a '{kind}'; expected the folder of a JamVQModel ('{JamVQConfig.model_type}'). "
-                "Convert others with `jam-hf convert-vq`; a diffusers VQModel goes into the `.vq` of a JamVQModel made with its "
-                "arguments."
+                "Convert others with `jam-hf convert-vq`; a diffusers VQModel goes into the `.vq` of a JamVQModel made with "
+                "its arguments."
             )
     return JamVQModel.from_pretrained(source), []

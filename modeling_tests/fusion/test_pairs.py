@@ -51,7 +51,9 @@ def caption_tokens(jam_tokenizer, image_tokenizer):
         return token.replace("\u2581", " ").replace("\u0120", " ")
 
     ours = {letters(token): index for token, index in jam_tokenizer.get_vocab().items()}
-    both = [token for token in sorted(image_tokenizer.get_vocab()) if letters(token).strip().isalpha() and letters(token) in ours]
+    both = [
+        token for token in sorted(image_tokenizer.get_vocab()) if letters(token).strip().isalpha() and letters(token) in ours
+    ]
     both = [token for token in both if len(token) > 1][:6]
     assert len(both) == 6
     return [ours[letters(token)] for token in both], both
