@@ -1,7 +1,7 @@
 """Small parents of the real classes, with tokenizers of their own kind, and what each parent itself says of a document.
 
-Text parents: Llama and Mistral with SentencePiece-like tokenizers, Qwen2, Qwen3 and OPT with byte-level ones. Image parents: a plain
-causal LM whose vocabulary ends in codes, Chameleon, Emu3, Janus. No tokenizer is another's, and no two vocabularies agree.
+Text parents: Llama and Mistral with SentencePiece-like tokenizers, Qwen2, Qwen3 and OPT with byte-level ones. Image parents: a
+plain causal LM whose vocabulary ends in codes, Chameleon, Emu3, Janus. No tokenizer is another's; no two vocabularies agree.
 """
 
 from __future__ import annotations
@@ -90,7 +90,10 @@ def sentencepiece_like_tokenizer(texts: list[str], size: int, specials: list[str
     return fast
 
 
-def text_parent(kind: str, sizes: Sizes = Sizes(), seed: int = 1) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+SMALL = Sizes()
+
+
+def text_parent(kind: str, sizes: Sizes = SMALL, seed: int = 1) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A causal LM with random weights, and its tokenizer."""
     common = {"num_hidden_layers": sizes.layers, "num_attention_heads": sizes.heads, "hidden_size": sizes.hidden}
     rotary = {**common, "intermediate_size": sizes.ffn, "num_key_value_heads": sizes.kv_heads, "max_position_embeddings": 256}
@@ -133,7 +136,7 @@ def text_parent(kind: str, sizes: Sizes = Sizes(), seed: int = 1) -> tuple[PreTr
 
 
 def image_parent(
-    kind: str, sizes: Sizes = Sizes(), seed: int = 2, like: str = "llama"
+    kind: str, sizes: Sizes = SMALL, seed: int = 2, like: str = "llama"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """An image model with random weights, and its tokenizer. `like`: the family of a plain one."""
     codes = {
@@ -226,7 +229,7 @@ def image_parent(
             "base_channels": 32,
             "channel_multiplier": [1, 1, 1],
             "num_res_blocks": 1,
-            "projection_dim": 24,
+            "projection_dim": sizes.hidden,
             "image_token_embed_dim": sizes.hidden,
         }
         vision = {

@@ -231,14 +231,13 @@ def _write_small_files(plan: FusionPlan, folder: Path) -> None:
     ).save_pretrained(folder)
     tokenizer = vocabulary.tokenizer
     tokenizer.padding_side = "left"
-    layout = {**vocabulary.layout, **({"grid_size": config.grid_size} if vocabulary.layout else {})}
     processor = JamProcessor(
         JamImageProcessor.from_size(config.vq_config.sample_size),
         tokenizer,
         image_seq_length=config.image_seq_length,
         image_token=recipe.image_token,
         break_token=recipe.break_token,
-        **layout,
+        **vocabulary.layout,
     )
     processor.save_pretrained(folder)
     (folder / "README.md").write_text(model_card(plan), encoding="utf-8")

@@ -45,7 +45,7 @@ class Decoder:
         found = [key for key in parent.specs if key.endswith("embed_tokens.weight") and not _OTHER_PARTS.fullmatch(key)]
         if len(found) != 1:
             raise ValueError(
-                f"The {parent.role} {parent.name} has {len(found)} tensors '...embed_tokens.weight'; expected one, its decoder's."
+                f"The {parent.role} {parent.name} has {len(found)} tensors '...embed_tokens.weight'; expected its decoder's."
             )
         self.embedding_key = found[0]
         self.prefix = found[0].removesuffix("embed_tokens.weight")

@@ -324,8 +324,12 @@ class JamCrossDecoder(JamPreTrainedModel):
         self.output_projection = (
             JamOutputProjection(text.hidden_size + image.hidden_size, text.hidden_size, bias=False) if paper else None
         )
-        self.text_sliding_index = sliding_cache_index(text, [layer.text_layer for layer in self.layers])
-        self.image_sliding_index = sliding_cache_index(image, [layer.image_layer for layer in self.layers])
+        self.text_sliding_index = sliding_cache_index(
+            text, [layer.text_layer for layer in self.layers if layer.text_layer is not None]
+        )
+        self.image_sliding_index = sliding_cache_index(
+            image, [layer.image_layer for layer in self.layers if layer.image_layer is not None]
+        )
         self.gradient_checkpointing = False
         self.post_init()
 

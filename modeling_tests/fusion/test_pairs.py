@@ -6,6 +6,7 @@ from fusion_zoo import (
     GRID,
     IMAGE_KINDS,
     NUM_CODES,
+    SMALL,
     TEXT_KINDS,
     Sizes,
     image_parent,
@@ -18,7 +19,6 @@ from transformers import AutoTokenizer
 
 import jam_hf
 from jam_hf import JamForCausalLM
-from jam_hf.fusion.fuse import plan_fusion
 
 
 IMAGE_SIZES = Sizes(hidden=48, layers=5, heads=6, kv_heads=3, ffn=40)  # unlike the text parents in every number
@@ -29,7 +29,7 @@ def zoo(tmp_path_factory):
     """`zoo(role, kind, sizes, **settings)` -> (folder, model, tokenizer)"""
     made = {}
 
-    def make(role, kind, sizes=Sizes(), **settings):
+    def make(role, kind, sizes=SMALL, **settings):
         key = (role, kind, sizes, *settings.items())
         if key not in made:
             model, tokenizer = (text_parent if role == "text" else image_parent)(kind, sizes, **settings)
@@ -51,10 +51,8 @@ def caption_tokens(jam_tokenizer, image_tokenizer):
         return token.replace("\u2581", " ").replace("\u0120", " ")
 
     ours = {letters(token): index for token, index in jam_tokenizer.get_vocab().items()}
-    both = [
-        token for token in sorted(image_tokenizer.get_vocab()) if letters(token).strip().isalpha() and letters(token) in ours
-    ]
-    both = [token for token in both if len(token) > 1][:6]
+    theirs = [token for token in sorted(image_tokenizer.get_vocab()) if len(token) > 1 and letters(token).strip().isalpha()]
+    both = [token for token in theirs if letters(token) in ours][:6]
     assert len(both) == 6
     return [ours[letters(token)] for token in both], both
 
