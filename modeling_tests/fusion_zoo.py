@@ -6,6 +6,7 @@ plain causal LM whose vocabulary ends in codes, Chameleon, Emu3, Janus. No token
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,18 +77,26 @@ def byte_level_tokenizer(texts: list[str], size: int, specials: list[str], **rol
 
 def sentencepiece_like_tokenizer(texts: list[str], size: int, specials: list[str], **roles: str) -> PreTrainedTokenizerFast:
     """As Llama's: a space is U+2581, a text gets one in front, unknown letters fall back to bytes `<0x41>`."""
-    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizer
+    trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, show_progress=False, max_token_length=12))
+    learned = json.loads(trained.to_str())["model"]
+    names = [
+        "<unk>",
+        *specials,
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *sorted(learned["vocab"], key=learned["vocab"].get),
+    ]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    merges = [tuple(pair) for pair in learned["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizer
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<unk>", *specials, *byte_tokens], show_progress=False, max_token_length=12
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **roles)
-    return fast
+    tokenizer.add_special_tokens(["<unk>", *specials])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **roles)
 
 
 SMALL = Sizes()
@@ -98,7 +107,7 @@ def text_parent(kind: str, sizes: Sizes = SMALL, seed: int = 1) -> tuple[PreTrai
     common = {"num_hidden_layers": sizes.layers, "num_attention_heads": sizes.heads, "hidden_size": sizes.hidden}
     rotary = {**common, "intermediate_size": sizes.ffn, "num_key_value_heads": sizes.kv_heads, "max_position_embeddings": 256}
     if kind in ("llama", "mistral"):
-        tokenizer = sentencepiece_like_tokenizer(SENTENCES["text"], 330, ["<s>", "</s>"], bos_token="<s>", eos_token="</s>")
+        tokenizer = sentencepiece_like_tokenizer(SENTENCES["text"], 80, ["<s>", "</s>"], bos_token="<s>", eos_token="</s>")
     elif kind == "opt":
         tokenizer = byte_level_tokenizer(
             SENTENCES["text"], 300, ["<s>", "<pad>", "</s>"], bos_token="</s>", eos_token="</s>", pad_token="<pad>"

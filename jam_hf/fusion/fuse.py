@@ -114,7 +114,7 @@ def fuse(
         ValueError: if the parents do not fit; the message names both. FileExistsError: if `output_dir` is in use. OSError: if
             the disk has no room.
     """
-    _check_output(output_dir, text_model, image_model, vq_model, tokenizer, settings.get("image_tokenizer"))
+    check_output(output_dir, text_model, image_model, vq_model, tokenizer, settings.get("image_tokenizer"))
     plan = plan_fusion(text_model, image_model, mode, init, vq_model, tokenizer, **settings)
     return run_fusion(plan, output_dir, overwrite)
 
@@ -284,7 +284,8 @@ def _vocabulary(
     return joined_vocabulary(tokenizer, text.vocab_size, image_tokenizer, codes, pictures, names, recipe.special_tokens)
 
 
-def _check_output(output_dir: str | os.PathLike, *sources: Any) -> None:
+def check_output(output_dir: str | os.PathLike, *sources: Any) -> None:
+    """Raise a `ValueError` if the output folder is, or holds, an input."""
     for source in sources:
         if isinstance(source, (str, os.PathLike)) and Path(source).exists():
             source, target = Path(source).resolve(), Path(output_dir).resolve()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,12 +118,17 @@ def surfaces(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
 
 
 def transplant(
-    text: PreTrainedTokenizerBase, image: PreTrainedTokenizerBase, num_rows: int, declared: dict[int, int]
+    text: PreTrainedTokenizerBase,
+    image: PreTrainedTokenizerBase,
+    num_rows: int,
+    declared: dict[int, int],
+    new: Collection[str] = (),
 ) -> tuple[list[tuple[int, ...]], Coverage]:
     """For each of `num_rows` ids of the text tokenizer, the rows of the image parent whose mean stands for it.
 
     Args:
-        declared: image parent's id by text id, which wins over everything else.
+        declared: image parent's id by text id, which wins over everything else. new: tokens that the text tokenizer has just
+            got; they are no part of the report, but for those that are declared.
     """
     ours, theirs = surfaces(text), surfaces(image)
     by_text: dict[bytes, int] = {}
@@ -143,7 +148,7 @@ def transplant(
     left: list[int] = []
     for index in range(min(num_rows, len(ours))):
         surface, name = ours[index], names[index]
-        if name is None:
+        if name is None or (name in new and index not in declared and name not in their_vocabulary):
             continue
         if index in roles:
             pieces[index] = (roles[index],)
@@ -323,7 +328,7 @@ def joined_vocabulary(
                 raise ValueError(f"special_tokens: {whose} has no token {name!r}. Expected {{JAM's token: image parent's}}.")
         declared[ours[token]] = theirs[other]
     base = max(text_rows, max(ours.values()) + 1)
-    pieces, coverage = transplant(tokenizer, image_tokenizer, base, declared)
+    pieces, coverage = transplant(tokenizer, image_tokenizer, base, declared, set(added))
     size = base + len(codes)
     text_map = RowMap.of([*((row,) for row in range(text_rows)), *[()] * (size - text_rows)])
     image_map = RowMap.of([*pieces, *((int(row),) for row in codes)])

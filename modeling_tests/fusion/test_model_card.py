@@ -3,7 +3,7 @@
 import pytest
 from huggingface_hub import ModelCard
 
-from jam_hf import JamConfig
+from jam_hf.fusion.fuse import plan_fusion
 from jam_hf.fusion.model_card import model_card
 
 
@@ -19,13 +19,18 @@ def test_a_fusion_has_a_valid_model_card(fused, mode, init):
     assert str(folder.parent) not in card.content  # where it lay on this machine is nobody else's business
 
 
-def test_parents_on_the_hub_are_named(fused):
-    config = JamConfig.from_pretrained(fused("llama", "cross", "preserving"))
-    card = ModelCard(model_card(config, "preserving", "a/text", "b/image"))
-    assert card.data.base_model == ["a/text", "b/image"]
-    assert "[a/text](https://huggingface.co/a/text)" in card.text
-    card = ModelCard(model_card(config, "preserving", None, "b/image"))
-    assert card.data.base_model == ["b/image"] and "not on the Hub" in card.text
+def test_parents_on_the_hub_are_named(parents, vq):
+    plan = plan_fusion(*parents("llama"), "cross", vq_model=vq)
+    text, image = plan.text.parent, plan.image.parent
+    text.hub_id, text.revision, text.license = "a/text", "0123abc", "llama2"
+    image.hub_id, image.license = "b/image", "mit"
+    card = ModelCard(model_card(plan))
+    assert card.data.base_model == ["a/text", "b/image"] and card.data.license == "other"
+    assert "[a/text](https://huggingface.co/a/text), revision `0123abc` (Llama; licence: llama2)" in card.text
+    assert plan.digest[:16] in card.text and "Both parents: text logits equal" in card.text
+    text.hub_id, image.license = None, "llama2"
+    card = ModelCard(model_card(plan))
+    assert card.data.base_model == ["b/image"] and card.data.license == "llama2" and "not on the Hub" in card.text
 
 
 def test_the_code_in_the_card_runs(fused):
