@@ -26,7 +26,7 @@ from .tensor_files import TensorFile, TensorFileWriter, TensorSpec
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-BLOCK_BYTES = 4 << 20  # of output made at a time by each thread; what a core's cache holds with its sources
+BLOCK_BYTES = 1 << 20  # of output made at a time by each thread: small enough that sources and result stay in a core's cache
 _THREADS = min(4, os.cpu_count() or 1)
 
 
