@@ -282,6 +282,18 @@ def test_caches_of_a_cross_jam_are_the_parents_and_whole_ones_for_the_cross_bloc
     assert sorted(indices) == list(range(len(expected)))
 
 
+@by_pair
+def test_attentions_know_their_own_windows(text, image):
+    """Flash-attention goes by what the stock attention says of itself, not by a mask."""
+    model = cross_jam(text, image).model.language_model
+    for stream, family in (("text", text), ("image", image)):
+        for ours, theirs in zip(model.layers, decoder_of(parent(family, stream)).layers):
+            found = getattr(ours, f"{stream}_layer").self_attn
+            for name in ("layer_type", "sliding_window"):
+                assert getattr(found, name, None) == getattr(theirs.self_attn, name, None)
+            assert getattr(found.config, "sliding_window", None) == getattr(theirs.self_attn.config, "sliding_window", None)
+
+
 # ----- planted errors ---------------------------------------------------------------------------------------------------
 
 
