@@ -21,7 +21,7 @@ FUSION_MODES = ("uniform", "width", "cross")
 CROSS_FORMS = ("preserving", "paper")
 # The explicit registry of decoder families; modeling_jam_families.py holds their modules. Families that scale their
 # embeddings, cap their logits or have other kinds of layers would be silently wrong here, so what is not listed is refused.
-SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt", "chameleon", "emu3_text_model")
+SUPPORTED_FAMILIES = ("llama", "opt", "mistral", "qwen2", "qwen3", "chameleon", "emu3_text_model")
 # Those whose positions are a learned table, added to the embedding; all others rotate queries and keys.
 LEARNED_POSITIONS = ("opt",)
 # Those whose decoder transformers has not without a VQ model inside: one stream of a cross JAM, but no decoder by itself.

@@ -9,6 +9,7 @@ import processes
 import pytest
 import torch
 from conftest import NUM_CODES, VQ_SETTINGS, parent_model, random_ids, randomise
+from transformers import AutoConfig
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from jam_hf import JamConfig, JamForCausalLM
@@ -32,12 +33,29 @@ CASES["cross-two-families"] = ("cross", "preserving", ("llama", "opt"), ({}, {})
 INDIVISIBLE = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
 CASES["uniform-indivisible"] = ("uniform", "preserving", ("llama",), (INDIVISIBLE,))
 CASES["cross-indivisible"] = ("cross", "preserving", ("llama", "llama"), ({}, INDIVISIBLE))
+# Families whose stock plans have norms on heads, windows or biases, or which have no stock plan.
+WINDOW = {"sliding_window": 6}
+LAYERWISE = {**WINDOW, "use_sliding_window": True, "max_window_layers": 1}
+CASES["uniform-qwen3"] = ("uniform", "preserving", ("qwen3",), ({"head_dim": 16, **LAYERWISE},))
+CASES["uniform-qwen3-indivisible"] = ("uniform", "preserving", ("qwen3",), ({"head_dim": 16, **INDIVISIBLE},))
+CASES["uniform-emu3"] = ("uniform", "preserving", ("emu3_text_model",), ({},))
+CASES["cross-qwen2-qwen3"] = ("cross", "preserving", ("qwen2", "qwen3"), (LAYERWISE, {"head_dim": 16}))
+CASES["cross-mistral-emu3"] = ("cross", "preserving", ("mistral", "emu3_text_model"), (WINDOW, UNEQUAL))
+CASES["cross-qwen3-chameleon"] = ("cross", "preserving", ("qwen3", "chameleon"), ({"head_dim": 16}, UNEQUAL))
 DRAWN = ("uniform-llama", "width-opt", "cross-preserving-llama")
+
+
+def config_of(family: str, change: dict[str, Any]) -> Any:
+    if family.startswith(("llama", "opt")):
+        return parent_model(family, 301, 1, **change).config
+    settings = {"vocab_size": 301, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    settings |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 128, "pad_token_id": 0}
+    return AutoConfig.for_model(family, **{**settings, "bos_token_id": 1, "eos_token_id": 2, **change})
 
 
 def build(case: str) -> JamForCausalLM:
     mode, form, families, changes = CASES[case]
-    configs = [parent_model(family, 301, 1, **change).config for family, change in zip(families, changes)]
+    configs = [config_of(family, change) for family, change in zip(families, changes)]
     config = JamConfig(
         fusion_mode=mode,
         cross_form=form,
@@ -121,7 +139,7 @@ def _cases(mode: str) -> list[str]:
 
 
 ALL = [(CASES[case][0], case) for mode in ("uniform", "width", "cross") for case in _cases(mode)]
-ALL += [("uniform", "uniform-indivisible"), ("cross", "cross-indivisible")]
+ALL += [(CASES[case][0], case) for case in CASES if "indivisible" in case]
 
 
 @pytest.mark.feature(SECTION, "tensor parallelism (`tp_plan='auto'`): logits, gradients, generation, saving")

@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     ChameleonConfig,
     ChameleonForConditionalGeneration,
+    CompileConfig,
     DynamicCache,
     Emu3ForCausalLM,
     Emu3TextConfig,
@@ -282,6 +283,18 @@ def test_caches_of_a_cross_jam_are_the_parents_and_whole_ones_for_the_cross_bloc
     assert sorted(indices) == list(range(len(expected)))
 
 
+@by_pair
+def test_attentions_know_their_own_windows(text, image):
+    """Flash-attention goes by what the stock attention says of itself, not by a mask."""
+    model = cross_jam(text, image).model.language_model
+    for stream, family in (("text", text), ("image", image)):
+        for ours, theirs in zip(model.layers, decoder_of(parent(family, stream)).layers):
+            found = getattr(ours, f"{stream}_layer").self_attn
+            for name in ("layer_type", "sliding_window"):
+                assert getattr(found, name, None) == getattr(theirs.self_attn, name, None)
+            assert getattr(found.config, "sliding_window", None) == getattr(theirs.self_attn.config, "sliding_window", None)
+
+
 # ----- planted errors ---------------------------------------------------------------------------------------------------
 
 
@@ -407,6 +420,30 @@ def test_generation_with_a_back_end_for_each_stream():
     expected = model.generate(**settings, use_cache=False)
     model.set_attn_implementation({"text_config": "eager", "image_config": "sdpa"})
     assert model.generate(**settings, cache_implementation="static").tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(("text", "image"), [("qwen2", "chameleon"), ("mistral", "qwen2")])
+def test_compiled_without_graph_breaks(text, image):
+    torch._dynamo.reset()
+    model = cross_jam(text, image, alive=True)
+    with torch.no_grad():
+        found = torch.compile(model, fullgraph=True, backend="eager")(**padded(), use_cache=False).logits
+        torch.testing.assert_close(found, model(**padded(), use_cache=False).logits, rtol=1e-5, atol=1e-5)
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "input_ids": any_ids(2, 9)}
+    compiling = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    compiling._compile_all_devices = True
+    output = model.generate(**settings, cache_implementation="static", compile_config=compiling)
+    torch._dynamo.reset()
+    assert output.tolist() == model.generate(**settings, use_cache=False).tolist()
+
+
+@pytest.mark.parametrize(("text", "image"), WINDOWS)
+def test_drafts_are_taken_back_from_windows(text, image):
+    model = cross_jam(text, image, alive=True)
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "input_ids": any_ids(1, 9)}
+    expected = model.generate(**settings, use_cache=False).tolist()
+    assert model.generate(**settings, assistant_model=parent("llama", "text")).tolist() == expected
+    assert model.generate(**settings, prompt_lookup_num_tokens=3).tolist() == expected
 
 
 def test_beams_over_windows():
