@@ -13,7 +13,7 @@ import test_device_maps
 import test_fsdp
 import test_tensor_parallel
 import torch
-from conftest import VQ_SETTINGS, parent_model, randomise
+from conftest import VQ_SETTINGS, parent_model, random_ids, randomise
 
 from jam_hf import JamConfig, JamForCausalLM
 
@@ -115,3 +115,36 @@ def test_states_hop_once_for_each_border(case):
     moves = test_device_maps.count_moves(model, device_map)
     streams = 2 if model.config.fusion_mode == "cross" else 1
     assert moves[: streams * len(borders)] == [border for border in borders for _ in range(streams)]
+
+
+@pytest.mark.parametrize("method", ["torchao", "8bit"])
+@torch.no_grad()
+def test_quantisers_take_an_mlp_unless_their_skip_list_names_it(method, tmp_path):
+    """As they do in a stock Janus; a linear image head they leave by themselves, since it is the model's last module."""
+    test_quantisation = pytest.importorskip("test_quantisation")
+    model = build("uniform, head")
+    model.save_pretrained(tmp_path)
+    head = {"image_head.proj_out", "image_head.vision_head"}
+    ids = random_ids(model, 2, 8)
+    exact = model(input_ids=ids).logits
+    for skip, expected in ((None, head), (["lm_head", "image_head"], set())):
+        loaded = test_quantisation.load(tmp_path, method, skip=skip)
+        found = test_quantisation.quantised(loaded)
+        assert {name for name in found if "head" in name} == expected and len(found) > 2
+        assert test_quantisation._distance(loaded(input_ids=ids).logits, exact, exact) < 0.05
+
+
+def test_adapters_train_the_head_whole_or_not_at_all():
+    peft = pytest.importorskip("peft")
+    from jam_hf.training.adapters import lora_config
+
+    for whole in ([], ["image_head"]):
+        model = build("image shallower, head")
+        settings = {"r": 4, "modules_to_save": whole} if whole else {"r": 4}
+        adapted = peft.get_peft_model(model, lora_config(model, "image_stream", **settings)).train()
+        trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+        assert any("image_layer" in name for name in trained) and not any("text_layer" in name for name in trained)
+        assert len([name for name in trained if "image_head" in name]) == (4 if whole else 0)
+        ids = random_ids(model, 2, 8)
+        adapted(input_ids=ids, labels=ids).loss.backward()
+        assert all(p.grad is not None for name, p in adapted.named_parameters() if name in trained)

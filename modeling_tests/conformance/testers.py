@@ -138,9 +138,7 @@ class CrossDepthsTester(CrossLlamaTester):
     """Streams of unequal depth, and an MLP as image head."""
 
     fusion = {"fusion_mode": "cross", "cross_attention_interval": 1, "image_head_hidden_size": 24}
-    expected_num_hidden_layers = (
-        4  # the suite's knob: a state after each of three depths, for two attentions of the text stream
-    )
+    expected_num_hidden_layers = 4  # the suite's knob: a state after each of three depths, but two text layers
 
     def image_stream(self) -> PreTrainedConfig:
         return llama_config(num_hidden_layers=3)
