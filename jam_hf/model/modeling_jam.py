@@ -159,6 +159,7 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
     `lm_head` is the one output projection. In the preserving cross form it reads the text stream, and the columns of the
     image codes come from `image_head`, which reads the image stream. Where the config asks for an MLP as `image_head`
     (`image_head_hidden_size`), those columns come from it in every mode; in the others it reads the state that `lm_head` reads.
+    Quantisers leave `lm_head` and a linear `image_head` by themselves; an MLP, as in Janus, where their skip list names it.
     """
 
     _tp_plan = {

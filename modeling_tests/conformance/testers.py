@@ -134,6 +134,16 @@ class CrossUnequalTester(CrossLlamaTester):
         return llama_config(hidden_size=48, intermediate_size=40, num_attention_heads=6, num_key_value_heads=6)
 
 
+class CrossDepthsTester(CrossLlamaTester):
+    """Streams of unequal depth, and an MLP as image head."""
+
+    fusion = {"fusion_mode": "cross", "cross_attention_interval": 1, "image_head_hidden_size": 24}
+    expected_num_hidden_layers = 4  # the suite's knob: a state after each of three depths, but two text layers
+
+    def image_stream(self) -> PreTrainedConfig:
+        return llama_config(num_hidden_layers=3)
+
+
 class CrossPaperLlamaTester(CrossLlamaTester):
     fusion = {"fusion_mode": "cross", "cross_attention_interval": 2, "cross_form": "paper"}
 
