@@ -1,7 +1,7 @@
 """Documents in and out: text with `<image>` placeholders and pictures to model inputs, and written ids to text and pictures.
 
-It knows the tokenizer, the image processor and how a picture is laid out (`<break>`, N codes, `<break>`, or more than that
-where the layout's tokens say so). It does not know the codebook: the model turns pixels into codes and codes into pixels.
+It knows the tokenizer, the image processor and how a picture is laid out: `<break>`, N codes, `<break>`, or more than that
+where the layout has it. It does not know the codebook: the model turns pixels into codes and codes into pixels.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
@@ -54,42 +54,25 @@ def encode_documents(
     """
     if too_long not in ("error", "drop"):
         raise ValueError(f"too_long must be 'error' or 'drop', got {too_long!r}.")
-    if config is None:
-        offset = _token_id(tokenizer, "<img:0>") if image_token_offset is None else image_token_offset
-        break_id, image_id = (_token_id(tokenizer, t) for t in ("<break>", "<image>"))
-        num_codes = len(tokenizer) - offset if image_token_offset is None else None
-        end_id, last, template, structure = break_id, np.inf, None, ()
-    else:
-        if image_token_offset not in (None, config.image_token_offset):
-            raise ValueError(
-                f"encode_documents: image_token_offset is {image_token_offset}, but {config.image_token_offset} in the config. "
-                "Leave it out where you pass the config."
-            )
-        offset, num_codes = config.image_token_offset, config.num_image_tokens
-        break_id, image_id, end_id = config.break_token_id, config.image_token_id, config.picture_end_token_id
-        last, template = offset + num_codes, np.array(config.picture_template)
-        structure = config.picture_structure_token_ids
-    reserved = [break_id, end_id, *structure]
+    marks = _picture_marks(tokenizer, image_token_offset, config)
     documents: list[np.ndarray] = []
     dropped = 0
     for start in tqdm(range(0, len(dataset), batch_size), desc=description, unit="batch"):
         rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        placeholder = tokenizer.convert_ids_to_tokens(int(image_id))
-        texts, pictures = zip(*(_text_and_images(row, tokenizer, placeholder) for row in rows))
+        texts, pictures = zip(*(_text_and_images(row, tokenizer, marks.placeholder) for row in rows))
         flat = [picture for row in pictures for picture in row]
         if flat and encode_images is None:
             raise ValueError("The documents have pictures; pass encode_images to turn them into codes.")
-        codes = _checked_codes(encode_images(flat), len(flat), num_codes) + offset if flat else np.empty((0, 0), np.int64)
-        laid_out = iter(codes if template is None or not flat else _laid_out(codes, template))
+        codes = iter(_laid_out(encode_images(flat), len(flat), marks) if flat else ())
         encoded = tokenizer(list(texts), add_special_tokens=True)["input_ids"]
         for index, (ids, row) in enumerate(zip(encoded, pictures)):
             ids = np.asarray(ids, dtype=np.int64)
-            if (np.isin(ids, reserved) | ((ids >= offset) & (ids < last))).any():
+            if (np.isin(ids, marks.reserved) | ((ids >= marks.first) & (ids < marks.last))).any():
                 raise ValueError(
                     f"The text of document {start + index} has <break> or image codes itself, or other tokens of "
                     "pictures; they are put in here, for each <image>. Take them out of the text."
                 )
-            places = np.flatnonzero(ids == image_id)
+            places = np.flatnonzero(ids == marks.image)
             if len(places) != len(row):
                 raise ValueError(
                     f"Document {start + index} has {len(places)} placeholder(s) <image> and {len(row)} picture(s); each "
@@ -97,7 +80,7 @@ def encode_documents(
                 )
             parts, position = [], 0
             for place in places:
-                parts += [ids[position:place], [break_id], next(laid_out), [end_id]]
+                parts += [ids[position:place], [marks.begin], next(codes), [marks.end]]
                 position = place + 1
             parts.append(ids[position:])
             document = np.concatenate(parts).astype(np.int32)
@@ -138,14 +121,52 @@ def _checked_codes(codes: np.ndarray, num_images: int, num_codes: int | None) ->
     return codes
 
 
-def _laid_out(codes: np.ndarray, template: np.ndarray) -> np.ndarray:
-    """Ids of codes `[P, N]` in their places among the others of the template `[L]`: `[P, L]`."""
-    places = template < 0
+class _PictureMarks(NamedTuple):
+    """Ids: of the placeholder, of what opens and closes a picture, `[first, last)` of codes, those that no text may have.
+
+    template (int64 `[L]`): what stands in a picture, -1 for codes; `None`: codes alone, as many as come.
+    """
+
+    image: int
+    placeholder: str
+    begin: int
+    end: int
+    first: int
+    last: int
+    reserved: list[int]
+    template: np.ndarray | None
+
+
+def _picture_marks(tokenizer: PreTrainedTokenizerBase, offset: int | None, config: JamConfig | None) -> _PictureMarks:
+    if config is None:
+        first = _token_id(tokenizer, "<img:0>") if offset is None else offset
+        mark, image = (_token_id(tokenizer, token) for token in ("<break>", "<image>"))
+        last = len(tokenizer) if offset is None else np.iinfo(np.int64).max
+        return _PictureMarks(image, "<image>", mark, mark, first, last, [mark], None)
+    if offset not in (None, config.image_token_offset):
+        raise ValueError(
+            f"encode_documents: image_token_offset is {offset}, but {config.image_token_offset} in the config. Leave it out "
+            "where you pass the config."
+        )
+    image, begin, end = config.image_token_id, config.break_token_id, config.picture_end_token_id
+    first, last = config.image_token_offset, config.image_token_offset + config.num_image_tokens
+    reserved = [begin, end, *config.picture_structure_token_ids]
+    placeholder = tokenizer.convert_ids_to_tokens(image)
+    return _PictureMarks(image, placeholder, begin, end, first, last, reserved, np.array(config.picture_template))
+
+
+def _laid_out(codes: np.ndarray, num_images: int, marks: _PictureMarks) -> np.ndarray:
+    """Raw codes `[P, N]` to ids, in their places among the others of the template: `[P, L]`."""
+    num_codes = marks.last - marks.first if marks.last < np.iinfo(np.int64).max else None
+    codes = _checked_codes(codes, num_images, num_codes) + marks.first
+    if marks.template is None:
+        return codes
+    places = marks.template < 0
     if codes.shape[1] != places.sum():
         raise ValueError(
             f"encode_images must return the {places.sum()} codes of a picture that the config says, got {codes.shape[1]}."
         )
-    pictures = np.tile(template, (len(codes), 1))
+    pictures = np.tile(marks.template, (num_images, 1))
     pictures[:, places] = codes
     return pictures
 
