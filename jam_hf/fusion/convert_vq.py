@@ -94,6 +94,14 @@ def convert_vq(
     except ValueError as error:
         raise ValueError(f"'{origin.name}', read as layout '{layout}': {error}") from error
     model = _fill(config, table, tensors, origin.name, layout)
+    if layout == "janus" and not codebook_l2_norm:
+        norms = tensors["quantize.embedding.weight"].norm(dim=1)
+        if (norms - 1).abs().max() > 1e-3:
+            print(
+                f"The vectors of the codebook have lengths from {norms.min():.3g} to {norms.max():.3g}. DeepSeek's own code "
+                "normalises them before it encodes a picture, transformers' class does not, so they find other codes for it. "
+                "Converted as transformers has it; codebook_l2_norm (--codebook-l2-norm) converts to DeepSeek's."
+            )
     with whole_folder(output_dir, overwrite) as folder:
         model.save_pretrained(folder)
         _check_saved(folder, model)
@@ -227,14 +235,14 @@ def _config_and_table(
             if found.has_decoder != (layout == "taming"):
                 raise ValueError(f"the weights have {'a' if found.has_decoder else 'no'} decoder.")
             if config is not None:
-                sample_size = sample_size or config.resolution
+                sample_size = config.resolution if sample_size is None else sample_size
                 _check_against(found, config)
             return _diffusers_config(found, _said(sample_size)), taming_to_diffusers(len(found.channels))
         inner = _janus_config(found)
     values = inner.to_dict()
     for name in ("_name_or_path", "architectures", "dtype", "transformers_version"):  # of where it comes from
         values.pop(name, None)
-    if layout != "emu3" and (sample_size or config is None):
+    if layout != "emu3" and (sample_size is not None or config is None):
         values["num_patches"] = _said(sample_size) // 2 ** (len(inner.channel_multiplier) - 1)
     if layout == "emu3":
         sample_size = _said(sample_size)

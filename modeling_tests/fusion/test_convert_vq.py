@@ -10,6 +10,8 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import NUM_CODES
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -31,7 +33,8 @@ from transformers import (
 )
 from transformers.models.janus.modeling_janus import JanusVQVAEAttnBlock, JanusVQVAEDecoder
 
-from jam_hf import JamVQModel
+import jam_hf
+from jam_hf import JamForCausalLM, JamProcessor, JamVQModel
 from jam_hf.cli import main
 from jam_hf.fusion.convert_vq import convert_vq
 from jam_hf.fusion.vq_tables import LLAMAGEN_TO_JANUS, rename, taming_to_diffusers
@@ -266,7 +269,7 @@ class Janus:
         return self.model.decode(codes)
 
 
-def test_janus_alone_and_whole(janus, tmp_path):
+def test_janus_alone_and_whole(janus, tmp_path, capsys):
     vision = JanusVisionConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=2, projection_dim=32
     )
@@ -279,6 +282,7 @@ def test_janus_alone_and_whole(janus, tmp_path):
     for name in ("alone", "whole"):
         convert_vq(tmp_path / name, tmp_path / f"vq-{name}")
         converted = JamVQModel.from_pretrained(tmp_path / f"vq-{name}")
+        assert "DeepSeek's own code normalises them" in capsys.readouterr().out
         assert converted.config.vq_class == "janus" and converted.config.sample_size == SIZE
         assert_equal_to(Janus(janus), converted)
     # Another size of picture, and weights without a config.
@@ -387,6 +391,7 @@ def test_llamagen(janus, tmp_path, capsys):
     # DeepSeek's arithmetic for transformers' Janus, which has only half of it.
     janus.save_pretrained(tmp_path / "janus")
     convert_vq(tmp_path / "janus", tmp_path / "vq", codebook_l2_norm=True, overwrite=True)
+    assert "DeepSeek" not in capsys.readouterr().out
     assert_equal_to(original, JamVQModel.from_pretrained(tmp_path / "vq"))
     with pytest.raises(ValueError, match="JanusVQVAE's decoder normalises"):
         convert_vq(tmp_path / "a.safetensors", tmp_path / "vq", sample_size=SIZE, codebook_l2_norm=False)
@@ -490,6 +495,26 @@ def test_a_config_that_contradicts_the_shapes_is_refused(chameleon, tmp_path):
     (tmp_path / "alone" / "config.json").write_text(json.dumps(config | {"channel_multiplier": [1, 4]}))
     with pytest.raises(ValueError, match=r"channel_multiplier=\[1, 4\], the tensors' shapes say \[1, 2\]"):
         convert_vq(tmp_path / "alone", tmp_path / "vq")
+
+
+# ----- what takes it -----------------------------------------------------------------------------------------------------
+
+
+def test_a_fused_jam_sees_and_draws_with_it(parents, tmp_path):
+    """A whole JAM with the converted tokenizer: fused, loaded, a picture in, a picture out."""
+    model = enliven(JanusVQVAE(janus_config(num_embeddings=NUM_CODES, num_patches=4)))
+    model.save_pretrained(tmp_path / "janus")
+    vq = convert_vq(tmp_path / "janus", tmp_path / "vq")
+    jam = JamForCausalLM.from_pretrained(jam_hf.fuse(*parents("llama"), "cross", tmp_path / "jam", vq_model=vq)).eval()
+    codes = Janus(model).encode(pictures(8))
+    assert torch.equal(jam.get_image_tokens(pictures(8)), codes + jam.config.image_token_offset)
+    processor = JamProcessor.from_pretrained(tmp_path / "jam")
+    seen = processor(text="a <image>", images=Image.new("RGB", (8, 8), "red"), return_tensors="pt")
+    assert seen["pixel_values"].shape == (1, 3, 8, 8)
+    written = jam.generate(**seen, generation_mode="image", do_sample=False)[:, seen["input_ids"].shape[1] :]
+    drawn = written[:, 1:17] - jam.config.image_token_offset
+    expected = Janus(model).decode(drawn).clamp(-1, 1)
+    torch.testing.assert_close(jam.decode_image_tokens(written[:, 1:17]), expected, rtol=0, atol=1e-5)
 
 
 # ----- command line -----------------------------------------------------------------------------------------------------
