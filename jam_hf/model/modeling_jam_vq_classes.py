@@ -22,6 +22,7 @@ from .configuration_jam import JamVQConfig
 
 try:
     from diffusers import VQModel
+    from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 except ImportError as error:  # possible where jam_hf, which would have brought it, is not installed
     raise ImportError(
         f"A JAM needs the package diffusers for its image tokenizer, and it cannot be imported ({error}). Install it: "
@@ -103,8 +104,29 @@ class VQClass:
     pixels: Callable[[nn.Module, torch.LongTensor], torch.Tensor]
 
 
+class ContiguousAttention(AttnProcessor2_0):
+    """diffusers' own attention, but its result is laid out in memory as its input was.
+
+    diffusers leaves it channels last, and so are all convolutions that follow. On a CPU that costs accuracy: with Chameleon's
+    architecture, pixels were 2.7e-5 off those of a decoder in float64, and are 5e-6 off so (taming's own: 4e-6).
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb).contiguous()
+
+
 def _diffusers_model(config: JamVQConfig) -> VQModel:
     model = VQModel(**config.diffusers_kwargs())
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.set_processor(ContiguousAttention())
     if not config.has_decoder:
         del model.decoder, model.post_quant_conv
     return model

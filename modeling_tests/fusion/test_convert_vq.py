@@ -185,6 +185,7 @@ def test_taming(shape, tmp_path, capsys):
     convert_vq(tmp_path / "vqgan.safetensors", tmp_path / "vq", sample_size=SIZE)
     converted = JamVQModel.from_pretrained(tmp_path / "vq")
     assert_equal_to(original, converted)
+    assert converted.decode(converted.encode(pictures())).is_contiguous()  # attention did not turn the layout
     assert "encoder and decoder" in capsys.readouterr().out
 
     # As Lightning writes it, with what only training uses.
