@@ -36,6 +36,8 @@ def _parser() -> argparse.ArgumentParser:
         if name == "fuse":
             _add_fuse(stage)
 
+    _add_convert_vq(commands.add_parser("convert-vq", help="an image parent's VQ model, as `fuse --vq` takes it"))
+
     generate = commands.add_parser("generate", help="write an interleaved document from a prompt, as one HTML page")
     generate.add_argument("prompt", help="what to write about; with --chat, what the user says")
     generate.add_argument("--model", default=f"{DEFAULT_RUN}/jam-cross", help="JAM checkpoint: folder or Hub id")
@@ -77,6 +79,39 @@ _FUSE_SETTINGS = (
     "text image vq mode init tokenizer image_tokenizer text_revision image_revision image_size image_token_offset "
     "cross_attention_interval dtype max_shard_size"
 ).split()
+
+
+def _add_convert_vq(command: argparse.ArgumentParser) -> None:
+    from .fusion.vq_tables import LAYOUTS
+
+    source = "folder or Hub id (transformers' Chameleon, Janus, Emu3) or file of weights (taming, LlamaGen)"
+    command.add_argument("--source", required=True, help=source)
+    command.add_argument("--output", required=True, help="folder of the converted VQ model")
+    command.add_argument("--layout", choices=LAYOUTS, help="layout of the weights (default: found by their keys)")
+    command.add_argument("--sample-size", type=int, help="side of the pictures in pixels, where no config says it")
+    command.add_argument(
+        "--codebook-l2-norm",
+        action="store_true",
+        default=None,
+        help="transformers' Janus: codes as DeepSeek's own code has them",
+    )
+    command.add_argument("--allow-old-files", action="store_true", help="read .ckpt, .pt, .pth and .bin (weights_only=True)")
+    command.add_argument("--overwrite", action="store_true", help="replace the output folder")
+
+
+def _convert_vq(args: argparse.Namespace) -> None:
+    from .fusion.convert_vq import convert_vq
+
+    path = convert_vq(
+        args.source,
+        args.output,
+        layout=args.layout,
+        sample_size=args.sample_size,
+        codebook_l2_norm=args.codebook_l2_norm,
+        allow_pickle=args.allow_old_files,
+        overwrite=args.overwrite,
+    )
+    print(f"VQ model: {path}")
 
 
 def _names_parents(args: argparse.Namespace) -> bool:
@@ -171,6 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.command == "generate":
             _generate(args)
+        elif args.command == "convert-vq":
+            _convert_vq(args)
         elif args.command == "fuse" and _names_parents(args):
             _fuse(args)
         else:

@@ -28,6 +28,8 @@ LEARNED_POSITIONS = ("opt",)
 STREAM_ONLY_FAMILIES = ("chameleon",)
 # Those that say layer by layer, in `layer_types`, whether a window slides; Mistral says it for all layers at once.
 LAYERWISE_WINDOWS = ("qwen2", "qwen3")
+# The VQ classes of transformers that JamVQModel runs where diffusers has none for the weights, by their configs' `model_type`.
+VQVAE_CLASSES = {"janus_vqgan": "janus", "emu3_vqgan": "emu3"}
 
 # Read from, and written to, the decoders' own configs: they are the home of these numbers.
 _DELEGATED = (
@@ -43,13 +45,19 @@ _DELEGATED = (
 
 @strict
 class JamVQConfig(PreTrainedConfig):
-    r"""Arguments of [`diffusers.VQModel`], which is the image tokenizer inside every JAM checkpoint.
+    r"""Arguments of [`diffusers.VQModel`], the image tokenizer inside a JAM, or the config of the class that is in its place.
 
     Args:
-        sample_size (`int`, defaults to 256): side of a picture in pixels; pictures are square.
+        sample_size (`int`, *optional*): side of a picture in pixels; pictures are square. Where `None`: 256; with a Janus
+            `vqvae_config`, what its `num_patches` says; with an Emu3 one it must be given.
         num_vq_embeddings (`int`, defaults to 8192): number of codes in the codebook (paper: 8192).
         block_out_channels (`list[int]`): channels per level; each level but the last halves the resolution.
         vq_embed_dim (`int`, *optional*): size of a codebook vector, `latent_channels` where `None`.
+        has_decoder (`bool`, defaults to `True`): `False` for a tokenizer that can only encode (transformers' Chameleon).
+        vqvae_config (`JanusVQVAEConfig`, `Emu3VQVAEConfig` or `dict`, *optional*): the transformers class to run instead of
+            `diffusers.VQModel`. Channels, depth and codebook are then read from it.
+        codebook_l2_norm (`bool`, defaults to `False`): with a Janus `vqvae_config`, normalise latents and codebook before the
+            nearest code is searched, as LlamaGen does (transformers' class does not).
 
         The remaining arguments have the meaning that diffusers gives them. The defaults are our reconstruction of the
         paper's tokenizer (Gafni et al. 2022: 256x256 pixels to 32x32 codes out of 8192); its weights are not public.
@@ -57,6 +65,7 @@ class JamVQConfig(PreTrainedConfig):
 
     model_type = "jam_vq"
     base_config_key = "vq_config"
+    sub_configs_defaults = {"vqvae_config": SubConfigSpec(config_class=AutoConfig, model_type="janus_vqgan", optional=True)}
 
     in_channels: int = 3
     out_channels: int = 3
@@ -66,20 +75,33 @@ class JamVQConfig(PreTrainedConfig):
     layers_per_block: int = 2
     act_fn: str = "silu"
     latent_channels: int = 256
-    sample_size: int = 256
+    sample_size: int | None = None
     num_vq_embeddings: int = 8192
     norm_num_groups: int = 32
     vq_embed_dim: int | None = None
     norm_type: str = "group"
     mid_block_add_attention: bool = True
+    has_decoder: bool = True
+    vqvae_config: dict | PreTrainedConfig | None = None
+    codebook_l2_norm: bool = False
 
     def __post_init__(self, **kwargs):
+        if isinstance(self.vqvae_config, dict) and "model_type" not in self.vqvae_config:
+            raise ValueError(f"JamVQConfig: `vqvae_config` must say its `model_type`, one of {', '.join(VQVAE_CLASSES)}.")
+        super().__post_init__(**kwargs)
+        if self.vqvae_config is not None:
+            self._follow_vqvae_config()
+        if self.codebook_l2_norm and self.vq_class != "janus":
+            raise ValueError(
+                "JamVQConfig: `codebook_l2_norm` is for a Janus `vqvae_config`: its decoder normalises, the others' do not."
+            )
+        if self.sample_size is None:
+            self.sample_size = 256
         levels = len(self.block_out_channels)
         if self.down_block_types is None:
             self.down_block_types = ["DownEncoderBlock2D"] * levels
         if self.up_block_types is None:
             self.up_block_types = ["UpDecoderBlock2D"] * levels
-        super().__post_init__(**kwargs)
         for name in ("down_block_types", "up_block_types"):
             if len(getattr(self, name)) != levels:
                 raise ValueError(
@@ -93,6 +115,50 @@ class JamVQConfig(PreTrainedConfig):
                 f"JamVQConfig: `sample_size` ({self.sample_size}) must be a multiple of the downsampling factor "
                 f"{self.downsampling_factor} (= 2 ** (levels - 1), {levels} levels in `block_out_channels`)."
             )
+
+    def _follow_vqvae_config(self) -> None:
+        """Read from `vqvae_config` what the two have in common, and check what they could contradict each other in."""
+        inner = self.vqvae_config
+        if inner.model_type not in VQVAE_CLASSES:
+            raise ValueError(
+                f"JamVQConfig: `vqvae_config` is a '{inner.model_type}'; supported: {', '.join(map(repr, VQVAE_CLASSES))}."
+            )
+        if inner.double_latent or not self.has_decoder:
+            raise ValueError("JamVQConfig: with a `vqvae_config`, `double_latent` must be False and `has_decoder` True.")
+        common = {
+            "in_channels": inner.in_channels,
+            "out_channels": inner.out_channels,
+            "block_out_channels": [inner.base_channels * multiplier for multiplier in inner.channel_multiplier],
+            "layers_per_block": inner.num_res_blocks,
+            "latent_channels": inner.latent_channels,
+            "vq_embed_dim": inner.embed_dim,
+            "num_vq_embeddings": inner.num_embeddings if self.vq_class == "janus" else inner.codebook_size,
+        }
+        for name, value in common.items():
+            given, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            given = list(given) if isinstance(given, tuple) and given != default else given
+            if given not in (default, value):
+                raise ValueError(f"JamVQConfig: `{name}` is {given}, but `vqvae_config` says {value}. Leave it out.")
+            setattr(self, name, value)
+        if self.vq_class == "emu3":
+            frames = inner.temporal_downsample_factor
+            if frames < 1 or frames & (frames - 1):
+                raise ValueError(f"JamVQConfig: `temporal_downsample_factor` must be a power of two, got {frames}.")
+            if self.sample_size is None:
+                raise ValueError("JamVQConfig: Emu3's VQ model takes pictures of any size; say which: sample_size=...")
+            return
+        expected = inner.num_patches * self.downsampling_factor
+        if self.sample_size is not None and self.sample_size != expected:
+            raise ValueError(
+                f"JamVQConfig: `sample_size` is {self.sample_size}, but `vqvae_config.num_patches` {inner.num_patches} means "
+                f"{expected} pixels. Change one of them."
+            )
+        self.sample_size = expected
+
+    @property
+    def vq_class(self) -> str:
+        """Whose class runs the weights: "diffusers", "janus" or "emu3"."""
+        return "diffusers" if self.vqvae_config is None else VQVAE_CLASSES[self.vqvae_config.model_type]
 
     @property
     def downsampling_factor(self) -> int:
@@ -136,7 +202,7 @@ class JamConfig(PreTrainedConfig):
             Llama, Mistral, Qwen2, Qwen3, OPT, Chameleon's decoder (cross only) and Emu3's (`emu3_text_model`). The streams
             may be of different families.
         image_config (`PreTrainedConfig` or `dict`, *optional*): the image stream; cross only.
-        vq_config ([`JamVQConfig`] or `dict`): the image tokenizer, arguments of `diffusers.VQModel`.
+        vq_config ([`JamVQConfig`] or `dict`): the image tokenizer.
         layer_pairing (`list[list[int]]`, *optional*): which layers of the two streams stand at one depth, where the streams
             have different numbers of layers: one pair `[text layer, image layer]` for each layer of the shallower stream.
             Follows from relative position where `None` (see `layer_pairs`), and is saved. `None` where the numbers are equal:

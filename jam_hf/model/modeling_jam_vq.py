@@ -1,55 +1,28 @@
-"""The image tokenizer of a JAM: pixels to codes and codes to pixels, by `diffusers.VQModel`.
+"""The image tokenizer of a JAM: pixels to codes and codes to pixels, by a stock VQ model (modeling_jam_vq_classes.py).
 
 It knows codes (0..K-1) and pixels only: token ids, offsets and `<break>` are the business of modeling_jam.py.
-Shape suffixes: B pictures, C channels, H/W pixels, G grid side, N = G*G codes, E codebook vector.
+Shape suffixes: B pictures, C channels, H/W pixels, G grid side, N = G*G codes, E codebook vector, K codes in the codebook.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.utils import torch_compilable_check
 
 from .configuration_jam import JamVQConfig
-
-
-try:
-    from diffusers import VQModel
-except ImportError as error:  # possible where jam_hf, which would have brought it, is not installed
-    raise ImportError(
-        f"A JAM needs the package diffusers for its image tokenizer, and it cannot be imported ({error}). Install it: "
-        "pip install 'diffusers>=0.35'"
-    ) from error
-
-
-class JamVQLinear(nn.Module):
-    """A linear layer of the tokenizer's attention: `nn.Linear`'s parameters and arithmetic, but no `nn.Linear`.
-
-    Whatever adapts or quantises "all linear layers" (peft, torchao, bitsandbytes) finds them by that class. The tokenizer is
-    frozen and must keep its codes, so it is not found, however the user words the call.
-    """
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = linear.weight
-        self.register_parameter("bias", linear.bias)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`[..., in_features]` -> `[..., out_features]`."""
-        return F.linear(hidden_states, self.weight, self.bias)
+from .modeling_jam_vq_classes import VQ_CLASSES, JamVQLinear, init_vq_weights
 
 
 class JamVQModel(PreTrainedModel):
-    """VQ-VAE image tokenizer (paper: Gafni et al. 2022) around a stock `diffusers.VQModel`, which is `self.vq`.
+    """VQ-VAE image tokenizer (paper: Gafni et al. 2022) around a stock VQ model, which is `self.vq`.
 
-    Codes are read in raster order: top row first, left to right.
+    That is a `diffusers.VQModel` or, where `config.vqvae_config` says so, transformers' `JanusVQVAE` or `Emu3VQVAE`. Codes are
+    read in raster order: top row first, left to right.
     """
 
     config: JamVQConfig
@@ -58,30 +31,27 @@ class JamVQModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _no_split_modules = ["JamVQModel"]
-    # diffusers chooses how its one attention layer is computed: whatever the decoders are asked to use is fine here.
+    # The stock model chooses how its attention is computed: whatever the decoders are asked to use is fine here.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: JamVQConfig):
         super().__init__(config)
-        self.vq = VQModel(**config.diffusers_kwargs())
+        self.vq = VQ_CLASSES[config.vq_class].build(config)
         for module in list(self.vq.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):
                     setattr(module, name, JamVQLinear(child))
         self.post_init()
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """PyTorch's own defaults, which diffusers trains its autoencoders from (a plain std of 0.02 starves them)."""
-        if isinstance(module, (JamVQLinear, nn.Conv2d)):
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            if module.bias is not None:
-                fan_in = module.weight[0].numel()
-                init.uniform_(module.bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
-        elif isinstance(module, nn.Embedding):
-            init.uniform_(module.weight, -1 / module.num_embeddings, 1 / module.num_embeddings)
-        else:
+        if not init_vq_weights(module):
             super()._init_weights(module)
+
+    def train(self, mode: bool = True) -> JamVQModel:
+        """As in `nn.Module`; transformers' classes stay as for inference: batch norms would learn, and codes with them."""
+        super().train(mode)
+        self.vq.train(mode and self.config.vq_class == "diffusers")
+        return self
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> JamVQModel:
         """`model.to(torch.bfloat16)`, `.half()` and their like move the tokenizer, but leave it in the precision it has.
@@ -136,7 +106,7 @@ class JamVQModel(PreTrainedModel):
         Returns:
             float `[B, C, H, W]`, about [-1, 1] (not clamped).
         Raises:
-            ValueError: if a picture does not have exactly N codes, or a code is outside the codebook.
+            ValueError: if a picture does not have exactly N codes, a code is outside the codebook, or there is no decoder.
         """
         if codes.dim() != 2 or codes.shape[1] != self.config.image_seq_length:
             raise ValueError(
@@ -162,6 +132,11 @@ class JamVQModel(PreTrainedModel):
         `encode` and `decode`, which check their input, are its two halves (`return_codes`, `codes`). They come through here
         because offloading, device maps and FSDP reach weights by hooks around `forward`.
         """
+        if not (return_codes or self.config.has_decoder):
+            raise ValueError(
+                "This image tokenizer can encode pictures but not decode codes: it was made from weights without a decoder "
+                "(transformers' Chameleon has none). Convert the original vqgan.ckpt, which has both: jam-hf convert-vq."
+            )
         device = self.device
         with torch.autocast(device.type if device.type != "meta" else "cpu", enabled=False):
             if codes is None:
@@ -169,24 +144,22 @@ class JamVQModel(PreTrainedModel):
                 codes = self._nearest_codes(self._moved(pixel_values))
                 if return_codes:
                     return codes
-            codes, grid = self._moved(codes), self.config.grid_size
-            size = self.vq.quantize.vq_embed_dim
-            quantised_BEGG = self.vq.quantize.get_codebook_entry(codes.reshape(-1), (codes.shape[0], grid, grid, size))
-            return self.vq.decode(quantised_BEGG, force_not_quantize=True).sample
+            codes_BN, grid = self._moved(codes), self.config.grid_size
+            return VQ_CLASSES[self.config.vq_class].pixels(self.vq, codes_BN.reshape(-1, grid, grid))
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
         """To the weights' device; where they are offloaded, the hooks of each module move its input."""
         return tensor if self.device.type == "meta" else tensor.to(self.device)
 
     def _nearest_codes(self, pixel_values: torch.Tensor) -> torch.LongTensor:
-        """`[B, C, H, W]` -> `[B, N]`: what `diffusers.VectorQuantizer` finds, with the codebook read through its module.
-
-        diffusers reads `embedding.weight` itself, which is empty where the weights are offloaded.
-        """
-        latents_BEGG = self.vq.encode(pixel_values.to(self.dtype)).latents
+        """`[B, C, H, W]` -> `[B, N]`: what the stock quantiser finds, with the codebook read through its module."""
+        stock = VQ_CLASSES[self.config.vq_class]
+        latents_BEGG = stock.latents(self.vq, pixel_values.to(self.dtype))
         latents_XE = latents_BEGG.permute(0, 2, 3, 1).reshape(-1, latents_BEGG.shape[1])
         codebook_KE = self.vq.quantize.embedding(torch.arange(self.config.num_vq_embeddings, device=latents_XE.device))
-        return torch.cdist(latents_XE, codebook_KE).argmin(dim=1).view(latents_BEGG.shape[0], -1)
+        if self.config.codebook_l2_norm:
+            latents_XE, codebook_KE = F.normalize(latents_XE, dim=-1), F.normalize(codebook_KE, dim=-1)
+        return stock.nearest(latents_XE, codebook_KE).view(latents_BEGG.shape[0], -1)
 
 
 __all__ = ["JamVQModel"]

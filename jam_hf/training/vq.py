@@ -102,9 +102,13 @@ def train_vq(
         the loss curve: `{"step", "reconstruction", "commitment", "codes"}` every 25 steps; `codes` is how many codes the
         last 25 batches used.
     Raises:
-        ValueError: if there are fewer pictures than a batch needs.
+        ValueError: if there are fewer pictures than a batch needs, or the model is not diffusers' VQModel.
     """
     settings = settings or VQTrainingSettings()
+    if model.config.vq_class != "diffusers" or not model.config.has_decoder:
+        raise ValueError(
+            "train_vq: expected a VQ model of diffusers with encoder and decoder; converted ones of others stay frozen."
+        )
     if len(images) < settings.batch_size:
         raise ValueError(f"train_vq: expected at least batch_size={settings.batch_size} pictures, got {len(images)}.")
     generator = torch.Generator().manual_seed(settings.seed)
