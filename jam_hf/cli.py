@@ -103,7 +103,7 @@ def _add_convert_metaseq(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--source", required=True, nargs="+", help="folder with the .pt files, or the files of one checkpoint")
     command.add_argument("--output", required=True, help="folder of the OPT checkpoint")
     command.add_argument("--num-attention-heads", type=int, help="where the files do not say")
-    command.add_argument("--activation-function", help="relu, gelu, ... where the files do not say (default: relu)")
+    command.add_argument("--activation-function", help="relu, gelu, ... where the files do not say (relu for OPT)")
     command.add_argument("--post-norm", action="store_true", help="LayerNorm behind attention and FFN, as in OPT-350m")
     command.add_argument("--vocab-size", type=int, help="leave out the rows behind, with which metaseq pads (default: all)")
     command.add_argument("--dtype", help="float32, float16 or bfloat16 (default: that of the files)")

@@ -1,4 +1,4 @@
-"""The retention certificate: zero where a fusion preserves, a slow oracle elsewhere, each class of parents, a card left whole."""
+"""The retention certificate: zero where a fusion preserves, a slow oracle elsewhere, each class of parents, a whole card."""
 
 import json
 import math
