@@ -6,7 +6,7 @@ It knows ids and logits. Padding never counts, whatever the batch size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,8 @@ class PerplexityResult:
     """Mean negative log-likelihoods, in nats per token, and counts, of text tokens and of image tokens.
 
     Text tokens are all that are no image codes, marks such as `<break>` and eos included. The first token of a document is
-    not predicted and does not count.
+    not predicted and does not count. Nor does what a layout of pictures puts beside the codes (size, row ends): where it
+    stands is given, and counted as text it would make the text look easy.
     """
 
     text_nll: float
@@ -112,16 +113,22 @@ def perplexity(
     image_token_range: tuple[int, int],
     batch_size: int = 32,
     description: str = "perplexity",
+    picture_structure_token_ids: Sequence[int] | None = None,
 ) -> PerplexityResult:
     """Token-weighted perplexity of `model` on `dataset` (column `input_ids`).
 
     Args:
         image_token_range: `[first, last)` ids of image codes.
+        picture_structure_token_ids: ids that count neither as text nor as image; where `None`, those of a JAM's config, and
+            none for another model. Compare a JAM with its parents by passing the JAM's for all.
     Raises:
         ValueError: if the dataset is empty, or no document has a second token.
     """
     if not len(dataset):
         raise ValueError("perplexity: the dataset is empty.")
+    if picture_structure_token_ids is None:
+        picture_structure_token_ids = getattr(model.config, "picture_structure_token_ids", ())
+    structure = torch.tensor(list(picture_structure_token_ids), dtype=torch.int64, device=model.device)
     was_training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)
@@ -131,7 +138,7 @@ def perplexity(
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         targets = ids[:, 1:]
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").double()
-        counted = mask[:, 1:].flatten().bool()
+        counted = (mask[:, 1:].bool() & ~torch.isin(targets, structure)).flatten()
         image = ((targets >= image_token_range[0]) & (targets < image_token_range[1])).flatten()
         for index, chosen in enumerate((counted & ~image, counted & image)):
             sums[index] += losses[chosen].sum().cpu()

@@ -138,6 +138,12 @@ class JamConfig(PreTrainedConfig):
             blocks' outputs start at zero, so that a fusion reproduces both parents.
         break_token_id, mask_token_id, image_token_id (`int`): `<break>` on both sides of a picture, the first CM3
             sentinel `<mask>`, and the placeholder `<image>` that stands for a code in text.
+        image_end_token_id (`int`, *optional*): closes a picture that `<break>` opened; `<break>` does both where `None`.
+        image_prefix_token_ids, image_suffix_token_ids (`list[int]`, default to none): tokens between the opening token and
+            the first code, and between the last code and the closing token.
+        image_row_end_token_id (`int`, *optional*): follows each row of a picture's grid, the last one included. With these
+            four a JAM writes pictures as its image parent does (Chameleon: a closing token of its own; Emu3: a prefix that
+            tells the size, row ends, an end of frame). Their tokens stand for nothing else: they never occur in text.
         num_mask_tokens (`int`, defaults to 8): CM3 sentinels, ids `mask_token_id + i` (paper: 512).
         mask_end_token_id (`int`, *optional*): end of an infilled span; right after the sentinels where `None`.
         image_token_offset (`int`, *optional*): id of image code 0; the last codes of the vocabulary where `None`.
@@ -176,6 +182,12 @@ class JamConfig(PreTrainedConfig):
     image_seq_length: int | None = None
     tie_word_embeddings: bool | None = None
 
+    # What else stands in a picture; with the defaults, nothing.
+    image_end_token_id: int | None = None
+    image_prefix_token_ids: list[int] | tuple[int, ...] = ()
+    image_row_end_token_id: int | None = None
+    image_suffix_token_ids: list[int] | tuple[int, ...] = ()
+
     def __post_init__(self, **kwargs):
         # Checked before the sub-configs are built: a wrong mode must not surface as a wrong shape.
         _check_choice("fusion_mode", self.fusion_mode, FUSION_MODES)
@@ -211,6 +223,11 @@ class JamConfig(PreTrainedConfig):
         """As in `PreTrainedConfig`; the folder carries the code that it needs (remote_code_jam.py)."""
         _add_auto_map(self, AUTO_MAP)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As in `PreTrainedConfig`; files say nothing of what a picture does not have."""
+        names = ("image_end_token_id", "image_prefix_token_ids", "image_row_end_token_id", "image_suffix_token_ids")
+        return {name: value for name, value in super().to_diff_dict().items() if name not in names or value not in (None, [])}
 
     # ----- checks -----------------------------------------------------------------------------------------------------
 
@@ -286,6 +303,7 @@ class JamConfig(PreTrainedConfig):
             "break_token_id": self.break_token_id,
             "image_token_id": self.image_token_id,
             "mask_end_token_id": self.mask_end_token_id,
+            **(layout := self._derive_layout_ids()),
         }
         sentinels = {f"mask_token_id + {i}": self.mask_token_id + i for i in range(self.num_mask_tokens)}
         for name, value in {**singles, **sentinels}.items():
@@ -299,7 +317,7 @@ class JamConfig(PreTrainedConfig):
                 raise ValueError(f"JamConfig: {name} is {value}, inside the range of image codes [{first}, {last}).")
         # pad, bos and eos may coincide (OPT and metaseq start a document with eos); what marks pictures may not.
         taken: dict[int, str] = {}
-        strict_names = ["break_token_id", "image_token_id", "mask_end_token_id", *sentinels]
+        strict_names = ["break_token_id", "image_token_id", "mask_end_token_id", *sentinels, *layout]
         for name in strict_names:
             value = {**singles, **sentinels}[name]
             if value in taken:
@@ -310,6 +328,15 @@ class JamConfig(PreTrainedConfig):
                 raise ValueError(
                     f"JamConfig: {name} and {taken[singles[name]]} have the same id {singles[name]}; each needs its own."
                 )
+
+    def _derive_layout_ids(self) -> dict[str, int]:
+        """The ids that stand in pictures beside `<break>` and the codes, by their names in messages."""
+        ids: dict[str, int | None] = {}
+        for name in ("image_prefix_token_ids", "image_suffix_token_ids"):
+            setattr(self, name, list(getattr(self, name)))  # as json reads it
+            ids |= {f"{name}[{i}]": value for i, value in enumerate(getattr(self, name))}
+        ids |= {name: getattr(self, name) for name in ("image_row_end_token_id", "image_end_token_id")}
+        return {name: value for name, value in ids.items() if value is not None}
 
     # ----- derived ----------------------------------------------------------------------------------------------------
 
@@ -338,6 +365,30 @@ class JamConfig(PreTrainedConfig):
     def grid_size(self) -> int:
         """Codes per side of a picture."""
         return self.vq_config.grid_size
+
+    @property
+    def picture_template(self) -> tuple[int, ...]:
+        """What stands between the opening and the closing token of a picture: ids, and -1 in the place of each code."""
+        row = (-1,) * self.grid_size
+        if self.image_row_end_token_id is not None:
+            row += (self.image_row_end_token_id,)
+        return (*self.image_prefix_token_ids, *row * self.grid_size, *self.image_suffix_token_ids)
+
+    @property
+    def picture_length(self) -> int:
+        """Tokens between the opening and the closing token of a picture (L); N where there are only codes."""
+        return len(self.picture_template)
+
+    @property
+    def picture_structure_token_ids(self) -> tuple[int, ...]:
+        """The ids of the template that are no codes; neither `<break>` nor a closing token is among them."""
+        row_end = () if self.image_row_end_token_id is None else (self.image_row_end_token_id,)
+        return (*self.image_prefix_token_ids, *row_end, *self.image_suffix_token_ids)
+
+    @property
+    def picture_end_token_id(self) -> int:
+        """The token that closes a picture: `image_end_token_id`, or else `<break>`."""
+        return self.break_token_id if self.image_end_token_id is None else self.image_end_token_id
 
     @property
     def cross_attention_layers(self) -> tuple[int, ...]:

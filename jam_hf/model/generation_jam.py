@@ -3,7 +3,8 @@
 It knows token ids only. The grammar is a plain object, tested without a model; its state is read off the ids themselves, so
 it holds for each row of a batch on its own, whatever reorders or repeats the rows (beams, several return sequences).
 
-Shape suffixes: B rows, T positions, V vocabulary, N codes a picture, R rows inside a picture.
+Shape suffixes: B rows, T positions, V vocabulary, N codes a picture, L tokens of a picture (N where it is codes alone), R rows
+inside a picture.
 """
 
 from __future__ import annotations
@@ -28,19 +29,20 @@ GENERATION_MODES = ("interleaved", "text", "image")
 class PictureState(NamedTuple):
     """Where each row stands; all `[B]`.
 
-    in_picture (bool): after an opening `<break>`, before the closing one. num_codes (int64): codes of that picture so far.
-    closed (bool): the last token is a closing `<break>`.
+    in_picture (bool): after an opening token, before the closing one. position (int64): tokens of that picture so far, which
+    is its codes so far where a picture is codes alone. closed (bool): the last token closes a picture.
     """
 
     in_picture: torch.Tensor
-    num_codes: torch.Tensor
+    position: torch.Tensor
     closed: torch.Tensor
 
 
 class PictureGrammar:
     """`text* (<break> N codes <break> text*)* <eos>`, row by row (paper, Decoding: one image of exactly N tokens).
 
-    A `<break>` opens a picture unless a code stands before it; then it closes one.
+    A `<break>` opens a picture unless a picture's token stands before it; then it closes one. Where the config's layout says
+    more, `config.picture_template` stands in place of the N codes, and a closing token of its own leaves `<break>` to open.
     """
 
     def __init__(self, config: JamConfig, eos_token_ids: list[int] | None = None):
@@ -49,51 +51,79 @@ class PictureGrammar:
         self.image_token_id = config.image_token_id
         self.first_code = config.image_token_offset
         self.last_code = config.image_token_offset + config.num_image_tokens - 1
-        self.image_seq_length = config.image_seq_length
+        self.end_token_id = config.picture_end_token_id
+        self.template, self.structure = config.picture_template, config.picture_structure_token_ids
+        self.picture_length = config.picture_length
+        self._tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         if eos_token_ids is None:
             eos_token_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         self.eos_token_ids = [i for i in eos_token_ids if i is not None]
         reserved = [config.image_token_id, config.mask_end_token_id, config.pad_token_id]
         reserved += [config.mask_token_id + i for i in range(config.num_mask_tokens)]
+        reserved += [*self.structure, config.image_end_token_id]
         self.reserved = [i for i in reserved if i is not None and i not in self.eos_token_ids]
 
-    def is_code(self, input_ids: torch.LongTensor) -> torch.Tensor:
-        """Image codes, and the placeholders that stand for them."""
-        codes = (input_ids >= self.first_code) & (input_ids <= self.last_code)
-        return codes | (input_ids == self.image_token_id)
+    def _tables_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[L + 1]` and `[S]`: what stands at each position (-1: a code), the closing token last; the structure's ids.
+
+        They are copied to a device once, not at every step.
+        """
+        if device not in self._tables:
+            tables = ([*self.template, self.end_token_id], list(self.structure))
+            self._tables[device] = tuple(torch.tensor(ids, dtype=torch.int64, device=device) for ids in tables)
+        return self._tables[device]
+
+    def is_picture_token(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        """What stands between an opening and a closing token: image codes, their placeholders, the layout's own tokens."""
+        tokens = (input_ids >= self.first_code) & (input_ids <= self.last_code)
+        tokens = tokens | (input_ids == self.image_token_id)
+        return tokens | torch.isin(input_ids, self._tables_on(input_ids.device)[1]) if self.structure else tokens
 
     def state(self, input_ids: torch.LongTensor) -> PictureState:
-        """Read the state off the last N + 2 ids of each row; `input_ids` is int64 `[B, T]`.
+        """Read the state off the last L + 2 ids of each row; `input_ids` is int64 `[B, T]`.
 
         T is 0 where the prompt came as `inputs_embeds`, which say nothing of pictures: such a row stands in text.
         """
         if not input_ids.shape[1]:
             nothing = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
             return PictureState(nothing, nothing.long(), nothing)
-        codes_BT = self.is_code(input_ids[:, -(self.image_seq_length + 2) :])
-        num_codes = codes_BT.flip(1).to(torch.int64).cumprod(1).sum(1)
-        is_break = input_ids[:, -1] == self.break_token_id
-        after_code = codes_BT[:, -2] if codes_BT.shape[1] > 1 else torch.zeros_like(is_break)
-        return PictureState((num_codes > 0) | (is_break & ~after_code), num_codes, is_break & after_code)
+        inside_BT = self.is_picture_token(input_ids[:, -(self.picture_length + 2) :])
+        position = inside_BT.flip(1).to(torch.int64).cumprod(1).sum(1)
+        opens, closes = input_ids[:, -1] == self.break_token_id, input_ids[:, -1] == self.end_token_id
+        if self.end_token_id == self.break_token_id:
+            after_picture = inside_BT[:, -2] if inside_BT.shape[1] > 1 else torch.zeros_like(opens)
+            opens, closes = opens & ~after_picture, closes & after_picture
+        return PictureState((position > 0) | opens, position, closes)
+
+    def next_in_picture(self, state: PictureState) -> torch.LongTensor:
+        """int64 `[B]`: the one id that may come next inside a picture, -1 for any code; of no meaning for rows in text."""
+        return self._tables_on(state.position.device)[0][state.position.clamp(max=self.picture_length)]
 
     def last_pictures(self, sequences: torch.LongTensor) -> torch.LongTensor:
         """The codes of the last complete picture of each row: int64 `[B, T]`, as `generate()` returns it, to int64 `[B, N]`.
 
         Raises:
-            ValueError: if a row has no complete picture (`<break>`, N codes, `<break>`).
+            ValueError: if a row has no complete picture (`<break>`, N codes, `<break>`, in the config's layout).
         """
-        size, pictures = self.image_seq_length, []
+        size, pictures = self.picture_length, []
+        template_L = self._tables_on(sequences.device)[0][:-1]
+        of_codes_L = template_L < 0
         codes_BT = (sequences >= self.first_code) & (sequences <= self.last_code)
-        breaks_BT = sequences == self.break_token_id
+        breaks_BT, ends_BT = sequences == self.break_token_id, sequences == self.end_token_id
         for row in range(sequences.shape[0]):
-            for end in reversed(breaks_BT[row].nonzero().flatten().tolist()):
+            for end in reversed(ends_BT[row].nonzero().flatten().tolist()):
                 start = end - size
-                if start > 0 and breaks_BT[row, start - 1] and bool(codes_BT[row, start:end].all()):
-                    pictures.append(sequences[row, start:end])
+                if start <= 0 or not breaks_BT[row, start - 1]:
+                    continue
+                picture = sequences[row, start:end]
+                if bool(torch.where(of_codes_L, codes_BT[row, start:end], picture == template_L).all()):
+                    pictures.append(picture[of_codes_L])
                     break
             else:
+                what = f"<break>, {int(of_codes_L.sum())} codes" + (" in their layout" if self.structure else "")
+                end = "<break>" if self.end_token_id == self.break_token_id else f"the closing token {self.end_token_id}"
                 raise ValueError(
-                    f"Row {row} of the written ids has no complete picture (<break>, {size} codes, <break>). Expected what "
+                    f"Row {row} of the written ids has no complete picture ({what}, {end}). Expected what "
                     "generate(generation_mode='image') returns; post_process_interleaved takes documents of any kind apart."
                 )
         return torch.stack(pictures)
@@ -115,14 +145,14 @@ class PictureGrammar:
         text_V = torch.ones(vocab_size, dtype=torch.bool, device=device)
         text_V[self.first_code : self.last_code + 1] = False
         text_V[self.reserved] = False
-        room = length + 2 + self.image_seq_length <= max_length
+        room = length + 2 + self.picture_length <= max_length
         text_V[self.break_token_id] = mode == "interleaved" and room
         codes_V = torch.zeros_like(text_V)
         codes_V[self.first_code : self.last_code + 1] = True
         break_V = torch.zeros_like(text_V)
         break_V[self.break_token_id] = True
-        complete = state.num_codes >= self.image_seq_length
-        inside_BV = torch.where(complete[:, None], break_V, codes_V)
+        next_B1 = self.next_in_picture(state)[:, None]
+        inside_BV = torch.where(next_B1 < 0, codes_V, torch.arange(vocab_size, device=device) == next_B1)
         if mode == "image":
             end_V = torch.zeros_like(text_V)
             end_V[self.eos_token_ids] = True
@@ -169,11 +199,12 @@ class PictureGrammarGuardLogitsProcessor(LogitsProcessor):
 
 
 class PictureGuidanceLogitsProcessor(LogitsProcessor):
-    """Classifier-free guidance for rows inside a picture: `uncond + scale * (cond - uncond)` [P].
+    """Classifier-free guidance for codes of a picture: `uncond + scale * (cond - uncond)` [P].
 
     Guided scores are log probabilities, so that beam search may add them to those of rows in text and of other pictures.
-    The unconditional branch sees `<bos> <mask> <break>` and the codes so far [A], nothing of the prompt, with a cache of its
-    own. The cache is used while the branch grows by one code per call, and rebuilt when other rows enter, leave or move.
+    The unconditional branch sees `<bos> <mask> <break>` and the picture so far [A], nothing of the prompt, with a cache of its
+    own. The cache is used while the branch grows by one token per call, and rebuilt when other rows enter, leave or move; so
+    the branch also runs where the layout, not the model, says what comes next, though nothing is guided there.
     """
 
     def __init__(self, model: Any, grammar: PictureGrammar, scale: float):
@@ -185,13 +216,13 @@ class PictureGuidanceLogitsProcessor(LogitsProcessor):
         self.cache: DynamicCache | None = None
         self.cached_ids: torch.LongTensor | None = None
 
-    def branch(self, input_ids: torch.LongTensor, num_codes: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """Ids and mask, both int64 `[R, P + max codes]`, left-padded, of the unconditional branch of rows `[R, T]`."""
-        longest = int(num_codes.max())
+    def branch(self, input_ids: torch.LongTensor, position: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """Ids and mask, both int64 `[R, P + max position]`, left-padded, of the unconditional branch of rows `[R, T]`."""
+        longest = int(position.max())
         prefix = torch.tensor(self.prefix, device=input_ids.device)
         ids = torch.full((input_ids.shape[0], len(prefix) + longest), self.pad, device=input_ids.device)
         mask = torch.zeros_like(ids)
-        for row, count in enumerate(num_codes.tolist()):
+        for row, count in enumerate(position.tolist()):
             start = longest - count
             mask[row, start:] = 1
             ids[row, start : start + len(prefix)] = prefix
@@ -219,13 +250,16 @@ class PictureGuidanceLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         state = self.grammar.state(input_ids)
-        rows = (state.in_picture & (state.num_codes < self.grammar.image_seq_length)).nonzero().flatten()
+        rows = (state.in_picture & (state.position < self.grammar.picture_length)).nonzero().flatten()
         if rows.numel() == 0:
             self.cache = self.cached_ids = None
             return scores
-        ids, mask = self.branch(input_ids[rows], state.num_codes[rows])
+        ids, mask = self.branch(input_ids[rows], state.position[rows])
         uncond = self.unconditional_logits(ids, mask).to(scores)
         guided = (uncond + self.scale * (scores[rows] - uncond)).log_softmax(-1)
+        if self.grammar.structure:
+            a_code_comes_R1 = (self.grammar.next_in_picture(state)[rows] < 0)[:, None]
+            guided = torch.where(a_code_comes_R1, guided, scores[rows])
         return scores.index_copy(0, rows, guided)
 
 
@@ -249,7 +283,7 @@ class JamGenerationMixin(GenerationMixin):
             Inside a picture the grammar outranks other processors that would leave a row nothing to go on with.
 
             Pipelines take the mode from the generation config: where that says "text" they write text only. A picture comes of
-            `pipeline("any-to-any")(..., generation_mode="image", max_new_tokens=N + 2)`.
+            `pipeline("any-to-any")(..., generation_mode="image", max_new_tokens=L + 2)` (L: `config.picture_length`).
         Raises:
             ValueError: on an unknown mode or guidance scale, placeholders without pictures, or no room for a picture in
                 "image" mode.
@@ -288,7 +322,7 @@ class JamGenerationMixin(GenerationMixin):
             for name in ("max_length", "max_new_tokens")
         ):
             if mode == "image":
-                kwargs["max_new_tokens"] = self.config.image_seq_length + 2
+                kwargs["max_new_tokens"] = self.config.picture_length + 2
             else:
                 kwargs["max_length"] = self.config.max_position_embeddings
         with self._flash_attention_declared():
@@ -336,11 +370,11 @@ class JamGenerationMixin(GenerationMixin):
         if scale is not None and scale != 1 and mode != "text":
             ours.append(PictureGuidanceLogitsProcessor(self, grammar, scale))
         if mode is not None:  # after guidance: minus infinity minus minus infinity is not a number
-            max_length, needed = generation_config.max_length, self.config.image_seq_length + 1
+            max_length, needed = generation_config.max_length, self.config.picture_length + 1
             if mode == "image" and max_length - input_ids_seq_length < needed:
                 raise ValueError(
-                    f"generation_mode='image' needs room for <break>, {self.config.image_seq_length} codes and <break>: "
-                    f"max_new_tokens={needed + 1}; got {max_length - input_ids_seq_length}."
+                    f"generation_mode='image' needs room for a picture of {self.config.image_seq_length} codes and what stands "
+                    f"around them: max_new_tokens={needed + 1}; got {max_length - input_ids_seq_length}."
                 )
             ours.append(PictureGrammarLogitsProcessor(grammar, mode, input_ids_seq_length, max_length))
             processors.append(PictureGrammarGuardLogitsProcessor(ours[-1]))

@@ -1,12 +1,14 @@
 """Documents in and out: text with `<image>` placeholders and pictures to model inputs, and written ids to text and pictures.
 
-It knows the tokenizer, the image processor and how a picture is marked (`<break>`, N codes, `<break>`). It does not know the
-codebook: the model turns pixels into codes and codes into pixels.
+It knows the tokenizer, the image processor and how a picture is laid out (`<break>`, N codes, `<break>`, or more than that where
+the layout's tokens say so). It does not know the codebook: the model turns pixels into codes and codes into pixels.
 """
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +35,9 @@ class JamProcessor(ProcessorMixin):
     Args:
         image_seq_length (`int`): codes in one picture (N), as in [`JamConfig`].
         image_token, break_token (`str`): the placeholder in text, and the mark on both sides of a picture.
+        image_end_token, image_row_end_token (`str`, *optional*), image_prefix_tokens, image_suffix_tokens (`list[str]`): the
+            tokens whose ids [`JamConfig`] has under `image_end_token_id` and so on, for layouts of pictures that have them.
+            They are special tokens of the tokenizer; rows are those of a square grid of N codes.
     """
 
     valid_processor_kwargs = JamProcessorKwargs
@@ -45,6 +50,10 @@ class JamProcessor(ProcessorMixin):
         image_token: str = "<image>",
         break_token: str = "<break>",
         chat_template: str | None = None,
+        image_end_token: str | None = None,
+        image_prefix_tokens: Sequence[str] = (),
+        image_row_end_token: str | None = None,
+        image_suffix_tokens: Sequence[str] = (),
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
         self.image_seq_length = image_seq_length
@@ -61,6 +70,26 @@ class JamProcessor(ProcessorMixin):
                     f"JamProcessor: the tokenizer does not know the {name} {token!r}. Add it as a special token, or name "
                     f"the token that plays its part."
                 )
+        self.image_end_token, self.image_row_end_token = image_end_token, image_row_end_token
+        self.image_prefix_tokens, self.image_suffix_tokens = list(image_prefix_tokens), list(image_suffix_tokens)
+        self._check_layout()
+
+    def _check_layout(self) -> None:
+        added = self.tokenizer.added_tokens_decoder
+        for token in (self.image_end_token, *self.image_prefix_tokens, self.image_row_end_token, *self.image_suffix_tokens):
+            if token is None:
+                continue
+            entry = added.get(self.tokenizer.convert_tokens_to_ids(token))
+            if entry is None or entry.content != token or not entry.special:
+                raise ValueError(
+                    f"JamProcessor: {token!r} is a token of the layout of pictures, but no special token of the tokenizer. Add "
+                    f"it with tokenizer.add_tokens([{token!r}], special_tokens=True)."
+                )
+        if self.image_row_end_token is not None and math.isqrt(self.image_seq_length) ** 2 != self.image_seq_length:
+            raise ValueError(
+                "JamProcessor: image_row_end_token needs a picture of G x G codes, but image_seq_length is "
+                f"{self.image_seq_length}, which is no square."
+            )
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """As in `ProcessorMixin`; the folder carries the code that it needs (remote_code_jam.py).
@@ -134,10 +163,19 @@ class JamProcessor(ProcessorMixin):
         return super().__call__(images=flat, text=text, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        return self.break_token + self.image_token * self.image_seq_length + self.break_token
+        if self.image_row_end_token is None:
+            codes = self.image_token * self.image_seq_length
+        else:
+            size = math.isqrt(self.image_seq_length)
+            codes = (self.image_token * size + self.image_row_end_token) * size
+        prefix, suffix = "".join(self.image_prefix_tokens), "".join(self.image_suffix_tokens)
+        return self.break_token + prefix + codes + suffix + (self.image_end_token or self.break_token)
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
-        """How many placeholders pictures of these sizes become, for servers that plan ahead; `<break>` is text."""
+        """How many placeholders pictures of these sizes become, for servers that plan ahead.
+
+        What stands around and between the placeholders (`<break>`, row ends and so on) is text.
+        """
         data = {}
         if image_sizes is not None:
             data["num_image_tokens"] = [self.image_seq_length] * len(image_sizes)
@@ -188,20 +226,23 @@ class JamProcessor(ProcessorMixin):
             skip_special_tokens (`bool`, defaults to True): leave markup such as `<s>` out of the text.
         Returns:
             one list per row: `{"type": "text", "text": str}` or `{"type": "image", "image": PIL.Image}`, in order. A
-            picture that was not finished is `{"type": "image", "image": None, "image_tokens": [...]}`.
+            picture that was not finished is `{"type": "image", "image": None, "image_tokens": [...]}` with the codes that it
+            has. What the layout of pictures has beside the codes (prefix, row ends, suffix) is in neither.
         """
         sequences = torch.as_tensor(getattr(generated, "sequences", generated))
         if sequences.ndim != 2:
             raise ValueError(f"post_process_interleaved: expected ids [B, T], got the shape {list(sequences.shape)}.")
         config = model.config
         first, last = config.image_token_offset, config.image_token_offset + config.num_image_tokens
+        marks = {config.break_token_id, config.picture_end_token_id}
+        structure = set(config.picture_structure_token_ids)
         rows: list[list[dict[str, Any]]] = []
         pictures: list[tuple[dict[str, Any], list[int]]] = []
         for ids in sequences[:, prompt_length:].tolist():
             segments: list[dict[str, Any]] = []
             run: list[int] = []
             in_picture = False
-            for token in [*ids, None]:
+            for token in [*(t for t in ids if t not in structure), None]:
                 is_code = token is not None and first <= token < last
                 if run and (token is None or is_code != in_picture or (in_picture and len(run) == self.image_seq_length)):
                     if in_picture:
@@ -212,7 +253,7 @@ class JamProcessor(ProcessorMixin):
                             segment["image_tokens"] = run
                         segments.append(segment)
                     else:
-                        run = [t for t in run if t != config.break_token_id]
+                        run = [t for t in run if t not in marks]
                         text = self.tokenizer.decode(run, skip_special_tokens=skip_special_tokens)
                         if text.strip():
                             segments.append({"type": "text", "text": text})

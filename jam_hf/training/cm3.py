@@ -18,11 +18,13 @@ class CM3Settings:
     """Ids and probabilities of the objective.
 
     mask_token_id, num_mask_tokens: sentinels `mask_token_id + i` (paper [M]: 512). mask_end_token_id: end of a span.
-    boundary_token_ids: `<break>`, bos, eos: no span holds one, so none crosses from one segment into another [C].
+    boundary_token_ids: `<break>`, a closing token of its own, bos, eos: no span holds one, so none crosses from one segment
+        into another [C].
     mean_spans: mean of the Poisson that says how many spans are masked [M]: 1, so that e^-1 = 37 % stay causal.
     whole_segment_probability: instead of random spans, mask exactly one whole segment, all of a text or all of an image
         [M]; this trains the unconditional branch of guidance. The value is our reconstruction.
     text_segments_only: whether those whole segments are only texts. image_token_range: `[first, last)` of image codes.
+    picture_structure_token_ids: what a picture's layout has beside the codes; it is part of the image's segment.
     """
 
     mask_token_id: int
@@ -33,6 +35,7 @@ class CM3Settings:
     whole_segment_probability: float = 0.1
     text_segments_only: bool = False
     image_token_range: tuple[int, int] = (0, 0)
+    picture_structure_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_mask_tokens < 1:
@@ -51,13 +54,14 @@ class CM3Settings:
     def from_config(cls, config: Any, **settings: Any) -> CM3Settings:
         """Settings with the ids of a `JamConfig`."""
         eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        boundaries = (config.break_token_id, config.bos_token_id, *eos)
+        boundaries = (config.break_token_id, config.image_end_token_id, config.bos_token_id, *eos)
         return cls(
             mask_token_id=config.mask_token_id,
             num_mask_tokens=config.num_mask_tokens,
             mask_end_token_id=config.mask_end_token_id,
             boundary_token_ids=tuple(i for i in boundaries if i is not None),
             image_token_range=(config.image_token_offset, config.image_token_offset + config.num_image_tokens),
+            picture_structure_token_ids=config.picture_structure_token_ids,
             **settings,
         )
 
@@ -89,7 +93,8 @@ def draw_spans(ids: np.ndarray, settings: CM3Settings, rng: np.random.Generator)
     if whole:
         first, last = settings.image_token_range
         if settings.text_segments_only:
-            found = [(a, b) for a, b in found if not first <= ids[a] < last]
+            structure = settings.picture_structure_token_ids
+            found = [(a, b) for a, b in found if not first <= ids[a] < last and ids[a] not in structure]
         return [found[rng.integers(len(found))]] if found else []
     starts = [a for a, _ in found]
     spans: list[tuple[int, int]] = []

@@ -16,6 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..model.configuration_jam import JamConfig
+
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ def encode_documents(
     too_long: str = "error",
     batch_size: int = 256,
     description: str = "encoding",
+    config: JamConfig | None = None,
 ) -> Dataset:
     """Encode documents for training.
 
@@ -39,35 +42,52 @@ def encode_documents(
             then its picture [C]); or `messages` (chat format, or its JSON) and `images`. No pictures: `text` alone.
         encode_images: pictures to raw codes, int64 `[P, N]`; needed where there are pictures.
         image_token_offset: id of image code 0; the tokenizer's `<img:0>` where `None`.
+        config: of the JAM that the documents are for: its ids, and what stands in its pictures. Where `None`, a picture is
+            `<break> codes <break>`, by the tokenizer's ids.
         max_length, too_long: documents with more tokens raise ("error") or are left out with a warning ("drop"); none is cut.
     Returns:
         a dataset with `input_ids`: `<s> text <break> codes <break> text ... </s>` [A].
     Raises:
         ValueError: if placeholders and pictures do not match (the row is named), a document is too long, a text has
-            `<break>` or image codes of its own, the codes are not what `encode_images` must return, or the tokenizer lacks
-            a token.
+            `<break>`, image codes or another token of pictures of its own, the codes are not what `encode_images` must return
+            or not as many as the config says, or the tokenizer lacks a token.
     """
     if too_long not in ("error", "drop"):
         raise ValueError(f"too_long must be 'error' or 'drop', got {too_long!r}.")
-    offset = _token_id(tokenizer, "<img:0>") if image_token_offset is None else image_token_offset
-    break_id, image_id = (_token_id(tokenizer, t) for t in ("<break>", "<image>"))
-    num_codes = len(tokenizer) - offset if image_token_offset is None else None
+    if config is None:
+        offset = _token_id(tokenizer, "<img:0>") if image_token_offset is None else image_token_offset
+        break_id, image_id = (_token_id(tokenizer, t) for t in ("<break>", "<image>"))
+        num_codes = len(tokenizer) - offset if image_token_offset is None else None
+        end_id, last, template, structure = break_id, np.inf, None, ()
+    else:
+        if image_token_offset not in (None, config.image_token_offset):
+            raise ValueError(
+                f"encode_documents: image_token_offset is {image_token_offset}, but {config.image_token_offset} in the config. "
+                "Leave it out where you pass the config."
+            )
+        offset, num_codes = config.image_token_offset, config.num_image_tokens
+        break_id, image_id, end_id = config.break_token_id, config.image_token_id, config.picture_end_token_id
+        last, template = offset + num_codes, np.array(config.picture_template)
+        structure = config.picture_structure_token_ids
+    reserved = [break_id, end_id, *structure]
     documents: list[np.ndarray] = []
     dropped = 0
     for start in tqdm(range(0, len(dataset), batch_size), desc=description, unit="batch"):
         rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        texts, pictures = zip(*(_text_and_images(row, tokenizer) for row in rows))
+        placeholder = tokenizer.convert_ids_to_tokens(int(image_id))
+        texts, pictures = zip(*(_text_and_images(row, tokenizer, placeholder) for row in rows))
         flat = [picture for row in pictures for picture in row]
         if flat and encode_images is None:
             raise ValueError("The documents have pictures; pass encode_images to turn them into codes.")
-        codes = iter(_checked_codes(encode_images(flat), len(flat), num_codes) + offset if flat else ())
+        codes = _checked_codes(encode_images(flat), len(flat), num_codes) + offset if flat else np.empty((0, 0), np.int64)
+        laid_out = iter(codes if template is None or not flat else _laid_out(codes, template))
         encoded = tokenizer(list(texts), add_special_tokens=True)["input_ids"]
         for index, (ids, row) in enumerate(zip(encoded, pictures)):
             ids = np.asarray(ids, dtype=np.int64)
-            if ((ids == break_id) | (ids >= offset)).any():
+            if (np.isin(ids, reserved) | ((ids >= offset) & (ids < last))).any():
                 raise ValueError(
-                    f"The text of document {start + index} has <break> or image codes itself; they are put in here, for each "
-                    "<image>. Take them out of the text."
+                    f"The text of document {start + index} has <break> or image codes itself, or other tokens of "
+                    "pictures; they are put in here, for each <image>. Take them out of the text."
                 )
             places = np.flatnonzero(ids == image_id)
             if len(places) != len(row):
@@ -77,7 +97,7 @@ def encode_documents(
                 )
             parts, position = [], 0
             for place in places:
-                parts += [ids[position:place], [break_id], next(codes), [break_id]]
+                parts += [ids[position:place], [break_id], next(laid_out), [end_id]]
                 position = place + 1
             parts.append(ids[position:])
             document = np.concatenate(parts).astype(np.int32)
@@ -118,13 +138,27 @@ def _checked_codes(codes: np.ndarray, num_images: int, num_codes: int | None) ->
     return codes
 
 
-def _text_and_images(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Image.Image]]:
+def _laid_out(codes: np.ndarray, template: np.ndarray) -> np.ndarray:
+    """Ids of codes `[P, N]` in their places among the others of the template `[L]`: `[P, L]`."""
+    places = template < 0
+    if codes.shape[1] != places.sum():
+        raise ValueError(
+            f"encode_images must return the {places.sum()} codes of a picture that the config says, got {codes.shape[1]}."
+        )
+    pictures = np.tile(template, (len(codes), 1))
+    pictures[:, places] = codes
+    return pictures
+
+
+def _text_and_images(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, placeholder: str
+) -> tuple[str, list[Image.Image]]:
     if "messages" in row:
         messages = json.loads(row["messages"]) if isinstance(row["messages"], str) else row["messages"]
         text = tokenizer.apply_chat_template(messages, tokenize=False).removeprefix(tokenizer.bos_token or "")
         return text, list(row.get("images") or [])  # the tokenizer puts the <s> first, as for all documents
     if "caption" in row:
-        return row["caption"] + "<image>", [row["image"]]
+        return row["caption"] + placeholder, [row["image"]]
     if "text" not in row:
         raise ValueError(f"A document needs a column text, caption or messages; got {', '.join(row)}.")
     return row["text"], list(row.get("images") or [])

@@ -74,7 +74,7 @@ def picture_scores(model: nn.Module, prompt_length: int, mode: str, scale: float
 
     def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         state = grammar.state(ids)
-        count = int(state.num_codes)
+        count = int(state.position)
         if scale != 1 and bool(state.in_picture) and count < config.image_seq_length:
             context = [
                 config.bos_token_id,

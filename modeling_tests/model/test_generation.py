@@ -58,7 +58,7 @@ def test_state_against_the_oracle(data):
     if data.draw(st.booleans()):
         row += [BREAK, *data.draw(st.lists(st.integers(84, 99), max_size=N))]
     state = grammar.state(torch.tensor([row]))
-    assert (bool(state.in_picture), int(state.num_codes), bool(state.closed)) == _state_by_hand(row, 84)
+    assert (bool(state.in_picture), int(state.position), bool(state.closed)) == _state_by_hand(row, 84)
 
 
 @settings(max_examples=60, deadline=None)
@@ -117,7 +117,7 @@ def _oracle(model, row, mode, scale, steps, budget):
         tensor = torch.tensor([ids])
         scores = model(input_ids=tensor, use_cache=False).logits[:, -1]
         state = grammar.state(tensor)
-        count = int(state.num_codes)
+        count = int(state.position)
         if scale != 1 and bool(state.in_picture) and count < config.image_seq_length:
             context = [config.bos_token_id, config.mask_token_id, config.break_token_id, *ids[len(ids) - count :]]
             uncond = model(input_ids=torch.tensor([context]), use_cache=False).logits[:, -1]
