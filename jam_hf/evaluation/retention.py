@@ -321,34 +321,34 @@ class PictureView:
         model: the model. caption: its ids, up to and with what announces the picture.
         code_ids (int64 `[K]`): the id that stands for code k. Where codes have embeddings of their own (Janus), numbers behind
             the vocabulary.
-        row_end, row_length: the id that ends each row of codes, and the codes in a row; None where rows have no end.
+        template: what follows: ids, and -1 in the place of each code (`JamConfig.picture_template`).
         code_logits: ids and attention mask, int64 `[B, T]` -> logits over the codes, `[B, T, K]`.
     """
 
     model: PreTrainedModel
     caption: Callable[[str], list[int]]
     code_ids: torch.Tensor
+    template: Sequence[int]
     code_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    row_end: int | None = None
-    row_length: int | None = None
 
     def document(self, caption: str, codes: torch.Tensor) -> tuple[list[int], list[int]]:
         """Ids of the caption and its picture of `codes` (int64 `[N]`, 0..K-1), and the places of the codes among them."""
         ids, places = list(self.caption(caption)), []
-        for index, token in enumerate(self.code_ids[codes].tolist()):
-            if self.row_end is not None and index and index % self.row_length == 0:
-                ids.append(self.row_end)
-            places.append(len(ids))
-            ids.append(token)
+        left = iter(self.code_ids[codes].tolist())
+        for token in self.template:
+            if token < 0:
+                places.append(len(ids))
+            ids.append(next(left) if token < 0 else token)
         return ids, places
 
 
 def jam_view(jam: JamForCausalLM, tokenizer: PreTrainedTokenizerBase) -> PictureView:
-    """The JAM's own way: the caption, `<break>`, the codes."""
+    """The JAM's own way: the caption, `<break>`, the codes in the layout of its config."""
     config = jam.config
     first = config.image_token_offset
     codes = torch.arange(first, first + config.num_image_tokens)
-    return PictureView(jam, _caption(tokenizer, [config.break_token_id]), codes, _plain_logits(jam, codes))
+    caption = _caption(tokenizer, [config.break_token_id])
+    return PictureView(jam, caption, codes, config.picture_template, _plain_logits(jam, codes))
 
 
 def image_parent_view(
@@ -365,7 +365,7 @@ def image_parent_view(
     Raises:
         ValueError: if it has another number of codes, or marks and codes cannot be found.
     """
-    kind = parent.config.model_type
+    kind, row = parent.config.model_type, (-1,) * config.grid_size
     if kind not in _MULTIMODAL:
         return _plain_view(parent, tokenizer, jam_tokenizer, config, name)
     if tokenizer is None:
@@ -381,7 +381,7 @@ def image_parent_view(
             states = parent.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             return parent.lm_head(states)[..., codes.to(ids.device)]
 
-        return PictureView(parent, _caption(tokenizer, marks), codes, chameleon_logits)
+        return PictureView(parent, _caption(tokenizer, marks), codes, row * config.grid_size, chameleon_logits)
     if kind == "emu3":
         vocabulary = parent.config.vocabulary_map or {}
         codes = _named_codes(vocabulary, lambda k: f"<|visual token {k:06d}|>", config, name)
@@ -390,7 +390,7 @@ def image_parent_view(
         start, token = (_id_of(known, mark, name) for mark in ("<|image start|>", "<|image token|>"))
         size = tokenizer(f"{config.grid_size}*{config.grid_size}", add_special_tokens=False)["input_ids"]
         caption = _caption(tokenizer, [start, *size, token], begin=True)
-        return PictureView(parent, caption, codes, _plain_logits(parent, codes), row_end, config.grid_size)
+        return PictureView(parent, caption, codes, (*row, row_end) * config.grid_size, _plain_logits(parent, codes))
     text_ids = parent.config.text_config.vocab_size
     _check_number(parent.config.vq_config.num_embeddings, config, name)
     start = _id_of(tokenizer.get_vocab(), getattr(tokenizer, "boi_token", None) or "<begin_of_image>", name)
@@ -404,7 +404,7 @@ def image_parent_view(
         return parent.model.generation_head(outputs.last_hidden_state)
 
     codes = torch.arange(config.num_image_tokens) + text_ids
-    return PictureView(parent, _caption(tokenizer, [start]), codes, janus_logits)
+    return PictureView(parent, _caption(tokenizer, [start]), codes, row * config.grid_size, janus_logits)
 
 
 def _plain_view(
@@ -415,21 +415,21 @@ def _plain_view(
     name: str,
 ) -> PictureView:
     """A causal LM whose vocabulary holds the codes: over the JAM's own ids, or with a tokenizer that names marks and codes."""
-    count = config.num_image_tokens
+    count, template = config.num_image_tokens, (-1,) * config.image_seq_length
     vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
     if "<img:0>" in vocabulary:
         codes = _named_codes(vocabulary, lambda k: f"<img:{k}>", config, name)
         mark = _id_of(vocabulary, "<break>", name)
     elif parent.config.get_text_config().vocab_size == config.vocab_size:
         codes = torch.arange(config.image_token_offset, config.image_token_offset + count)
-        mark = config.break_token_id
+        mark, template = config.break_token_id, config.picture_template
     else:
         raise ValueError(
             f"The image codes of the image parent {name} cannot be found: its tokenizer names no <img:0>, and its vocabulary "
             f"of {parent.config.get_text_config().vocab_size} ids is not the JAM's of {config.vocab_size}. Expected a causal "
             "LM over the JAM's vocabulary, one with <break> and <img:0> ... in its tokenizer, Chameleon, Emu3 or Janus."
         )
-    return PictureView(parent, _caption(tokenizer or jam_tokenizer, [mark]), codes, _plain_logits(parent, codes))
+    return PictureView(parent, _caption(tokenizer or jam_tokenizer, [mark]), codes, template, _plain_logits(parent, codes))
 
 
 def _plain_logits(model: PreTrainedModel, codes: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

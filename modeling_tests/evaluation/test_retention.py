@@ -312,6 +312,25 @@ def test_a_causal_lm_of_another_vocabulary_names_its_codes(fused, pairs, tmp_pat
     assert found.parent_nll == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
+def test_a_jam_and_its_parent_with_a_layout_of_pictures(folder, parents, tokenizer, pairs):
+    """A prefix and row ends: both read them, and they are no codes."""
+    jam_folder, image_folder = folder(), parents("llama")[1]
+    config = json.loads((jam_folder / "config.json").read_text())
+    layout = {"image_prefix_token_ids": [15], "image_row_end_token_id": 14}
+    (jam_folder / "config.json").write_text(json.dumps(config | layout))
+    found = certify(jam_folder, image_parent=image_folder, pairs=pairs, batch_size=2, write=False).image
+    assert found.kl <= 1e-6 and found.tokens == 5 * 16
+    model, losses = AutoModelForCausalLM.from_pretrained(image_folder).eval(), []
+    first = len(tokenizer) - NUM_CODES
+    for caption, codes in _encode(jam_folder, pairs):
+        prompt = [*tokenizer(caption)["input_ids"], 3, 15]
+        picture = sum(([*(first + code for code in codes[row : row + 4]), 14] for row in range(0, 16, 4)), [])
+        with torch.no_grad():
+            logs = model(input_ids=torch.tensor([prompt + picture])).logits[0, len(prompt) - 1 : -1, first:].log_softmax(-1)
+        losses += (-logs[[i for i in range(20) if i % 5 != 4], codes]).tolist()
+    assert found.parent_nll == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
 def test_a_saved_dataset_gives_what_a_folder_of_pictures_gives(fused, parents, pairs, tmp_path):
     features = Features({"image": ImageFeature(), "text": Value("string")})
     rows = {"image": [str(pairs / f"{i}.png") for i in range(len(CAPTIONS))], "text": CAPTIONS}
