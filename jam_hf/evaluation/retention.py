@@ -159,7 +159,7 @@ def certify(
         model: folder of the JAM (with `write=False` also a Hub id).
         text_parent: folder or Hub id of a causal LM whose ids the JAM's vocabulary begins with. Needs `texts`.
         image_parent: folder or Hub id of the image parent: Chameleon, Emu3 or Janus (their `...ForConditionalGeneration`), or a
-            causal LM over the JAM's vocabulary or one with `<break>` and `<img:0>`, `<img:1>`, ... Needs `pairs`.
+            causal LM over the JAM's vocabulary or one that names the JAM's marks and `<img:0>`, `<img:1>`, ... Needs `pairs`.
         texts: text file, UTF-8; documents are paragraphs, with blank lines between them.
         pairs: pictures and captions: a folder with `metadata.jsonl` (`file_name` and `text` in each line), or a folder that
             `datasets.Dataset.save_to_disk` wrote, with the columns `image` and `text`. The JAM's VQ model makes the codes.
@@ -414,15 +414,19 @@ def _plain_view(
     config: JamConfig,
     name: str,
 ) -> PictureView:
-    """A causal LM whose vocabulary holds the codes: over the JAM's own ids, or with a tokenizer that names marks and codes."""
-    count, template = config.num_image_tokens, (-1,) * config.image_seq_length
+    """A causal LM whose vocabulary holds the codes: over the JAM's own ids, or with a tokenizer that names marks and codes.
+
+    Its pictures have the layout of the JAM's.
+    """
     vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
+    template, mark = config.picture_template, config.break_token_id
     if "<img:0>" in vocabulary:
         codes = _named_codes(vocabulary, lambda k: f"<img:{k}>", config, name)
-        mark = _id_of(vocabulary, "<break>", name)
+        marks = {token: jam_tokenizer.convert_ids_to_tokens(token) for token in {mark, *template} if token >= 0}
+        ids = {token: _id_of(vocabulary, string, name) for token, string in marks.items()}
+        template, mark = [ids.get(token, -1) for token in template], ids[mark]
     elif parent.config.get_text_config().vocab_size == config.vocab_size:
-        codes = torch.arange(config.image_token_offset, config.image_token_offset + count)
-        mark, template = config.break_token_id, config.picture_template
+        codes = torch.arange(config.image_token_offset, config.image_token_offset + config.num_image_tokens)
     else:
         raise ValueError(
             f"The image codes of the image parent {name} cannot be found: its tokenizer names no <img:0>, and its vocabulary "

@@ -329,6 +329,10 @@ def test_a_jam_and_its_parent_with_a_layout_of_pictures(folder, parents, tokeniz
             logs = model(input_ids=torch.tensor([prompt + picture])).logits[0, len(prompt) - 1 : -1, first:].log_softmax(-1)
         losses += (-logs[[i for i in range(20) if i % 5 != 4], codes]).tolist()
     assert found.parent_nll == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    silent_folder = jam_folder.parent / "silent"  # without a tokenizer: taken at its word, as its vocabulary has the JAM's size
+    shutil.copytree(image_folder, silent_folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    silent = certify(jam_folder, image_parent=silent_folder, pairs=pairs, batch_size=2, write=False).image
+    assert (silent.kl, silent.parent_nll) == (found.kl, found.parent_nll)
 
 
 def test_a_saved_dataset_gives_what_a_folder_of_pictures_gives(fused, parents, pairs, tmp_path):
