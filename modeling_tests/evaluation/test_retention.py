@@ -28,6 +28,7 @@ from jam_hf.cli import main
 from jam_hf.evaluation import retention
 from jam_hf.evaluation.perplexity import compare_logits
 from jam_hf.evaluation.retention import SECTION_END, SECTION_START, certify
+from jam_hf.training.tokenizer import train_tokenizer
 
 
 CAPTIONS = ["a small red circle", "a ruby is red and small", "top", "a circle in the top left", "left"]
@@ -291,23 +292,28 @@ def test_image_parents_of_other_classes(kind, batch_size, fused, other_parents, 
     assert found.kl > 0.01 and found.parent == kind
 
 
-def test_a_causal_lm_of_another_vocabulary_names_its_codes(fused, pairs, tmp_path):
-    """Its own tokenizer, its own ids: the same logits by code number as those of an oracle."""
-    from jam_hf.training.tokenizer import train_tokenizer
-
+@pytest.mark.parametrize("row_end", [None, "<|user|>"])
+def test_a_causal_lm_of_another_vocabulary_names_its_codes(row_end, folder, tokenizer, pairs, tmp_path):
+    """Its own tokenizer, its own ids for codes and marks: the same logits by code number as those of an oracle."""
     theirs = train_tokenizer(["something else entirely"], 280, NUM_CODES, num_mask_tokens=2)
     model = parent_model("llama", len(theirs) + 8, seed=4)  # a padded vocabulary
     model.save_pretrained(tmp_path / "other")
     theirs.save_pretrained(tmp_path / "other")
-    jam_folder = fused("llama", "uniform", "average")
+    jam_folder, ids_of = folder("uniform", "average"), theirs.convert_tokens_to_ids
+    if row_end is not None:
+        assert ids_of(row_end) != tokenizer.convert_tokens_to_ids(row_end)
+        config = json.loads((jam_folder / "config.json").read_text())
+        config["image_row_end_token_id"] = tokenizer.convert_tokens_to_ids(row_end)
+        (jam_folder / "config.json").write_text(json.dumps(config))
     found = certify(jam_folder, image_parent=tmp_path / "other", pairs=pairs, write=False).image
-    losses = []
+    losses, first = [], ids_of("<img:0>")
     for caption, codes in _encode(jam_folder, pairs):
-        ids = [*theirs(caption)["input_ids"], theirs.convert_tokens_to_ids("<break>")]
-        first = theirs.convert_tokens_to_ids("<img:0>")
+        prompt = [*theirs(caption)["input_ids"], ids_of("<break>")]
+        ends = [] if row_end is None else [ids_of(row_end)]
+        picture = sum(([first + code for code in codes[row : row + 4]] + ends for row in range(0, 16, 4)), [])
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([ids + [first + code for code in codes]])).logits[0]
-        logs = logits[len(ids) - 1 : -1, first : first + NUM_CODES].double().log_softmax(-1)
+            logits = model(input_ids=torch.tensor([prompt + picture])).logits[0, len(prompt) - 1 : -1]
+        logs = logits[[i for i, token in enumerate(picture) if token >= first], first : first + NUM_CODES].log_softmax(-1)
         losses += (-logs[range(16), codes]).tolist()
     assert found.parent_nll == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
