@@ -37,6 +37,8 @@ def _parser() -> argparse.ArgumentParser:
             _add_fuse(stage)
 
     _add_convert_vq(commands.add_parser("convert-vq", help="an image parent's VQ model, as `fuse --vq` takes it"))
+    _add_certify(commands)
+    _add_convert_metaseq(commands)
 
     generate = commands.add_parser("generate", help="write an interleaved document from a prompt, as one HTML page")
     generate.add_argument("prompt", help="what to write about; with --chat, what the user says")
@@ -112,6 +114,70 @@ def _convert_vq(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
     )
     print(f"VQ model: {path}")
+
+
+def _add_certify(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("certify", help="measure what a JAM keeps of its parents, and write it into its model card")
+    command.add_argument("--model", required=True, help="folder of the JAM (with --no-write also a Hub id)")
+    command.add_argument("--text-parent", help="text parent: folder or Hub id; needs --texts")
+    command.add_argument("--image-parent", help="image parent: folder or Hub id; needs --pairs")
+    command.add_argument("--texts", help="text file (UTF-8) whose paragraphs are documents")
+    command.add_argument("--pairs", help="folder of pictures with metadata.jsonl, or of a saved dataset with image and text")
+    command.add_argument("--batch-size", type=int, default=8)
+    command.add_argument("--max-tokens", type=int, help="where texts are cut (default: 1024, or the models' positions)")
+    command.add_argument("--max-documents", type=int, help="read no more than the first so many texts, and pairs")
+    command.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+    command.add_argument("--no-write", action="store_true", help="leave the model card as it is")
+
+
+def _certify(args: argparse.Namespace) -> None:
+    from .evaluation.retention import certify
+
+    retention = certify(
+        args.model,
+        text_parent=args.text_parent,
+        image_parent=args.image_parent,
+        texts=args.texts,
+        pairs=args.pairs,
+        batch_size=args.batch_size,
+        max_tokens=args.max_tokens,
+        max_documents=args.max_documents,
+        device=args.device,
+        write=not args.no_write,
+    )
+    print(retention.table())
+    if not args.no_write:
+        print(f"\nwritten: {Path(args.model) / 'README.md'}")
+
+
+def _add_convert_metaseq(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("convert-metaseq", help="metaseq's OPT or CM3leon files to an OPT checkpoint of transformers")
+    command.add_argument("--source", required=True, nargs="+", help="folder with the .pt files, or the files of one checkpoint")
+    command.add_argument("--output", required=True, help="folder of the OPT checkpoint")
+    command.add_argument("--num-attention-heads", type=int, help="where the files do not say")
+    command.add_argument("--activation-function", help="relu, gelu, ... where the files do not say (relu for OPT)")
+    command.add_argument("--post-norm", action="store_true", help="LayerNorm behind attention and FFN, as in OPT-350m")
+    command.add_argument("--vocab-size", type=int, help="leave out the rows behind, with which metaseq pads (default: all)")
+    command.add_argument("--dtype", help="float32, float16 or bfloat16 (default: that of the files)")
+    command.add_argument("--max-shard-size", default="2GB")
+    command.add_argument("--overwrite", action="store_true", help="replace the output folder")
+
+
+def _convert_metaseq(args: argparse.Namespace) -> None:
+    from .fusion.convert_metaseq import convert_metaseq
+
+    path = convert_metaseq(
+        args.source,
+        args.output,
+        num_attention_heads=args.num_attention_heads,
+        activation_function=args.activation_function,
+        post_norm=args.post_norm,
+        vocab_size=args.vocab_size,
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
+        overwrite=args.overwrite,
+    )
+    print(f"converted: {path}")
 
 
 def _names_parents(args: argparse.Namespace) -> bool:
@@ -208,6 +274,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _generate(args)
         elif args.command == "convert-vq":
             _convert_vq(args)
+        elif args.command == "certify":
+            _certify(args)
+        elif args.command == "convert-metaseq":
+            _convert_metaseq(args)
         elif args.command == "fuse" and _names_parents(args):
             _fuse(args)
         else:
@@ -216,7 +286,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"jam-hf {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\njam-hf {args.command}: interrupted; the same command goes on from here.", file=sys.stderr)
+        rest = "nothing was written" if args.command in ("certify", "convert-metaseq") else "the same command goes on from here"
+        print(f"\njam-hf {args.command}: interrupted; {rest}.", file=sys.stderr)
         return 130
     return 0
 

@@ -125,5 +125,9 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
     """Write a text file (UTF-8) aside, then rename it."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise

@@ -6,7 +6,7 @@ It knows ids and logits. Padding never counts, whatever the batch size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,14 +50,60 @@ class PerplexityResult:
         return math.exp(self.image_nll)
 
 
-def _batches(dataset: Dataset, batch_size: int, pad: int, description: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    documents = sorted(dataset["input_ids"], key=len)  # alike in length, so that little is padding
+def padded(rows: Iterable[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of different lengths to int64 `[B, T]` and its attention mask, padded on the right."""
+    rows = list(rows)
+    length = max(map(len, rows))
+    ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows], dtype=torch.int64)
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    return ids, mask
+
+
+def batches(
+    documents: Iterable[list[int]], batch_size: int, pad: int, description: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Documents as `padded` batches, sorted by length so that little is padding, with a progress bar."""
+    documents = sorted(documents, key=len)
     for start in tqdm(range(0, len(documents), batch_size), desc=description, unit="batch", leave=False):
-        rows = documents[start : start + batch_size]
-        length = max(map(len, rows))
-        ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows], dtype=torch.int64)
-        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-        yield ids, mask
+        yield padded(documents[start : start + batch_size], pad)
+
+
+Places = tuple[torch.Tensor, torch.Tensor]
+
+
+def compare_logits(
+    parent_logits: torch.Tensor,
+    fusion_logits: torch.Tensor,
+    parent_places: Places,
+    fusion_places: Places,
+    targets: torch.Tensor,
+    columns: slice | torch.Tensor = slice(None),
+    chunk: int = 2**22,
+) -> torch.Tensor:
+    """Sums of KL(parent || fusion) and of both negative log-likelihoods, in nats: float64 `[3]`, on the CPU.
+
+    Both distributions are renormalised over `columns`. Logits are taken from their tensors a chunk at a time, so that nothing
+    of their size is copied.
+
+    Args:
+        parent_logits, fusion_logits: `[B, T, V]`, any float type; V and T may differ between the two.
+        parent_places, fusion_places: rows and columns, int64 `[P]` each, of the positions to compare, pair by pair.
+        targets (int64 `[P]`): what comes next, as an index into `columns`.
+        columns: ids that both know, the same in both. chunk: elements in float32 at a time.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    step = max(1, chunk // parent_logits.shape[-1])
+    for start in range(0, len(targets), step):
+        part = slice(start, start + step)
+        logs = []
+        for logits, (rows, positions) in ((parent_logits, parent_places), (fusion_logits, fusion_places)):
+            taken = logits[rows[part].to(logits.device), positions[part].to(logits.device)]
+            logs.append(taken[:, columns].float().log_softmax(-1).to(parent_logits.device))
+        target = targets[part, None].to(parent_logits.device)
+        sums[0] += (logs[0].exp().double() * (logs[0].double() - logs[1].double())).sum().cpu()
+        for index, log in enumerate(logs, start=1):
+            sums[index] -= log.gather(1, target).double().sum().cpu()
+    return sums
 
 
 @torch.no_grad()
@@ -87,7 +133,7 @@ def perplexity(
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.int64)
-    for ids, mask in _batches(dataset, batch_size, model.config.pad_token_id or 0, description):
+    for ids, mask in batches(dataset["input_ids"], batch_size, model.config.pad_token_id or 0, description):
         ids, mask = ids.to(model.device), mask.to(model.device)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         targets = ids[:, 1:]
@@ -121,14 +167,14 @@ def divergence(
     parent.eval()
     fusion.eval()
     first, last = ids_of_interest
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for ids, mask in _batches(dataset, batch_size, parent.config.pad_token_id or 0, "divergence"):
+    total, count = 0.0, 0
+    for ids, mask in batches(dataset["input_ids"], batch_size, parent.config.pad_token_id or 0, "divergence"):
         targets = ids[:, 1:]
-        counted = mask[:, 1:].bool() & (targets >= first) & (targets < last)
-        logs = []
-        for model in (parent, fusion):
-            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
-            logs.append(logits[:, :-1, first:last].float().cpu()[counted].log_softmax(-1).double())
-        total += (logs[0].exp() * (logs[0] - logs[1])).sum()
-        count += int(counted.sum())
-    return float(total / max(count, 1))
+        places = (mask[:, 1:].bool() & (targets >= first) & (targets < last)).nonzero(as_tuple=True)
+        logits = [
+            model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+            for model in (parent, fusion)
+        ]
+        total += float(compare_logits(*logits, places, places, targets[places] - first, slice(first, last))[0])
+        count += len(places[0])
+    return total / max(count, 1)

@@ -1,0 +1,714 @@
+"""What a fusion keeps of its parents: KL and perplexity, parent against JAM, on texts and pictures that the user gives.
+
+It knows models, tokenizers, files of documents, and the section of the model card that it writes. It trains and fuses nothing.
+Shape suffixes: B documents, T tokens, V ids of a model, K image codes, N codes of a picture.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ChameleonForConditionalGeneration,
+    Emu3ForConditionalGeneration,
+    JanusForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..files import write_whole
+from ..model.configuration_jam import JamConfig
+from ..model.modeling_jam import JamForCausalLM
+from ..model.processing_jam import JamProcessor
+from ..version import __version__
+from .perplexity import batches, compare_logits, padded
+
+
+SECTION_START = "<!-- jam-hf certify: start -->"
+SECTION_END = "<!-- jam-hf certify: end -->"
+DEFAULT_MAX_TOKENS = 1024
+
+_MULTIMODAL = {
+    "chameleon": ChameleonForConditionalGeneration,
+    "emu3": Emu3ForConditionalGeneration,
+    "janus": JanusForConditionalGeneration,
+}
+
+
+# ----- the result -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Retained:
+    """A parent against the JAM. Means over `tokens`, in nats per token; both renormalised over the same `choices` ids.
+
+    Args:
+        parent: its name (no path). measured_on: the file or folder (no path). documents, tokens: what was counted.
+        choices: ids that both distributions are renormalised over. max_tokens: where documents were cut; None: nowhere.
+        kl: KL(parent || JAM). parent_nll, fusion_nll: negative log-likelihoods of the same tokens.
+    """
+
+    parent: str
+    measured_on: str
+    documents: int
+    tokens: int
+    choices: int
+    max_tokens: int | None
+    kl: float
+    parent_nll: float
+    fusion_nll: float
+
+    @property
+    def kl_bits(self) -> float:
+        """KL in bits per token."""
+        return self.kl / torch.tensor(2.0, dtype=torch.float64).log().item()
+
+    @property
+    def parent_perplexity(self) -> float:
+        return torch.tensor(self.parent_nll, dtype=torch.float64).exp().item()  # inf where math.exp would raise
+
+    @property
+    def fusion_perplexity(self) -> float:
+        return torch.tensor(self.fusion_nll, dtype=torch.float64).exp().item()
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What `certify` measured: the text parent, the image parent, or both."""
+
+    text: Retained | None = None
+    image: Retained | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and names, for JSON."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """A Markdown table, one column for each parent."""
+        parts = [(name, part) for name, part in (("text", self.text), ("image codes", self.image)) if part is not None]
+        rows: list[tuple[str, Callable[[Retained], str]]] = [
+            ("parent", lambda part: _cell(part.parent)),
+            ("measured on", lambda part: _cell(part.measured_on)),
+            ("documents", lambda part: f"{part.documents:,}"),
+            ("tokens", lambda part: f"{part.tokens:,}"),
+            ("KL(parent, fusion), nats per token", lambda part: f"{part.kl:.4g}"),
+            ("KL(parent, fusion), bits per token", lambda part: f"{part.kl_bits:.4g}"),
+            ("perplexity of the parent", lambda part: f"{part.parent_perplexity:.6g}"),
+            ("perplexity of the fusion", lambda part: f"{part.fusion_perplexity:.6g}"),
+        ]
+        lines = ["| | " + " | ".join(name for name, _ in parts) + " |", "|---" * (len(parts) + 1) + "|"]
+        lines += [f"| {title} | " + " | ".join(show(part) for _, part in parts) + " |" for title, show in rows]
+        return "\n".join(lines)
+
+    def section(self) -> str:
+        """The section of the model card, from marker to marker."""
+        notes = []
+        if self.text is not None:
+            notes.append(
+                f"Text: the next token among the {self.text.choices:,} ids that both know, image codes left out; documents are "
+                f"cut at {self.text.max_tokens:,} tokens."
+            )
+        if self.image is not None:
+            notes.append(
+                f"Image codes: the next code among all {self.image.choices:,}, in a picture that follows its caption; each "
+                "model reads the caption in its own tokens and the picture in its own layout."
+            )
+        return (
+            f"{SECTION_START}\n## Retention\n\nWhat this fusion keeps of its parents, measured by `jam-hf certify` "
+            f"(jam_hf {__version__}): both models read the same documents. KL is 0 where the fusion predicts exactly what its "
+            f"parent predicts.\n\n{self.table()}\n\n{' '.join(notes)} Both distributions are renormalised over those ids.\n"
+            f"{SECTION_END}"
+        )
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+# ----- the measurement ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def certify(
+    model: str | os.PathLike,
+    text_parent: str | os.PathLike | None = None,
+    image_parent: str | os.PathLike | None = None,
+    texts: str | os.PathLike | None = None,
+    pairs: str | os.PathLike | None = None,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    max_documents: int | None = None,
+    device: str | torch.device | None = None,
+    write: bool = True,
+) -> Retention:
+    """Measure how far a JAM is from its parents, and write it into the JAM's model card.
+
+    The JAM and one parent at a time are in memory, as they are stored. Nothing is written before all is measured.
+
+    Args:
+        model: folder of the JAM (with `write=False` also a Hub id).
+        text_parent: folder or Hub id of a causal LM whose ids the JAM's vocabulary begins with. Needs `texts`.
+        image_parent: folder or Hub id of the image parent: Chameleon, Emu3 or Janus (their `...ForConditionalGeneration`), or a
+            causal LM over the JAM's vocabulary or one that names the JAM's marks and `<img:0>`, `<img:1>`, ... Needs `pairs`.
+        texts: text file, UTF-8; documents are paragraphs, with blank lines between them.
+        pairs: pictures and captions: a folder with `metadata.jsonl` (`file_name` and `text` in each line), or a folder that
+            `datasets.Dataset.save_to_disk` wrote, with the columns `image` and `text`. The JAM's VQ model makes the codes.
+        batch_size: documents at a time: memory holds both models' logits of one batch, `[B, T, V]`.
+        max_tokens: where texts are cut; by default 1024, or the positions of the models if those are fewer. No picture is cut.
+        max_documents: read no more than the first so many texts, and pairs.
+        device: by default a GPU where there is one.
+        write: put the section "Retention" into README.md of the folder, in place of an earlier one. All else there stays.
+    Raises:
+        ValueError: if there is nothing to measure, a file is not what it should be, or a parent does not fit the JAM.
+    """
+    _check_arguments(model, text_parent, image_parent, texts, pairs, batch_size, max_tokens, max_documents, write)
+    card = Path(model) / "README.md"
+    before = _read_card(card) if write else ""
+    documents = read_texts(texts, max_documents) if texts is not None else []
+    pictures = read_pairs(pairs, max_documents) if pairs is not None else []
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    jam = _load_jam(model).to(device)
+    processor = JamProcessor.from_pretrained(model)
+    text = image = None
+    if text_parent is not None:
+        names = _name(text_parent), _name(texts)
+        text = _measure_texts(jam, processor.tokenizer, text_parent, documents, names, batch_size, max_tokens, device)
+    if image_parent is not None:
+        names = _name(image_parent), _name(pairs)
+        image = _measure_pairs(jam, processor, image_parent, pictures, names, batch_size, device)
+    retention = Retention(text, image)
+    if write:
+        write_whole(card, _with_section(before, retention.section(), card))
+    return retention
+
+
+def _measure_texts(
+    jam: JamForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str | os.PathLike,
+    texts: Sequence[str],
+    names: tuple[str, str],
+    batch_size: int,
+    max_tokens: int | None,
+    device: torch.device,
+) -> Retained:
+    parent = _load_parent(source, "text parent").to(device)
+    columns = shared_ids(jam.config, parent.config.get_text_config().vocab_size, names[0])
+    _check_same_ids(tokenizer, source, names[0])
+    positions = min(_positions(jam), _positions(parent))
+    if max_tokens is None:
+        max_tokens = min(DEFAULT_MAX_TOKENS, positions)
+    elif max_tokens > positions:
+        raise ValueError(f"max_tokens is {max_tokens}, but the JAM or {names[0]} has only {positions} positions.")
+    known = set(columns.tolist())
+    documents = []
+    for number, text in enumerate(texts):
+        ids = tokenizer(text)["input_ids"][:max_tokens]
+        unknown = next((token for token in ids if token not in known), None)
+        if unknown is not None:
+            raise ValueError(
+                f"Document {number} of {names[1]} holds {tokenizer.convert_ids_to_tokens(unknown)!r} (id {unknown}), which "
+                f"is no text of the text parent {names[0]}. Take it out of the text."
+            )
+        if len(ids) > 1:
+            documents.append(ids)
+    if not documents:
+        raise ValueError(f"No document of {names[1]} has more than one token, so none is predicted.")
+    place = torch.full((jam.config.vocab_size,), -1)  # id -> index into columns
+    place[columns] = torch.arange(len(columns))
+    sums, count = torch.zeros(3, dtype=torch.float64), 0
+    chosen = columns.to(device)
+    for ids, mask in batches(documents, batch_size, jam.config.pad_token_id or 0, "certify: texts"):
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
+        counted = mask[:, 1:].nonzero(as_tuple=True)
+        logits = parent(**inputs).logits, jam(**inputs).logits
+        sums += compare_logits(*logits, counted, counted, place[ids[:, 1:][counted]], chosen)
+        count += len(counted[0])
+    return _retained(names, len(documents), count, len(columns), max_tokens, sums)
+
+
+def _measure_pairs(
+    jam: JamForCausalLM,
+    processor: JamProcessor,
+    source: str | os.PathLike,
+    pairs: Sequence[dict[str, Any]],
+    names: tuple[str, str],
+    batch_size: int,
+    device: torch.device,
+) -> Retained:
+    parent = _load_parent(source, "image parent").to(device)
+    theirs = image_parent_view(parent, _tokenizer_of(source), processor.tokenizer, jam.config, names[0])
+    ours = jam_view(jam, processor.tokenizer)
+    offset, count = jam.config.image_token_offset, 0
+    sums = torch.zeros(3, dtype=torch.float64)
+    for start in tqdm(range(0, len(pairs), batch_size), desc="certify: pictures", unit="batch", leave=False):
+        rows = [pairs[i] for i in range(start, min(start + batch_size, len(pairs)))]
+        pictures = processor.image_processor.fetch_images([row["image"] for row in rows])
+        pixels = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+        codes_BN = (jam.get_image_tokens(pixels.to(device)) - offset).cpu()
+        captions = [row["text"] for row in rows]
+        results = [_code_logits(view, captions, codes_BN, start, names[1]) for view in (theirs, ours)]
+        (parent_logits, parent_places), (fusion_logits, fusion_places) = results
+        sums += compare_logits(parent_logits, fusion_logits, parent_places, fusion_places, codes_BN.flatten())
+        count += codes_BN.numel()
+    return _retained(names, len(pairs), count, jam.config.num_image_tokens, None, sums)
+
+
+def _code_logits(
+    view: PictureView, captions: Sequence[str], codes_BN: torch.Tensor, start: int, name: str
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """Logits over the codes, `[B, T, K]`, and where in them each code is predicted (rows and columns, `[B * N]`)."""
+    documents, rows, columns = [], [], []
+    for index, (caption, codes) in enumerate(zip(captions, codes_BN)):
+        ids, places = view.document(caption, codes)
+        if len(ids) > _positions(view.model):
+            raise ValueError(
+                f"Pair {start + index} of {name} has {len(ids)} tokens, more than the {_positions(view.model)} positions of "
+                f"{type(view.model).__name__}. Shorten its caption, or leave it out."
+            )
+        documents.append(ids)
+        rows += [index] * len(places)
+        columns += [place - 1 for place in places]  # a code is predicted one place before its own
+    ids, mask = padded(documents, 0)  # behind the last code: seen by none
+    logits = view.code_logits(ids.to(view.model.device), mask.to(view.model.device))
+    return logits, (torch.tensor(rows), torch.tensor(columns))
+
+
+def _retained(
+    names: tuple[str, str], documents: int, tokens: int, choices: int, max_tokens: int | None, sums: torch.Tensor
+) -> Retained:
+    kl, parent, fusion = (sums / tokens).tolist()
+    for what, value in ((names[0], parent), ("the JAM", fusion), ("their divergence", kl)):
+        if not torch.isfinite(torch.tensor(value)):
+            raise ValueError(f"The likelihoods of {what} on {names[1]} are {value}: a weight or a logit is NaN or infinite.")
+    return Retained(*names, documents, tokens, choices, max_tokens, kl, parent, fusion)
+
+
+def shared_ids(config: JamConfig, vocabulary: int, name: str) -> torch.Tensor:
+    """Ids of text that the JAM shares with a text parent of `vocabulary` ids: all of the parent's but image codes, int64 `[V]`.
+
+    Raises:
+        ValueError: if the parent has more ids than the JAM.
+    """
+    if vocabulary > config.vocab_size:
+        raise ValueError(
+            f"{name} has a vocabulary of {vocabulary} ids, the JAM one of {config.vocab_size}. The ids of a JAM's text parent "
+            "come first in the JAM's vocabulary; this is not its text parent."
+        )
+    first, last = config.image_token_offset, config.image_token_offset + config.num_image_tokens
+    ids = torch.arange(vocabulary)
+    return ids[(ids < first) | (ids >= last)]
+
+
+# ----- how each class reads a picture ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PictureView:
+    """How one model reads a caption and the picture behind it. Of a model it knows what is needed to predict the codes.
+
+    Args:
+        model: the model. caption: its ids, up to and with what announces the picture.
+        code_ids (int64 `[K]`): the id that stands for code k. Where codes have embeddings of their own (Janus), numbers behind
+            the vocabulary.
+        template: what follows: ids, and -1 in the place of each code (`JamConfig.picture_template`).
+        code_logits: ids and attention mask, int64 `[B, T]` -> logits over the codes, `[B, T, K]`.
+    """
+
+    model: PreTrainedModel
+    caption: Callable[[str], list[int]]
+    code_ids: torch.Tensor
+    template: Sequence[int]
+    code_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+    def document(self, caption: str, codes: torch.Tensor) -> tuple[list[int], list[int]]:
+        """Ids of the caption and its picture of `codes` (int64 `[N]`, 0..K-1), and the places of the codes among them."""
+        ids, places = list(self.caption(caption)), []
+        left = iter(self.code_ids[codes].tolist())
+        for token in self.template:
+            if token < 0:
+                places.append(len(ids))
+            ids.append(next(left) if token < 0 else token)
+        return ids, places
+
+
+def jam_view(jam: JamForCausalLM, tokenizer: PreTrainedTokenizerBase) -> PictureView:
+    """The JAM's own way: the caption, `<break>`, the codes in the layout of its config."""
+    config = jam.config
+    first = config.image_token_offset
+    codes = torch.arange(first, first + config.num_image_tokens)
+    caption = _caption(tokenizer, [config.break_token_id])
+    return PictureView(jam, caption, codes, config.picture_template, _plain_logits(jam, codes))
+
+
+def image_parent_view(
+    parent: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    jam_tokenizer: PreTrainedTokenizerBase,
+    config: JamConfig,
+    name: str,
+) -> PictureView:
+    """The parent's way, by its class; code k of the JAM is code k of the parent.
+
+    Args:
+        tokenizer: the parent's; `None` where it brings none. name: how messages call the parent.
+    Raises:
+        ValueError: if it has another number of codes, or marks and codes cannot be found.
+    """
+    kind, row = parent.config.model_type, (-1,) * config.grid_size
+    if kind not in _MULTIMODAL:
+        return _plain_view(parent, tokenizer, jam_tokenizer, config, name)
+    if tokenizer is None:
+        raise ValueError(f"The image parent {name} brings no tokenizer; save it beside the model, captions are read with it.")
+    if kind == "chameleon":
+        vocabulary = parent.config.vocabulary_map or {}
+        # A code's decimal digits are written A..J, and a Z ends the name.
+        codes = _named_codes(vocabulary, lambda k: f"IMGIMG{''.join(chr(ord('A') + int(d)) for d in str(k))}Z", config, name)
+        marks = [_id_of(vocabulary, "<racm3:break>", name)]
+
+        def chameleon_logits(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            # The class's own forward forbids image codes; the weights do predict them.
+            states = parent.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            return parent.lm_head(states)[..., codes.to(ids.device)]
+
+        return PictureView(parent, _caption(tokenizer, marks), codes, row * config.grid_size, chameleon_logits)
+    if kind == "emu3":
+        vocabulary = parent.config.vocabulary_map or {}
+        codes = _named_codes(vocabulary, lambda k: f"<|visual token {k:06d}|>", config, name)
+        row_end = _id_of(vocabulary, "<|extra_200|>", name)
+        known = tokenizer.get_vocab()
+        start, token = (_id_of(known, mark, name) for mark in ("<|image start|>", "<|image token|>"))
+        size = tokenizer(f"{config.grid_size}*{config.grid_size}", add_special_tokens=False)["input_ids"]
+        caption = _caption(tokenizer, [start, *size, token], begin=True)
+        return PictureView(parent, caption, codes, (*row, row_end) * config.grid_size, _plain_logits(parent, codes))
+    text_ids = parent.config.text_config.vocab_size
+    _check_number(parent.config.vq_config.num_embeddings, config, name)
+    start = _id_of(tokenizer.get_vocab(), getattr(tokenizer, "boi_token", None) or "<begin_of_image>", name)
+
+    def janus_logits(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        is_code = (ids >= text_ids)[..., None]
+        text = parent.get_input_embeddings()(ids.clamp(max=text_ids - 1))
+        codes = parent.prepare_embeddings_for_image_generation((ids - text_ids).clamp(min=0))
+        embeds = torch.where(is_code, codes, text)
+        outputs = parent.model.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
+        return parent.model.generation_head(outputs.last_hidden_state)
+
+    codes = torch.arange(config.num_image_tokens) + text_ids
+    return PictureView(parent, _caption(tokenizer, [start]), codes, row * config.grid_size, janus_logits)
+
+
+def _plain_view(
+    parent: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    jam_tokenizer: PreTrainedTokenizerBase,
+    config: JamConfig,
+    name: str,
+) -> PictureView:
+    """A causal LM whose vocabulary holds the codes: over the JAM's own ids, or with a tokenizer that names marks and codes.
+
+    Its pictures have the layout of the JAM's.
+    """
+    vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
+    template, mark = config.picture_template, config.break_token_id
+    if "<img:0>" in vocabulary:
+        codes = _named_codes(vocabulary, lambda k: f"<img:{k}>", config, name)
+        marks = {token: jam_tokenizer.convert_ids_to_tokens(token) for token in {mark, *template} if token >= 0}
+        ids = {token: _id_of(vocabulary, string, name) for token, string in marks.items()}
+        template, mark = [ids.get(token, -1) for token in template], ids[mark]
+    elif parent.config.get_text_config().vocab_size == config.vocab_size:
+        codes = torch.arange(config.image_token_offset, config.image_token_offset + config.num_image_tokens)
+    else:
+        raise ValueError(
+            f"The image codes of the image parent {name} cannot be found: its tokenizer names no <img:0>, and its vocabulary "
+            f"of {parent.config.get_text_config().vocab_size} ids is not the JAM's of {config.vocab_size}. Expected a causal "
+            "LM over the JAM's vocabulary, one with <break> and <img:0> ... in its tokenizer, Chameleon, Emu3 or Janus."
+        )
+    return PictureView(parent, _caption(tokenizer or jam_tokenizer, [mark]), codes, template, _plain_logits(parent, codes))
+
+
+def _plain_logits(model: PreTrainedModel, codes: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def code_logits(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[..., codes.to(ids.device)]
+
+    return code_logits
+
+
+def _caption(tokenizer: PreTrainedTokenizerBase, marks: list[int], begin: bool = False) -> Callable[[str], list[int]]:
+    """Caption to ids, `marks` behind it. begin: the tokenizer leaves the begin of the document to its processor."""
+
+    def encode(caption: str) -> list[int]:
+        ids = tokenizer(caption)["input_ids"]
+        first = [tokenizer.bos_token_id] if begin and ids[:1] != [tokenizer.bos_token_id] else []
+        return [*first, *ids, *marks]
+
+    return encode
+
+
+def _named_codes(vocabulary: dict[str, int], code: Callable[[int], str], config: JamConfig, name: str) -> torch.Tensor:
+    count = 0
+    while code(count) in vocabulary:
+        count += 1
+    _check_number(count, config, name)
+    return torch.tensor([vocabulary[code(k)] for k in range(count)])
+
+
+def _check_number(count: int, config: JamConfig, name: str) -> None:
+    if count != config.num_image_tokens:
+        raise ValueError(
+            f"The image parent {name} has {count} image codes, the JAM {config.num_image_tokens}. It is not the JAM's image "
+            "parent, or its vocabulary does not name all codes."
+        )
+
+
+def _id_of(vocabulary: dict[str, int], token: str, name: str) -> int:
+    if token not in vocabulary:
+        raise ValueError(f"The vocabulary of the image parent {name} has no {token}, which its pictures need.")
+    return vocabulary[token]
+
+
+# ----- models ---------------------------------------------------------------------------------------------------------
+
+
+def _load_jam(model: str | os.PathLike) -> JamForCausalLM:
+    config = _config(model, "model")
+    if config.model_type != JamConfig.model_type:
+        raise ValueError(f"The model '{model}' is a '{config.model_type}', not a JAM. Make one with jam-hf fuse.")
+    return _whole(JamForCausalLM, model, "model")
+
+
+def _load_parent(source: str | os.PathLike, role: str) -> PreTrainedModel:
+    kind = _config(source, role).model_type
+    return _whole(_MULTIMODAL.get(kind, AutoModelForCausalLM) if role == "image parent" else AutoModelForCausalLM, source, role)
+
+
+def _config(source: str | os.PathLike, role: str) -> Any:
+    if not Path(source).is_dir() and (str(source).count("/") != 1 or str(source).startswith((".", "/", "~"))):
+        raise ValueError(f"The {role} '{source}' is not a folder. Expected a checkpoint folder or a Hub id such as 'a/b'.")
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"The {role} '{source}' is no checkpoint that transformers can read: {reason}") from error
+
+
+def _whole(model_class: Any, source: str | os.PathLike, role: str) -> PreTrainedModel:
+    """The model, in evaluation mode; one with weights missing would be measured with noise in their place."""
+    model, info = model_class.from_pretrained(source, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"The {role} '{source}' lacks {len(missing)} weights of a {type(model).__name__}, e.g. '{missing[0]}'. Give the "
+            "whole checkpoint, of the class that it was trained as."
+        )
+    return model.eval()
+
+
+def _tokenizer_of(source: str | os.PathLike) -> PreTrainedTokenizerBase | None:
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
+        return None
+    return AutoTokenizer.from_pretrained(source)
+
+
+def _check_same_ids(tokenizer: PreTrainedTokenizerBase, source: str | os.PathLike, name: str) -> None:
+    """A text parent that brings no tokenizer is taken at its word."""
+    theirs = _tokenizer_of(source)
+    if theirs is None:
+        return
+    ours = tokenizer.get_vocab()
+    differing = [token for token, index in theirs.get_vocab().items() if ours.get(token) != index]
+    if differing:
+        token = differing[0]
+        raise ValueError(
+            f"The JAM's tokenizer gives {len(differing)} tokens of the text parent {name} other ids, e.g. {token!r}: "
+            f"{ours.get(token)} and {theirs.get_vocab()[token]}. This is not the JAM's text parent."
+        )
+
+
+def _positions(model: PreTrainedModel) -> int:
+    """Tokens that the model can read; where its config names no limit, none is known."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**63
+
+
+# ----- documents ------------------------------------------------------------------------------------------------------
+
+
+def read_texts(path: str | os.PathLike, max_documents: int | None = None) -> list[str]:
+    """Documents of a UTF-8 text file: its paragraphs, which blank lines divide.
+
+    Raises:
+        ValueError: if there is no such file, it is not UTF-8, or it holds nothing but blanks.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"There is no text file '{path}'.")
+    documents: list[str] = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for paragraph in _paragraphs(file):
+                documents.append(paragraph)
+                if len(documents) == max_documents:
+                    break
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{path}' is not UTF-8 (byte {error.start}: {error.reason}). Expected a plain text file.") from error
+    if not documents:
+        raise ValueError(f"'{path}' is empty. Expected documents, with blank lines between them.")
+    return documents
+
+
+def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
+    paragraph: list[str] = []
+    for line in lines:
+        if line.strip():
+            paragraph.append(line.rstrip("\r\n"))
+        elif paragraph:
+            yield "\n".join(paragraph)
+            paragraph = []
+    if paragraph:
+        yield "\n".join(paragraph)
+
+
+def read_pairs(folder: str | os.PathLike, max_documents: int | None = None) -> Sequence[dict[str, Any]]:
+    """Pictures and captions, `{"image": path or PIL picture, "text": caption}` each; pictures are opened when they are needed.
+
+    Raises:
+        ValueError: if the folder is neither of the two kinds that `certify` names, is empty, or lacks pictures or captions.
+    """
+    folder = Path(folder)
+    metadata = folder / "metadata.jsonl"
+    if (folder / "dataset_dict.json").is_file():
+        raise ValueError(f"'{folder}' holds several splits. Give the folder of one of them.")
+    if metadata.is_file():
+        pairs: Sequence[dict[str, Any]] = _metadata_pairs(folder, metadata, max_documents)
+    elif (folder / "dataset_info.json").is_file():
+        from datasets import load_from_disk
+
+        dataset = load_from_disk(str(folder))
+        lacking = {"image", "text"} - set(dataset.column_names)
+        if lacking:
+            raise ValueError(
+                f"The dataset '{folder}' has no column {' and '.join(sorted(lacking))}; it has "
+                f"{', '.join(dataset.column_names)}. Expected the columns image and text."
+            )
+        pairs = dataset.select_columns(["image", "text"])
+        pairs = pairs.select(range(min(len(pairs), max_documents or len(pairs))))
+        bad = next((i for i, text in enumerate(pairs["text"]) if not isinstance(text, str)), None)
+        if bad is not None:
+            raise ValueError(f"Row {bad} of the dataset '{folder}' has no text. Expected a caption for each picture.")
+    else:
+        raise ValueError(
+            f"'{folder}' holds no pairs: expected a folder with pictures and a metadata.jsonl ('file_name' and 'text' in each "
+            "line), or one that datasets' save_to_disk wrote, with the columns image and text."
+        )
+    if not len(pairs):
+        raise ValueError(f"'{folder}' is empty. Expected pictures and captions.")
+    return pairs
+
+
+def _metadata_pairs(folder: Path, metadata: Path, max_documents: int | None) -> list[dict[str, Any]]:
+    pairs: list[dict[str, Any]] = []
+    try:
+        lines = metadata.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{metadata} is not UTF-8 (byte {error.start}: {error.reason}).") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if len(pairs) == max_documents:
+            break
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{metadata}, line {number} is no JSON: {error}.") from error
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("file_name", "text")):
+            raise ValueError(f"{metadata}, line {number}: expected the strings 'file_name' and 'text', got {line:.80}")
+        pairs.append({"image": str(folder / row["file_name"]), "text": row["text"]})
+    missing = [pair["image"] for pair in pairs if not Path(pair["image"]).is_file()]
+    if missing:
+        raise ValueError(f"{metadata} names {len(missing)} pictures that are not there, e.g. {missing[0]}.")
+    return pairs
+
+
+# ----- arguments and the card -----------------------------------------------------------------------------------------
+
+
+def _check_arguments(
+    model: Any,
+    text_parent: Any,
+    image_parent: Any,
+    texts: Any,
+    pairs: Any,
+    batch_size: int,
+    max_tokens: int | None,
+    max_documents: int | None,
+    write: bool,
+) -> None:
+    for parent, data, names in (
+        (text_parent, texts, ("text_parent", "texts")),
+        (image_parent, pairs, ("image_parent", "pairs")),
+    ):
+        if (parent is None) != (data is None):
+            given, lacking = names if data is None else reversed(names)
+            raise ValueError(
+                f"certify: {given} is given, {lacking} is not; a parent is measured on documents, so it needs both."
+            )
+    if text_parent is None and image_parent is None:
+        raise ValueError("certify: nothing to measure. Give text_parent and texts, image_parent and pairs, or all four.")
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("max_tokens", max_tokens, 2),
+        ("max_documents", max_documents, 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"certify: {name} must be at least {least}, got {value}.")
+    if write and not Path(model).is_dir():
+        raise ValueError(
+            f"certify: '{model}' is not a folder, so there is no model card to write to. Give the folder, or write=False."
+        )
+
+
+def _name(source: str | os.PathLike) -> str:
+    """A Hub id as it is; of a path its last part, as where it lay on this machine is nobody else's business."""
+    path = Path(source)
+    return path.resolve().name if path.exists() else str(source)
+
+
+def _read_card(card: Path) -> str:
+    if not card.is_file():
+        return ""
+    try:
+        text = card.read_bytes().decode("utf-8")  # not read_text, which would change the ends of lines
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{card} is not UTF-8 (byte {error.start}). Mend it, or call with write=False.") from error
+    _find_section(text, card)
+    return text
+
+
+def _find_section(text: str, card: Path) -> tuple[int, int] | None:
+    counts = text.count(SECTION_START), text.count(SECTION_END)
+    if counts == (0, 0):
+        return None
+    first, last = text.find(SECTION_START), text.find(SECTION_END)
+    if counts != (1, 1) or last < first:
+        raise ValueError(
+            f"{card}: the marks of the section Retention do not pair up ({SECTION_START} {counts[0]} times, {SECTION_END} "
+            f"{counts[1]} times). Remove the old section and its marks by hand."
+        )
+    return first, last + len(SECTION_END)
+
+
+def _with_section(text: str, section: str, card: Path) -> str:
+    found = _find_section(text, card)
+    if found is not None:
+        return text[: found[0]] + section + text[found[1] :]
+    gap = "" if not text else "\n" if text.endswith("\n") else "\n\n"
+    return f"{text}{gap}{section}\n"
