@@ -317,6 +317,8 @@ def _write_shard(writer: TensorFileWriter, plans: dict[str, TensorPlan], progres
                 )
             cast = made.to(spec.dtype)
             if not all_finite(cast):
+                if made.dtype == spec.dtype:
+                    raise ValueError(f"Tensor '{key}' holds NaN or infinity; look at the tensors that it is made of.")
                 raise ValueError(
                     f"Tensor '{key}' ({plans[key].what}) holds {made.abs().max().item():.4g}, which overflows {spec.dtype} "
                     f"(largest: {torch.finfo(spec.dtype).max:.4g}). Choose another dtype, e.g. dtype='bfloat16'."

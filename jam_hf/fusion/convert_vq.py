@@ -80,7 +80,29 @@ def convert_vq(
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}.")
     _check_folders(source, output_dir)
-    origin = _open(source, allow_pickle)
+    model, layout = _converted(_open(source, allow_pickle), layout, sample_size, codebook_l2_norm)
+    config = model.config
+    with whole_folder(output_dir, overwrite) as folder:
+        model.save_pretrained(folder)
+        _check_saved(folder, model)
+    halves = "encoder and decoder" if config.has_decoder else "encoder only: it cannot decode codes to pixels"
+    print(
+        f"VQ model of layout '{layout}': {config.sample_size}x{config.sample_size} pixels are {config.grid_size}x"
+        f"{config.grid_size} codes out of {config.num_vq_embeddings}; {halves}."
+    )
+    return Path(output_dir)
+
+
+def vq_model_from(parent: Parent, sample_size: int | None = None) -> JamVQModel:
+    """The VQ model inside a checkpoint of transformers' Chameleon, Janus or Emu3; see [`convert_vq`]."""
+    origin = Source(parent.name, parent.keys(), parent.get, _vq_config(parent))
+    return _converted(origin, None, sample_size, None)[0]
+
+
+def _converted(
+    origin: Source, layout: str | None, sample_size: int | None, codebook_l2_norm: bool | None
+) -> tuple[JamVQModel, str]:
+    """The model, and the layout that its weights had."""
     tensors = _vq_tensors(origin)
     layout = layout or guess_layout(tensors)
     if layout is None:
@@ -102,15 +124,7 @@ def convert_vq(
                 "normalises them before it encodes a picture, transformers' class does not, so they find other codes for it. "
                 "Converted as transformers has it; codebook_l2_norm (--codebook-l2-norm) converts to DeepSeek's."
             )
-    with whole_folder(output_dir, overwrite) as folder:
-        model.save_pretrained(folder)
-        _check_saved(folder, model)
-    halves = "encoder and decoder" if config.has_decoder else "encoder only: it cannot decode codes to pixels"
-    print(
-        f"VQ model of layout '{layout}': {config.sample_size}x{config.sample_size} pixels are {config.grid_size}x"
-        f"{config.grid_size} codes out of {config.num_vq_embeddings}; {halves}."
-    )
-    return Path(output_dir)
+    return model, layout
 
 
 # ----- reading ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,11 @@ from typing import Any
 
 from ..model.configuration_jam import JamVQConfig
 from ..model.modeling_jam_vq import JamVQModel
+from .convert_vq import vq_model_from
 from .parents import Decoder
+
+
+_HAVE_VQ = ("chameleon", "emu3", "janus")
 
 
 def vq_model_of(source: Any, image: Decoder, image_size: int | None) -> tuple[JamVQModel, list[str]]:
@@ -19,9 +23,11 @@ def vq_model_of(source: Any, image: Decoder, image_size: int | None) -> tuple[Ja
         ValueError: if it is no VQ model, or neither given nor part of the image parent.
     """
     if source is None:
-        raise ValueError("vq_model is missing: a JAM carries the image tokenizer that made its image parent's codes.")
+        return _parents_own(image, image_size)
+    if image_size is not None:
+        raise ValueError("image_size is for the image parent's own VQ model; one that is given says its size. Leave it out.")
     if isinstance(source, JamVQModel):
-        return source, []
+        return source, _halves(source)
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(
             f"vq_model must be a JamVQModel or its folder, got {type(source).__name__}. A diffusers VQModel goes into "
@@ -40,4 +46,26 @@ def vq_model_of(source: Any, image: Decoder, image_size: int | None) -> tuple[Ja
                 "Convert others with `jam-hf convert-vq`; a diffusers VQModel goes into the `.vq` of a JamVQModel made with "
                 "its arguments."
             )
-    return JamVQModel.from_pretrained(source), []
+    model = JamVQModel.from_pretrained(source)
+    return model, _halves(model)
+
+
+def _parents_own(image: Decoder, image_size: int | None) -> tuple[JamVQModel, list[str]]:
+    if image.kind not in _HAVE_VQ:
+        raise ValueError("vq_model is missing: a JAM carries the image tokenizer that made its image parent's codes.")
+    if image.kind == "emu3" and image_size is None:
+        raise ValueError(
+            f"The VQ model of the image parent {image.parent.name} takes pictures of any size, and a JAM's have one: "
+            "image_size=512, say (--image-size 512)."
+        )
+    model = vq_model_from(image.parent, sample_size=image_size)
+    return model, _halves(model)
+
+
+def _halves(model: JamVQModel) -> list[str]:
+    if model.config.has_decoder:
+        return []
+    return [
+        "The VQ model has no decoder (transformers' Chameleon brings none): the JAM will read pictures and write their codes, "
+        "but cannot turn codes into pixels. Convert the original vqgan.ckpt with `jam-hf convert-vq`, and pass it: vq_model=..."
+    ]
