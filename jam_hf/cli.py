@@ -22,7 +22,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_run(command: argparse.ArgumentParser) -> None:
         command.add_argument("--run", default=DEFAULT_RUN, help=f"run folder (default: {DEFAULT_RUN})")
-        command.add_argument("--seed", type=int, default=0, help="seed of data, initialisation and training")
+        command.add_argument("--seed", type=int, help="seed of data, initialisation and training (default: 0)")
         command.add_argument("--train-all", action="store_true", help="train jam-uniform and jam-width as well")
         command.add_argument("--family", choices=("llama", "opt"), default="llama", help="architecture of the parents")
         command.add_argument("--small", action="store_true", help="the whole path in seconds, learning nothing")
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_fuse(stage: argparse.ArgumentParser) -> None:
     group = stage.add_argument_group("any two parents, instead of a run folder's")
-    group.add_argument("recipe", nargs="?", help="YAML file with the settings below; what is given here wins over it")
+    group.add_argument("recipe", nargs="?", help="YAML file with the settings below, which win over it (paths start here)")
     group.add_argument("--text", help="text parent: folder or Hub id")
     group.add_argument("--image", help="image parent: folder or Hub id")
     group.add_argument("--vq", help="VQ model: folder or Hub id (default: the image parent's own)")
@@ -186,11 +186,12 @@ def _names_parents(args: argparse.Namespace) -> bool:
 
 
 def _fuse(args: argparse.Namespace) -> None:
+    from .files import check_free
     from .fusion.fuse import check_output, plan_recipe, run_fusion
     from .fusion.recipe import FusionRecipe
 
     settings = {name: getattr(args, name) for name in _FUSE_SETTINGS if getattr(args, name) is not None}
-    if args.seed:
+    if args.seed is not None:
         settings["seed"] = args.seed
     if args.recipe is not None:
         recipe = FusionRecipe.from_yaml(args.recipe, **settings)
@@ -203,7 +204,9 @@ def _fuse(args: argparse.Namespace) -> None:
     if writes and args.output is None:
         raise ValueError("fuse: --output is missing (or --dry-run, to see what it would be).")
     if writes:
-        check_output(args.output, recipe.text, recipe.image, recipe.vq, recipe.tokenizer, recipe.image_tokenizer)
+        inputs = (recipe.text, recipe.image, recipe.vq, recipe.tokenizer, recipe.image_tokenizer, args.recipe)
+        check_output(args.output, *inputs)
+        check_free(args.output, args.overwrite)
     plan = plan_recipe(recipe)
     if args.explain:
         print(plan.explain(args.explain))
@@ -256,7 +259,7 @@ def _run(args: argparse.Namespace) -> None:
     from .quickstart.stages import QuickstartSettings, Run, run_all, run_stage
 
     settings = QuickstartSettings.small() if args.small else QuickstartSettings()
-    settings = replace(settings, seed=args.seed, train_all=args.train_all, family=args.family)
+    settings = replace(settings, seed=args.seed or 0, train_all=args.train_all, family=args.family)
     run = Run(args.run, settings)
     if args.command == "quickstart":
         print(f"The page lies at {run_all(run)}")
@@ -283,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             _run(args)
     except (ValueError, OSError, json.JSONDecodeError) as error:
-        print(f"jam-hf {args.command}: {error}", file=sys.stderr)
+        print(f"jam-hf {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         rest = "nothing was written" if args.command in ("certify", "convert-metaseq") else "the same command goes on from here"
