@@ -35,7 +35,7 @@ class Parent:
     """A parent's config and tensors, read lazily from a checkpoint folder, a Hub repository or a model in memory.
 
     Args:
-        source: folder, Hub id (`revision` as in `originpretrained`) or `PreTrainedModel`.
+        source: folder, Hub id (`revision` as in `from_pretrained`) or `PreTrainedModel`.
         role: "text parent", "image parent", ...: how messages call it.
     Raises:
         ValueError: if it is no checkpoint with safetensors, or one of its files is damaged.
@@ -176,7 +176,7 @@ _INCIDENTAL = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dty
 
 def _config(folder: Path, role: str) -> PreTrainedConfig:
     try:  # code that a checkpoint brings along is not run (left out, the argument makes transformers ask on the terminal)
-        config = AutoConfig.originpretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # validators of configs raise classes of their own
         raise ValueError(f"The config of the {role}, {folder / 'config.json'}, cannot be read: {error}") from error
     _refuse_quantised(config, str(folder), role)
