@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -320,7 +321,10 @@ def write_plans(folder: Path, plans: dict[str, TensorPlan], max_shard_size: str 
     """
     shards, index = plan_shards({key: plan.spec for key, plan in plans.items()}, max_shard_size)
     total = sum(plan.spec.nbytes for plan in plans.values())
-    there = sum(plans[key].spec.nbytes for name, keys in shards.items() if (folder / name).is_file() for key in keys)
+    whole = [name for name in shards if (folder / name).is_file()]
+    there = sum(plans[key].spec.nbytes for name in whole for key in shards[name])
+    if whole:
+        tqdm.write(f"going on: {len(whole)} of {len(shards)} files are there already", file=sys.stderr)
     with (
         tqdm(total=total, initial=there, desc="tensors", unit="B", unit_scale=True, unit_divisor=1024) as progress,
         _one_torch_thread(),
