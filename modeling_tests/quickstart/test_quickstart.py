@@ -109,7 +109,7 @@ def test_command_line(run, tmp_path, capsys):
     assert main([*fuse, "--mode", "width"]) == 2
     assert "not empty" in capsys.readouterr().err
     assert main(["fuse", "--text", llm]) == 2
-    assert "--image, --vq, --mode, --output" in capsys.readouterr().err
+    assert "--image, --mode is missing" in capsys.readouterr().err
     page = tmp_path / "document.html"
     options = ["--model", str(run.folder / "jam-cross"), "--output", str(page), "--max-new-tokens", "40"]
     assert main(["generate", "Please draw a circle.", "--chat", "--guidance-scale", "2", *options]) == 0
