@@ -308,9 +308,7 @@ def _finish(writer: TensorFileWriter, path: Path) -> None:
     writer.path.replace(path)
 
 
-def _write_shard(
-    writer: TensorFileWriter, plans: dict[str, TensorPlan], progress: tqdm, syncing: ThreadPoolExecutor
-) -> None:
+def _write_shard(writer: TensorFileWriter, plans: dict[str, TensorPlan], progress: tqdm, syncing: ThreadPoolExecutor) -> None:
     room = threading.Semaphore(2 * _THREADS)
     failed, counting = threading.Event(), threading.Lock()
 
