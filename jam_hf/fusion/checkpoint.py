@@ -27,6 +27,7 @@ from .tensor_files import TensorFile, TensorFileWriter, TensorSpec
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 BLOCK_BYTES = 1 << 20  # of output made at a time by each thread: small enough that sources and result stay in a core's cache
+_FLUSH_BYTES = 256 << 20  # sent to the disk at a time, while the next ones are made
 _THREADS = min(4, os.cpu_count() or 1)
 
 
@@ -76,7 +77,7 @@ class Parent:
         """Rows `[first, last)` of a tensor, on the CPU.
 
         Raises:
-            ValueError: if it is missing, cannot be read, or holds NaN or infinity there; the message names file and tensor.
+            ValueError: if it is missing or cannot be read; the message names file and tensor.
         """
         self.require(key)
         if self._state:
@@ -88,9 +89,15 @@ class Parent:
                 raise ValueError(
                     f"Cannot read tensor '{key}' of the {self.role} from {self._files[key].path}: {error}."
                 ) from error
-        if not all_finite(rows):
-            raise ValueError(f"Tensor '{key}' of the {self.role}, in {self.where(key)}, holds NaN or infinity.")
         return rows
+
+    def check_finite(self, key: str) -> None:
+        """Raise a `ValueError` that names file and tensor if it holds NaN or infinity."""
+        spec = self.require(key)
+        size = max(1, BLOCK_BYTES // max(1, spec.row_numel * spec.dtype.itemsize))
+        for first in range(0, spec.rows, size):
+            if not all_finite(self.read(key, first, min(first + size, spec.rows))):
+                raise ValueError(f"Tensor '{key}' of the {self.role}, in {self.where(key)}, holds NaN or infinity.")
 
     def get(self, key: str) -> torch.Tensor:
         """The whole tensor; see `read`."""
@@ -214,12 +221,12 @@ class Band:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """How one output tensor is made. what: in words, for people. inputs: (role, key) of the parents' tensors it comes from."""
+    """How one output tensor is made. what: in words, for people. inputs: the parents' tensors that it comes from."""
 
     spec: TensorSpec
     bands: tuple[Band, ...]
     what: str = ""
-    inputs: tuple[tuple[str, str], ...] = ()
+    inputs: tuple[tuple[Parent, str], ...] = ()
     loads: int = field(default=0)  # bytes that its sources keep in memory while it is made
 
     def blocks(self) -> Iterator[tuple[int, int, Callable[[], torch.Tensor]]]:
@@ -283,7 +290,7 @@ def write_plans(folder: Path, plans: dict[str, TensorPlan], max_shard_size: str 
             except OSError as error:
                 raise OSError(error.errno, f"cannot write {path.name} in {folder}: {error.strerror}") from error
             try:
-                _write_shard(writer, {key: plans[key] for key in keys}, progress)
+                _write_shard(writer, {key: plans[key] for key in keys}, progress, syncing)
             except BaseException:
                 writer.close(sync=False)
                 raise
@@ -301,7 +308,7 @@ def _finish(writer: TensorFileWriter, path: Path) -> None:
     writer.path.replace(path)
 
 
-def _write_shard(writer: TensorFileWriter, plans: dict[str, TensorPlan], progress: tqdm) -> None:
+def _write_shard(writer: TensorFileWriter, plans: dict[str, TensorPlan], progress: tqdm, syncing: ThreadPoolExecutor) -> None:
     room = threading.Semaphore(2 * _THREADS)
     failed, counting = threading.Event(), threading.Lock()
 
@@ -317,6 +324,8 @@ def _write_shard(writer: TensorFileWriter, plans: dict[str, TensorPlan], progres
                 )
             cast = made.to(spec.dtype)
             if not all_finite(cast):
+                for parent, name in plans[key].inputs:
+                    parent.check_finite(name)
                 if made.dtype == spec.dtype:
                     raise ValueError(f"Tensor '{key}' holds NaN or infinity; look at the tensors that it is made of.")
                 raise ValueError(
@@ -336,9 +345,13 @@ def _write_shard(writer: TensorFileWriter, plans: dict[str, TensorPlan], progres
             room.release()
 
     with ThreadPoolExecutor(_THREADS, "fuse") as pool:
-        futures = []
+        futures, unflushed = [], 0
         try:
             for key, plan in plans.items():
+                unflushed += plan.spec.nbytes
+                if unflushed > _FLUSH_BYTES:
+                    syncing.submit(writer.flush)
+                    unflushed = 0
                 for first, rows, make in plan.blocks():
                     room.acquire()
                     if failed.is_set():

@@ -143,10 +143,9 @@ def explain(plan: FusionPlan, key: str) -> str:
         raise ValueError(f"The JAM has no tensor '{key}'.{hint}")
     tensor = plan.tensors[key]
     lines = [f"{key}", f"  {list(tensor.spec.shape)} {tensor.spec.dtype}", f"  {tensor.what}"]
-    decoders = {d.parent.role: d for d in (plan.text, plan.image)}
-    for role, name in tensor.inputs:
-        spec = decoders[role].parent.require(name)
-        lines.append(f"  {role}: {name} {list(spec.shape)} {spec.dtype} in {decoders[role].parent.where(name)}")
+    for parent, name in tensor.inputs:
+        spec = parent.require(name)
+        lines.append(f"  {parent.role}: {name} {list(spec.shape)} {spec.dtype} in {parent.where(name)}")
     if not tensor.inputs:
         lines.append("  from no parent")
     return "\n".join(lines)

@@ -22,7 +22,7 @@ class ParentRows:
     def __init__(self, parent: Parent, key: str):
         self.parent, self.key = parent, key
         self.spec = parent.require(key)
-        self.inputs = ((parent.role, key),)
+        self.inputs = ((parent, key),)
         self.loads = 0
 
     def read(self, first: int, last: int) -> torch.Tensor:
@@ -44,7 +44,7 @@ class VocabularyRows:
         self.decoder, self.key, self.map = decoder, key, row_map
         self.spec = decoder.parent.require(key)
         self.folded = codes.folded if codes is not None and key == decoder.embedding_key else None
-        self.inputs = ((decoder.parent.role, key),)
+        self.inputs = ((decoder.parent, key),)
         self._needs_table = bool((row_map.offsets[-1] > row_map.offsets[row_map.identity]).item())
         self.loads = self.spec.nbytes if self._needs_table else 0
         self._table: torch.Tensor | None = None

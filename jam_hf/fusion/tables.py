@@ -317,8 +317,8 @@ def plan_tensors(specs: dict[str, TensorSpec], rules: list[Rule], parts: Ingredi
         _check_shape(key, spec, bands)
         sources = [source for band in bands for source in band.sources]
         inputs = tuple(dict.fromkeys(entry for source in sources for entry in source.inputs))
-        for role, name in inputs:
-            parts.used[role.split()[0]].add(name)
+        for parent, name in inputs:
+            parts.used[parent.role.split()[0]].add(name)
         plans[key] = TensorPlan(spec, bands, rule.what, inputs, sum(source.loads for source in dict.fromkeys(sources)))
     parts.used["image"] |= parts.codes.used
     return plans
