@@ -230,7 +230,7 @@ def _write_small_files(plan: FusionPlan, folder: Path) -> None:
         generation_mode="interleaved",
     ).save_pretrained(folder)
     tokenizer = vocabulary.tokenizer
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # what is saved is what it was made with
     processor = JamProcessor(
         JamImageProcessor.from_size(config.vq_config.sample_size),
         tokenizer,
