@@ -57,9 +57,9 @@ class FusionPlan:
         """Bytes of all output tensors."""
         return sum(plan.spec.nbytes for plan in self.tensors.values())
 
-    def describe(self) -> str:
-        """Shapes, parameters, memory, disk, vocabulary, pairing of layers and warnings, as text."""
-        return report.describe(self)
+    def describe(self, tensors: bool = True) -> str:
+        """Parameters, memory, disk, vocabulary, pairing of layers, warnings and (`tensors`) shapes, as text."""
+        return report.describe(self, tensors)
 
     def explain(self, key: str) -> str:
         """Where a tensor comes from, as text. Raises `ValueError` for a tensor that the JAM does not have."""
