@@ -280,7 +280,7 @@ def _vocabulary(
             f"(vocab_size: {text.vocab_size} and {image.vocab_size}), and the image parent brings no tokenizer to say what its "
             "rows mean. Pass image_tokenizer=..."
         )
-    pictures = picture_tokens(image, image_tokenizer, vq.config.grid_size)
+    pictures = picture_tokens(image.parent.config, image_tokenizer, vq.config.grid_size, image.parent.name)
     return joined_vocabulary(tokenizer, text.vocab_size, image_tokenizer, codes, pictures, names, recipe.special_tokens)
 
 
