@@ -66,7 +66,6 @@ def run(args: argparse.Namespace) -> None:
     elif args.dry_run:
         print(plan.describe())
     else:
-        for warning in plan.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+        print(plan.describe(tensors=False), file=sys.stderr)
         path = run_fusion(plan, args.output, args.overwrite)
         print(f"fused: {path} (recipe {plan.digest[:16]})")
