@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("fuse: --output is missing (or --dry-run, to see what it would be).")
     if writes:
         check_output(args.output, recipe.text, recipe.image, recipe.vq, recipe.tokenizer, recipe.image_tokenizer)
-    plan = plan_recipe(recipe)
+    plan = plan_recipe(recipe, headers_only=not writes)
     if args.explain:
         print(plan.explain(args.explain))
     elif args.dry_run:

@@ -97,7 +97,8 @@ def describe(plan: FusionPlan, tensors: bool = True) -> str:
     shards, _ = plan_shards({key: t.spec for key, t in plan.tensors.items()}, plan.recipe.max_shard_size)
     parameters = sum(t.spec.rows * t.spec.row_numel for t in plan.tensors.values())
     lines = [
-        f"JAM, fusion {plan.recipe.mode}, init {plan.recipe.init}, recipe {plan.digest[:12]}",
+        f"JAM, fusion {plan.recipe.mode}, init {plan.recipe.init}"
+        + (f", recipe {plan.digest[:16]}" if plan.digest else " (from the headers of the weights alone)"),
         *(
             f"  {d.parent.role}: {d.parent.name} ({d.kind}; {d.config.num_hidden_layers} layers, hidden size {d.hidden_size}, "
             f"{d.config.num_attention_heads} heads, vocabulary {d.vocab_size})"
