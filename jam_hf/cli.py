@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from .commands import DEFAULT_RUN, certify, convert_metaseq, convert_vq, fuse, generate
+from .commands import DEFAULT_RUN, STAGE_HELP, certify, convert_metaseq, convert_vq, fuse, generate
 
 
 COMMANDS = {
@@ -19,7 +19,6 @@ COMMANDS = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    from .quickstart.stages import STAGES
     from .version import __version__
 
     parser = argparse.ArgumentParser(prog="jam-hf", description="Fuse a text LLM and an autoregressive image model.")
@@ -36,8 +35,8 @@ def _parser() -> argparse.ArgumentParser:
     quickstart = commands.add_parser("quickstart", help="every stage below, in order; continues where it was stopped")
     quickstart.set_defaults(do=_run)
     add_run(quickstart)
-    for name, (_, method) in STAGES.items():
-        stage = commands.add_parser(name, help=method.__doc__.strip().rstrip("."))
+    for name, words in STAGE_HELP.items():
+        stage = commands.add_parser(name, help=words)
         stage.set_defaults(do=_run)
         add_run(stage)
         stage.add_argument("--force", action="store_true", help="run it although its result is there")

@@ -60,13 +60,12 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("fuse: --output is missing (or --dry-run, to see what it would be).")
     if writes:
         check_output(args.output, recipe.text, recipe.image, recipe.vq, recipe.tokenizer, recipe.image_tokenizer)
-    plan = plan_recipe(recipe)
+    plan = plan_recipe(recipe, headers_only=not writes)
     if args.explain:
         print(plan.explain(args.explain))
     elif args.dry_run:
         print(plan.describe())
     else:
-        for warning in plan.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+        print(plan.describe(tensors=False), file=sys.stderr)
         path = run_fusion(plan, args.output, args.overwrite)
         print(f"fused: {path} (recipe {plan.digest[:16]})")

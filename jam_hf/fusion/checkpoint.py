@@ -21,7 +21,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .tensor_files import TensorFile, TensorFileWriter, TensorSpec
+from .tensor_files import DTYPES, TensorFile, TensorFileWriter, TensorSpec
 
 
 INDEX = "model.safetensors.index.json"
@@ -37,12 +37,21 @@ class Parent:
     Args:
         source: folder, Hub id (`revision` as in `from_pretrained`) or `PreTrainedModel`.
         role: "text parent", "image parent", ...: how messages call it.
+        headers_only: of a Hub repository, fetch no weights but the headers of their files; `read` gives tensors on the meta
+            device.
     Raises:
         ValueError: if it is no checkpoint with safetensors, or one of its files is damaged.
     """
 
-    def __init__(self, source: str | os.PathLike | PreTrainedModel, role: str, revision: str | None = None):
+    def __init__(
+        self,
+        source: str | os.PathLike | PreTrainedModel,
+        role: str,
+        revision: str | None = None,
+        headers_only: bool = False,
+    ):
         self.role = role
+        self.headers_only = headers_only and not isinstance(source, PreTrainedModel) and not Path(source).is_dir()
         self.hub_id: str | None = None  # where the parent can be found by others
         self.revision: str | None = None
         self.license: str | None = None
@@ -55,12 +64,15 @@ class Parent:
             self.specs = {key: TensorSpec(tuple(tensor.shape), tensor.dtype) for key, tensor in self._state.items()}
             return
         self.name = str(source)
-        self.folder = _resolve_folder(source, role, revision)
+        self.folder = _resolve_folder(source, role, revision, self.headers_only)
         if not Path(source).is_dir():
             self.hub_id = str(source)
             self.revision = self.folder.name if self.folder.parent.name == "snapshots" else revision
         self.license = _license(self.folder)
         self.config = AutoConfig.from_pretrained(self.folder)
+        if self.headers_only:
+            self.specs = _hub_headers(str(source), role, revision)
+            return
         self._files = _tensor_files(self.folder, role)
         self.specs = {key: file.specs[key] for key, file in self._files.items()}
 
@@ -79,7 +91,10 @@ class Parent:
         Raises:
             ValueError: if it is missing or cannot be read; the message names file and tensor.
         """
-        self.require(key)
+        spec = self.require(key)
+        if self.headers_only:
+            last = spec.rows if last is None else last
+            return torch.empty((last - first, *spec.shape[1:]) if spec.shape else (), dtype=spec.dtype, device="meta")
         if self._state:
             rows = self._state[key][first:last] if self._state[key].dim() else self._state[key]
         else:
@@ -105,6 +120,8 @@ class Parent:
 
     def where(self, key: str) -> str:
         """The file that a tensor lies in, in words."""
+        if self.headers_only:
+            return f"the Hub repository {self.name}"
         return str(self._files[key].path) if key in self._files else f"the model in memory '{self.name}'"
 
     def identity(self) -> str | None:
@@ -138,7 +155,7 @@ def all_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum(dtype=torch.float64))) or bool(torch.isfinite(tensor).all())
 
 
-def _resolve_folder(source: str | os.PathLike, role: str, revision: str | None) -> Path:
+def _resolve_folder(source: str | os.PathLike, role: str, revision: str | None, headers_only: bool = False) -> Path:
     path = Path(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -151,11 +168,29 @@ def _resolve_folder(source: str | os.PathLike, role: str, revision: str | None) 
         raise ValueError(f"The {role} '{source}' is not a folder. Expected a checkpoint folder or a Hub id such as 'a/b'.")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", *([] if headers_only else ["*.safetensors"])]
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     except Exception as error:  # the Hub's, the network's and the cache's errors have no common base class
         raise ValueError(f"The {role} '{source}' is neither a folder nor a Hub repository that can be read: {error}") from error
+
+
+def _hub_headers(hub_id: str, role: str, revision: str | None) -> dict[str, TensorSpec]:
+    """Shapes and dtypes of a repository's tensors, by a few range requests."""
+    from huggingface_hub import get_safetensors_metadata
+
+    try:
+        files = get_safetensors_metadata(hub_id, revision=revision).files_metadata
+    except Exception as error:  # as above
+        raise ValueError(f"The {role} '{hub_id}' has no safetensors on the Hub whose headers can be read: {error}") from error
+    tensors = {key: tensor for file in files.values() for key, tensor in file.tensors.items()}
+    unknown = sorted(key for key, tensor in tensors.items() if tensor.dtype not in DTYPES)
+    if unknown:
+        raise ValueError(
+            f"Tensor '{unknown[0]}' of the {role} '{hub_id}' has the dtype {tensors[unknown[0]].dtype}; expected one of "
+            f"{', '.join(DTYPES)}."
+        )
+    return {key: TensorSpec(tuple(tensor.shape), DTYPES[tensor.dtype]) for key, tensor in tensors.items()}
 
 
 def _license(folder: Path) -> str | None:

@@ -49,7 +49,7 @@ class FusionPlan:
     image: Decoder
     tensors: dict[str, TensorPlan]
     warnings: list[str]
-    digest: str
+    digest: str | None  # None: weights were not read, only their headers
     fingerprint: str | None  # None: an input is in memory, so that a stopped run cannot be taken up again
 
     @property
@@ -57,9 +57,9 @@ class FusionPlan:
         """Bytes of all output tensors."""
         return sum(plan.spec.nbytes for plan in self.tensors.values())
 
-    def describe(self) -> str:
-        """Shapes, parameters, memory, disk, vocabulary, pairing of layers and warnings, as text."""
-        return report.describe(self)
+    def describe(self, tensors: bool = True) -> str:
+        """Parameters, memory, disk, vocabulary, pairing of layers, warnings and (`tensors`) shapes, as text."""
+        return report.describe(self, tensors)
 
     def explain(self, key: str) -> str:
         """Where a tensor comes from, as text. Raises `ValueError` for a tensor that the JAM does not have."""
@@ -128,9 +128,15 @@ def plan_fusion(
     tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
     image_tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
     dtype: str | torch.dtype | None = None,
+    headers_only: bool = False,
     **settings: Any,
 ) -> FusionPlan:
-    """Everything about a fusion but the writing; arguments, errors: see [`fuse`]."""
+    """Everything about a fusion but the writing; arguments, errors: see [`fuse`].
+
+    Args:
+        headers_only: fetch no weights of parents on the Hub, only the headers of their files. The plan can be described and
+            explained, not run.
+    """
     named_dtype = _named_dtype(dtype)
     names = {
         "text": text_model,
@@ -155,8 +161,8 @@ def plan_fusion(
     if init not in tables.INITS[mode]:
         raise ValueError(f"init for mode {mode!r} must be one of {', '.join(map(repr, tables.INITS[mode]))}, got {init!r}.")
     warnings: list[str] = []
-    text = Decoder(Parent(text_model, "text parent", recipe.text_revision), TEXT_PARENTS)
-    image = Decoder(Parent(image_model, "image parent", recipe.image_revision), IMAGE_PARENTS)
+    text = Decoder(Parent(text_model, "text parent", recipe.text_revision, headers_only), TEXT_PARENTS)
+    image = Decoder(Parent(image_model, "image parent", recipe.image_revision, headers_only), IMAGE_PARENTS)
     check_parents(text, image, mode, init)
     vq, vq_warnings = vq_model_of(vq_model, image, recipe.image_size)
     warnings += vq_warnings
@@ -175,17 +181,19 @@ def plan_fusion(
     )
     config.dtype = named_dtype or _dtype(text, image)
     config.architectures = ["JamForCausalLM"]
-    parts = tables.Ingredients(
-        config, text, image, codes, vocabulary.text_map, vocabulary.image_map, vq.state_dict(), recipe.seed
-    )
+    vq_state = {key: tensor if tensor.is_meta else tensor.cpu() for key, tensor in vq.state_dict().items()}
+    parts = tables.Ingredients(config, text, image, codes, vocabulary.text_map, vocabulary.image_map, vq_state, recipe.seed)
     head_specs(codes, image.parent)
     tensors = tables.plan_tensors(_specs(config), tables.table(mode, init, config), parts)
     tables.check_all_used(parts, mode)
     warnings += report.warnings(text, image, config, vocabulary, mode, init)
+    plan = FusionPlan(recipe, config, vocabulary, text, image, tensors, warnings, None, None)
+    if text.parent.headers_only or image.parent.headers_only:
+        return plan
     contents = (
         text.parent.content_id(),
         image.parent.content_id(),
-        _digest(vq.state_dict()),
+        _digest(vq_state),
         _tokenizer_digest(tokenizer),
         _tokenizer_digest(image_tokenizer) if image_tokenizer is not None else None,
     )
@@ -194,11 +202,13 @@ def plan_fusion(
     fingerprint = None
     if None not in identities:
         fingerprint = hashlib.sha256(f"{digest} {identities} {recipe.max_shard_size}".encode()).hexdigest()
-    return FusionPlan(recipe, config, vocabulary, text, image, tensors, warnings, digest, fingerprint)
+    return replace(plan, digest=digest, fingerprint=fingerprint)
 
 
 def run_fusion(plan: FusionPlan, output_dir: str | os.PathLike, overwrite: bool = False) -> Path:
     """Do what was planned; see [`fuse`]."""
+    if plan.digest is None:
+        raise ValueError("A plan of headers alone cannot be run; plan with headers_only=False.")
     folder_context: AbstractContextManager[Path | None]
     if plan.fingerprint is None:
         folder_context = whole_folder(output_dir, overwrite)
@@ -230,7 +240,7 @@ def _write_small_files(plan: FusionPlan, folder: Path) -> None:
         generation_mode="interleaved",
     ).save_pretrained(folder)
     tokenizer = vocabulary.tokenizer
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # what is saved is what it was made with
     processor = JamProcessor(
         JamImageProcessor.from_size(config.vq_config.sample_size),
         tokenizer,
@@ -360,7 +370,7 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def plan_recipe(recipe: FusionRecipe) -> FusionPlan:
+def plan_recipe(recipe: FusionRecipe, headers_only: bool = False) -> FusionPlan:
     """`plan_fusion` with the settings of a recipe."""
     settings = {key: value for key, value in vars(replace(recipe)).items() if key not in ("text", "image", "mode", "vq")}
-    return plan_fusion(recipe.text, recipe.image, recipe.mode, vq_model=recipe.vq, **settings)
+    return plan_fusion(recipe.text, recipe.image, recipe.mode, vq_model=recipe.vq, headers_only=headers_only, **settings)

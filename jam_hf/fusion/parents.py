@@ -221,10 +221,11 @@ def _janus_codes(decoder: Decoder, rows: torch.LongTensor) -> ImageCodes:
             f"Tensor '{embedding_key}' of the image parent {parent.name} has {parent.require(embedding_key).rows} rows; its "
             f"config says {len(rows)} codes."
         )
-    aligner = JanusVQVAEAlignerMLP(config)
+    with torch.device("meta"):
+        aligner = JanusVQVAEAlignerMLP(config)
     prefix = embedding_key.removesuffix("generation_embeddings.weight")
     keys = {name: f"{prefix}generation_aligner.{name}" for name in aligner.state_dict()}
-    aligner.load_state_dict({name: parent.get(key) for name, key in keys.items()})
+    aligner.load_state_dict({name: parent.get(key) for name, key in keys.items()}, assign=True)
     embedding = parent.get(embedding_key)
     folded = aligner.to(embedding.dtype)(embedding)
     head_names = ("proj_out.weight", "proj_out.bias", "vision_head.weight", "vision_head.bias")

@@ -91,7 +91,7 @@ def _whole(source: Source, spec: TensorSpec, make: Callable = _as_it_is) -> tupl
 
 
 def _vq(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec) -> tuple[Band, ...]:
-    return _whole(Constant(parts.vq[match["rest"]].cpu()), spec)
+    return _whole(Constant(parts.vq[match["rest"]]), spec)
 
 
 def _mean(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec) -> tuple[Band, ...]:

@@ -101,3 +101,10 @@ def test_the_commands_in_a_scripts_docstring_are_understood(script, monkeypatch)
         assert stop.value.code == 0
         assert reached[-1].output.startswith("runs/") and f"jam-hf {reached[-1].command}" in docstring
     assert len(reached) == len(lines)
+
+
+def test_the_list_of_stages_is_that_of_the_quickstart():
+    from jam_hf.commands import STAGE_HELP
+    from jam_hf.quickstart.stages import STAGES
+
+    assert {name: method.__doc__.strip().rstrip(".") for name, (_, method) in STAGES.items()} == STAGE_HELP

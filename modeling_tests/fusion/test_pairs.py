@@ -78,6 +78,7 @@ def test_cross_preserving_gives_both_parents_logits(text_kind, image_kind, zoo, 
     assert not any(info.values()), info
     model.eval()
     config, tokenizer = model.config, AutoTokenizer.from_pretrained(tmp_path / "jam")
+    assert tokenizer.padding_side == "left"
 
     ids = torch.tensor([text_tokenizer("the small circle is red, ruby")["input_ids"]])
     assert tokenizer("the small circle is red, ruby")["input_ids"] == ids[0].tolist()
