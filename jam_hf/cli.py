@@ -28,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_run(command: argparse.ArgumentParser) -> None:
         command.add_argument("--run", default=DEFAULT_RUN, help=f"run folder (default: {DEFAULT_RUN})")
-        command.add_argument("--seed", type=int, default=0, help="seed of data, initialisation and training")
+        command.add_argument("--seed", type=int, help="seed of data, initialisation and training (default: 0)")
         command.add_argument("--train-all", action="store_true", help="train jam-uniform and jam-width as well")
         command.add_argument("--family", choices=("llama", "opt"), default="llama", help="architecture of the parents")
         command.add_argument("--small", action="store_true", help="the whole path in seconds, learning nothing")
@@ -61,7 +61,7 @@ def _run(args: argparse.Namespace) -> None:
     from .quickstart.stages import QuickstartSettings, Run, run_all, run_stage
 
     settings = QuickstartSettings.small() if args.small else QuickstartSettings()
-    settings = replace(settings, seed=args.seed, train_all=args.train_all, family=args.family)
+    settings = replace(settings, seed=args.seed or 0, train_all=args.train_all, family=args.family)
     run = Run(args.run, settings)
     if args.command == "quickstart":
         print(f"The page lies at {run_all(run)}")
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args.do(args)
     except (ValueError, OSError, json.JSONDecodeError) as error:
-        print(f"jam-hf {args.command}: {error}", file=sys.stderr)
+        print(f"jam-hf {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         rest = "nothing was written" if args.command in COMMANDS else "the same command goes on from here"

@@ -14,7 +14,7 @@ _SETTINGS = (
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("any two parents, instead of a run folder's")
-    group.add_argument("recipe", nargs="?", help="YAML file with the settings below; what is given here wins over it")
+    group.add_argument("recipe", nargs="?", help="YAML file with the settings below, which win over it (paths start here)")
     group.add_argument("--text", help="text parent: folder or Hub id")
     group.add_argument("--image", help="image parent: folder or Hub id")
     group.add_argument("--vq", help="VQ model: folder or Hub id (default: the image parent's own)")
@@ -42,11 +42,12 @@ def names_parents(args: argparse.Namespace) -> bool:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..files import check_free
     from ..fusion.fuse import check_output, plan_recipe, run_fusion
     from ..fusion.recipe import FusionRecipe
 
     settings = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
-    if args.seed:
+    if args.seed is not None:
         settings["seed"] = args.seed
     if args.recipe is not None:
         recipe = FusionRecipe.from_yaml(args.recipe, **settings)
@@ -59,7 +60,9 @@ def run(args: argparse.Namespace) -> None:
     if writes and args.output is None:
         raise ValueError("fuse: --output is missing (or --dry-run, to see what it would be).")
     if writes:
-        check_output(args.output, recipe.text, recipe.image, recipe.vq, recipe.tokenizer, recipe.image_tokenizer)
+        inputs = (recipe.text, recipe.image, recipe.vq, recipe.tokenizer, recipe.image_tokenizer, args.recipe)
+        check_output(args.output, *inputs)
+        check_free(args.output, args.overwrite)
     plan = plan_recipe(recipe, headers_only=not writes)
     if args.explain:
         print(plan.explain(args.explain))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .tensor_files import DTYPES, TensorFile, TensorFileWriter, TensorSpec
+from .tensor_files import DTYPES, TensorFile, TensorFileWriter, TensorSpec, no_duplicates
 
 
 INDEX = "model.safetensors.index.json"
@@ -60,6 +61,7 @@ class Parent:
         if isinstance(source, PreTrainedModel):
             self.name, self.folder = source.name_or_path or type(source).__name__, None
             self.config: PreTrainedConfig = source.config
+            _refuse_quantised(self.config, self.name, role)
             self._state = {key: tensor.detach().cpu() for key, tensor in source.state_dict().items()}
             self.specs = {key: TensorSpec(tuple(tensor.shape), tensor.dtype) for key, tensor in self._state.items()}
             return
@@ -69,7 +71,7 @@ class Parent:
             self.hub_id = str(source)
             self.revision = self.folder.name if self.folder.parent.name == "snapshots" else revision
         self.license = _license(self.folder)
-        self.config = AutoConfig.from_pretrained(self.folder)
+        self.config = _config(self.folder, role)
         if self.headers_only:
             self.specs = _hub_headers(str(source), role, revision)
             return
@@ -124,19 +126,26 @@ class Parent:
             return f"the Hub repository {self.name}"
         return str(self._files[key].path) if key in self._files else f"the model in memory '{self.name}'"
 
+    def files(self) -> list[Path]:
+        """The files of its tensors; none for a model in memory."""
+        return sorted({file.path for file in self._files.values()})
+
     def identity(self) -> str | None:
         """Digest of the config and of names, sizes, headers and times of the files; None for a model in memory."""
         if self.folder is None:
             return None
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for path in sorted({file.path for file in self._files.values()}):
+        for path in self.files():
             status = path.stat()
             digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
         return digest.hexdigest()
 
     def content_id(self) -> str:
-        """Digest of what the parent is, wherever it lies: its config's shapes and its tensors' names, shapes and first rows."""
-        digest = hashlib.sha256()
+        """Digest of what the parent is, wherever it lies: its config and its tensors' names, shapes and first rows."""
+        config = self.config.to_dict()
+        for name in _INCIDENTAL:
+            config.pop(name, None)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for key in sorted(self.specs):
             spec = self.specs[key]
             digest.update(f"{key} {list(spec.shape)} {spec.dtype}".encode())
@@ -151,6 +160,8 @@ def all_finite(tensor: torch.Tensor) -> bool:
         return True
     exponents = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
     if tensor.dtype in exponents:
+        if tensor.numel() > BLOCK_BYTES:  # no second copy of a large tensor
+            return all(all_finite(part) for part in tensor.reshape(-1).split(BLOCK_BYTES))
         return int((tensor.contiguous().view(torch.int16) & 0x7FFF).amax()) < exponents[tensor.dtype]
     return bool(torch.isfinite(tensor.sum(dtype=torch.float64))) or bool(torch.isfinite(tensor).all())
 
@@ -159,6 +170,11 @@ def _resolve_folder(source: str | os.PathLike, role: str, revision: str | None, 
     path = Path(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                raise ValueError(
+                    f"The {role} '{path}' is an adapter (LoRA), not a model. Merge it into its base model and save that: "
+                    "peft's merge_and_unload(), then save_pretrained()."
+                )
             raise ValueError(
                 f"The {role} '{path}' is a folder but no checkpoint: it has no config.json. Expected what "
                 "`save_pretrained` writes (config.json and safetensors)."
@@ -193,6 +209,29 @@ def _hub_headers(hub_id: str, role: str, revision: str | None) -> dict[str, Tens
     return {key: TensorSpec(tuple(tensor.shape), DTYPES[tensor.dtype]) for key, tensor in tensors.items()}
 
 
+# What a config says of the file, the code or the training rather than of the model.
+_INCIDENTAL = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache")
+
+
+def _config(folder: Path, role: str) -> PreTrainedConfig:
+    try:  # code that a checkpoint brings along is not run (left out, the argument makes transformers ask on the terminal)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # validators of configs raise classes of their own
+        raise ValueError(f"The config of the {role}, {folder / 'config.json'}, cannot be read: {error}") from error
+    _refuse_quantised(config, str(folder), role)
+    return config
+
+
+def _refuse_quantised(config: PreTrainedConfig, name: str, role: str) -> None:
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        get = quantised.get if isinstance(quantised, dict) else partial(getattr, quantised)
+        raise ValueError(
+            f"The {role} {name} is quantised ({get('quant_method', None)}). Fusion makes new weights out of the parents'; take "
+            "the unquantised model, or save what `model.dequantize()` gives."
+        )
+
+
 def _license(folder: Path) -> str | None:
     """What the parent's own model card says, where it has one."""
     path = folder / "README.md"
@@ -208,31 +247,43 @@ def _license(folder: Path) -> str | None:
 
 
 def _tensor_files(folder: Path, role: str) -> dict[str, TensorFile]:
-    """The open file of each tensor."""
-    if (folder / INDEX).is_file():
-        try:
-            weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder / INDEX} of the {role} is damaged: {error!r}. Fetch or save it again.") from error
-        missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
-        if missing:
-            raise ValueError(f"The {role} '{folder}' is incomplete: its index names {', '.join(missing)}, which is missing.")
-        files = {name: TensorFile(folder / name) for name in sorted(set(weight_map.values()))}
-        absent = sorted(key for key, name in weight_map.items() if key not in files[name].specs)
-        if absent:
-            raise ValueError(
-                f"The {role} '{folder}' is incomplete: by its index '{absent[0]}' lies in {weight_map[absent[0]]}, which has "
-                f"no such tensor ({len(absent)} of {len(weight_map)} are missing)."
-            )
-        return {key: files[name] for key, name in weight_map.items()}
-    path = folder / SINGLE
-    if not path.is_file():
+    """The open file of each tensor; where there are a single file and an index, the single one, as transformers has it."""
+    if (folder / SINGLE).is_file():
+        file = TensorFile(folder / SINGLE)
+        return dict.fromkeys(file.specs, file)
+    if not (folder / INDEX).is_file():
+        others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.safetensors") for path in folder.glob(pattern))
         raise ValueError(
-            f"The {role} '{folder}' has no safetensors ({SINGLE} or {INDEX}). Only safetensors are read; convert other "
-            "files first, e.g. load and save_pretrained with transformers."
+            f"The {role} '{folder}' has no {SINGLE} and no {INDEX}"
+            f"{' (it has ' + ', '.join(others[:3]) + ')' if others else ''}. Only safetensors are read; convert other files "
+            "first: load the model with transformers, and save_pretrained."
         )
-    file = TensorFile(path)
-    return dict.fromkeys(file.specs, file)
+    try:
+        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)["weight_map"]
+        if not all(isinstance(name, str) for name in weight_map.values()):
+            raise TypeError("weight_map must map tensors to file names")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / INDEX} of the {role} is damaged: {error!r}. Fetch or save it again.") from error
+    missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
+    if missing:
+        raise ValueError(f"The {role} '{folder}' is incomplete: its index names {', '.join(missing)}, which is missing.")
+    files = {name: TensorFile(folder / name) for name in sorted(set(weight_map.values()))}
+    absent = sorted(key for key, name in weight_map.items() if key not in files[name].specs)
+    if absent:
+        raise ValueError(
+            f"The {role} '{folder}' is incomplete: by its index '{absent[0]}' lies in {weight_map[absent[0]]}, which has "
+            f"no such tensor ({len(absent)} of {len(weight_map)} are missing)."
+        )
+    found: dict[str, TensorFile] = {}  # also what the index does not list: transformers reads whole files
+    for file in files.values():
+        for key in file.specs:
+            if key in found:
+                raise ValueError(
+                    f"The {role} '{folder}' has the tensor '{key}' twice, in {found[key].path.name} and {file.path.name}. "
+                    "Save it again."
+                )
+            found[key] = file
+    return found
 
 
 class Source(Protocol):
@@ -339,8 +390,11 @@ def write_plans(folder: Path, plans: dict[str, TensorPlan], max_shard_size: str 
 
 
 def _finish(writer: TensorFileWriter, path: Path) -> None:
-    writer.close(sync=True)
-    writer.path.replace(path)
+    try:
+        writer.close(sync=True)
+        writer.path.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot finish {path.name} in {path.parent}: {error.strerror}") from error
 
 
 def _write_shard(writer: TensorFileWriter, plans: dict[str, TensorPlan], progress: tqdm, syncing: ThreadPoolExecutor) -> None:

@@ -17,15 +17,16 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import __version__ as transformers_version
 
-from ..files import resumable_folder, whole_folder
+from ..files import check_free, resumable_folder, whole_folder
 from ..model.configuration_jam import FUSION_MODES, JamConfig
 from ..model.image_processing_jam import JamImageProcessor
 from ..model.modeling_jam import JamForCausalLM
 from ..model.modeling_jam_vq import JamVQModel
 from ..model.processing_jam import JamProcessor
 from . import report, tables
-from .checkpoint import Parent, TensorPlan, write_plans
+from .checkpoint import BLOCK_BYTES, Parent, TensorPlan, plan_shards, write_plans
 from .model_card import model_card
 from .parents import IMAGE_PARENTS, TEXT_PARENTS, Decoder, head_specs, image_codes, picture_tokens
 from .recipe import FusionRecipe
@@ -115,6 +116,7 @@ def fuse(
             the disk has no room.
     """
     check_output(output_dir, text_model, image_model, vq_model, tokenizer, settings.get("image_tokenizer"))
+    check_free(output_dir, overwrite)  # before anything large is read or fetched
     plan = plan_fusion(text_model, image_model, mode, init, vq_model, tokenizer, **settings)
     return run_fusion(plan, output_dir, overwrite)
 
@@ -160,6 +162,10 @@ def plan_fusion(
     recipe.init = init = DEFAULT_INIT[mode] if init is None else init
     if init not in tables.INITS[mode]:
         raise ValueError(f"init for mode {mode!r} must be one of {', '.join(map(repr, tables.INITS[mode]))}, got {init!r}.")
+    try:
+        plan_shards({}, recipe.max_shard_size)
+    except ValueError as error:
+        raise ValueError(f"max_shard_size must be a size such as '2GB', got {recipe.max_shard_size!r}.") from error
     warnings: list[str] = []
     text = Decoder(Parent(text_model, "text parent", recipe.text_revision, headers_only), TEXT_PARENTS)
     image = Decoder(Parent(image_model, "image parent", recipe.image_revision, headers_only), IMAGE_PARENTS)
@@ -201,7 +207,9 @@ def plan_fusion(
     identities = text.parent.identity(), image.parent.identity()
     fingerprint = None
     if None not in identities:
-        fingerprint = hashlib.sha256(f"{digest} {identities} {recipe.max_shard_size}".encode()).hexdigest()
+        # What a shard was made by counts too: one of another torch's random numbers must not stand beside ours.
+        made_by = f"{torch.__version__} {transformers_version} {BLOCK_BYTES}"
+        fingerprint = hashlib.sha256(f"{digest} {identities} {recipe.max_shard_size} {made_by}".encode()).hexdigest()
     return replace(plan, digest=digest, fingerprint=fingerprint)
 
 
@@ -209,6 +217,8 @@ def run_fusion(plan: FusionPlan, output_dir: str | os.PathLike, overwrite: bool 
     """Do what was planned; see [`fuse`]."""
     if plan.digest is None:
         raise ValueError("A plan of headers alone cannot be run; plan with headers_only=False.")
+    for decoder in (plan.text, plan.image):  # a parent's files may be links into the output folder
+        check_output(output_dir, *decoder.parent.files())
     folder_context: AbstractContextManager[Path | None]
     if plan.fingerprint is None:
         folder_context = whole_folder(output_dir, overwrite)
@@ -217,13 +227,13 @@ def run_fusion(plan: FusionPlan, output_dir: str | os.PathLike, overwrite: bool 
     with folder_context as folder:
         if folder is None:
             return Path(output_dir)
-        there = sum(path.stat().st_size for path in folder.glob("*.safetensors*"))
+        there = sum(path.stat().st_blocks * 512 for path in folder.glob("*.safetensors*"))  # files begun are sparse
         free = shutil.disk_usage(folder).free
         if free + there < plan.num_bytes:
             raise OSError(
                 errno.ENOSPC,
-                f"the fusion needs {report.size(plan.num_bytes - there)} more in '{Path(output_dir).absolute().parent}', and "
-                f"{report.size(free)} are free. Make room, or choose another output folder",
+                f"the fusion needs {report.size(plan.num_bytes - there)} more in '{folder.parent}', and {report.size(free)} "
+                "are free. Make room, or choose another output folder",
             )
         write_plans(folder, plan.tensors, plan.recipe.max_shard_size)
         _write_small_files(plan, folder)
@@ -367,7 +377,8 @@ def _digest(state: dict[str, torch.Tensor]) -> str:
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(text.encode()).hexdigest()
+    roles = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    return hashlib.sha256(f"{text} {roles} {tokenizer.chat_template}".encode()).hexdigest()
 
 
 def plan_recipe(recipe: FusionRecipe, headers_only: bool = False) -> FusionPlan:

@@ -49,9 +49,18 @@ class Decoder:
             )
         self.embedding_key = found[0]
         self.prefix = found[0].removesuffix("embed_tokens.weight")
-        self.tied = bool(parent.config.tie_word_embeddings)
         heads = [key for key in parent.specs if key.endswith("lm_head.weight")]
         self.head_key = heads[0] if heads else self.embedding_key
+        self.tied = bool(parent.config.tie_word_embeddings)
+        if self.tied and heads:  # transformers ties them only if they are equal
+            self.tied = _equal(parent, self.head_key, self.embedding_key)
+        for key in (self.embedding_key, self.head_key):
+            spec = parent.specs[key]
+            if not spec.dtype.is_floating_point or spec.rows != parent.specs[self.embedding_key].rows:
+                raise ValueError(
+                    f"Tensor '{key}' of the {parent.role} {parent.name} is {list(spec.shape)} in {spec.dtype}; expected floats "
+                    f"and {parent.specs[self.embedding_key].rows} rows, as many as the embedding has."
+                )
         if not heads and not self.tied:
             raise ValueError(
                 f"The {parent.role} {parent.name} has no tensor 'lm_head.weight', and its config does not tie it to the "
@@ -76,6 +85,16 @@ class Decoder:
         vocabulary = {self.embedding_key, self.head_key}
         heads = {key for key in self.parent.specs if key.endswith("lm_head.weight")}
         return {key for key in self.parent.specs if not _OTHER_PARTS.fullmatch(key)} - vocabulary - heads
+
+
+def _equal(parent: Parent, one: str, other: str, rows: int = 1 << 10) -> bool:
+    spec = parent.specs[one]
+    if spec != parent.specs[other]:
+        return False
+    if parent.headers_only:  # headers do not tell; a config that ties them is believed
+        return True
+    blocks = ((first, min(first + rows, spec.rows)) for first in range(0, spec.rows, rows))
+    return all(torch.equal(parent.read(one, *block), parent.read(other, *block)) for block in blocks)
 
 
 @dataclass(frozen=True)
