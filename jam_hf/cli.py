@@ -30,7 +30,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--run", default=DEFAULT_RUN, help=f"run folder (default: {DEFAULT_RUN})")
         command.add_argument("--seed", type=int, help="seed of data, initialisation and training (default: 0)")
         command.add_argument("--train-all", action="store_true", help="train jam-uniform and jam-width as well")
-        command.add_argument("--family", choices=("llama", "opt"), default="llama", help="architecture of the parents")
+        families = "architecture of the parents; unlike: a Qwen2 and a Chameleon, with different tokenizers"
+        command.add_argument("--family", choices=("llama", "opt", "unlike"), default="llama", help=families)
         command.add_argument("--small", action="store_true", help="the whole path in seconds, learning nothing")
 
     quickstart = commands.add_parser("quickstart", help="every stage below, in order; continues where it was stopped")
@@ -60,8 +61,8 @@ def _run(args: argparse.Namespace) -> None:
 
     from .quickstart.stages import QuickstartSettings, Run, run_all, run_stage
 
-    settings = QuickstartSettings.small() if args.small else QuickstartSettings()
-    settings = replace(settings, seed=args.seed or 0, train_all=args.train_all, family=args.family)
+    settings = QuickstartSettings.of_family(args.family, args.small)
+    settings = replace(settings, seed=args.seed or 0, train_all=args.train_all)
     run = Run(args.run, settings)
     if args.command == "quickstart":
         print(f"The page lies at {run_all(run)}")

@@ -33,7 +33,7 @@ def test_codes_outside_the_vocabulary_are_refused(vq):
 def test_codes_that_share_a_word_share_a_direction():
     """Codes 0 and 1 come with the word 7, codes 2 and 3 with the word 8; code 4 never comes."""
     documents = [[1, 7, 20 + i % 2] for i in range(50)] + [[1, 8, 22 + i % 2] for i in range(50)]
-    features = word_features(documents, 20, 5, 25, size=3)
+    features = word_features(documents, torch.arange(20, 25), 25, size=3)
     alike = F.cosine_similarity(features[:4, None], features[None, :4], dim=-1)
     assert alike[0, 1] > 0.99 and alike[2, 3] > 0.99
     assert alike[0, 2] < -0.9 and not features[4].abs().max() > 1e-6
