@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 from collections.abc import Sequence
@@ -72,7 +73,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `jam-hf`; returns the exit status. What the user can mend is one line on stderr."""
+    """Do what the arguments say; returns the exit status. What the user can mend is one line on stderr."""
     args = _parser().parse_args(arguments)
     try:
         args.do(args)
@@ -86,5 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def entry() -> int:
+    """`jam-hf` as a process of its own."""
+    gc.freeze()  # what was imported lives to the end: collections, the last one above all, need not look at it
+    return main()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(entry())

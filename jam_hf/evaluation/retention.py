@@ -6,6 +6,7 @@ Shape suffixes: B documents, T tokens, V ids of a model, K image codes, N codes 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,7 @@ from .perplexity import batches, compare_logits, padded
 SECTION_START = "<!-- jam-hf certify: start -->"
 SECTION_END = "<!-- jam-hf certify: end -->"
 DEFAULT_MAX_TOKENS = 1024
+_LETTERS_PER_TOKEN = 100  # no text has more on average; what is behind need not be tokenised to be cut off
 
 _MULTIMODAL = {
     "chameleon": ChameleonForConditionalGeneration,
@@ -184,7 +186,7 @@ def certify(
     before = _read_card(card) if write else ""
     documents = read_texts(texts, max_documents) if texts is not None else []
     pictures = read_pairs(pairs, max_documents) if pairs is not None else []
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device)
     jam = _load_jam(model).to(device)
     processor = JamProcessor.from_pretrained(model)
     text = image = None
@@ -231,7 +233,7 @@ def _measure_texts(
     known = set(columns.tolist())
     documents = []
     for number, text in enumerate(texts):
-        ids = tokenizer(text)["input_ids"][:max_tokens]
+        ids = tokenizer(text[: _LETTERS_PER_TOKEN * max_tokens])["input_ids"][:max_tokens]
         unknown = next((token for token in ids if token not in known), None)
         if unknown is not None:
             raise ValueError(
@@ -264,33 +266,38 @@ def _measure_pairs(
     batch_size: int,
 ) -> Retained:
     ours = jam_view(jam, processor.tokenizer)
+    for number, caption in enumerate(_captions(pairs)):
+        for view in (theirs, ours):
+            view.check_length(caption, f"Pair {number} of {names[1]}")
     offset, count = jam.config.image_token_offset, 0
     sums = torch.zeros(3, dtype=torch.float64)
     for start in tqdm(range(0, len(pairs), batch_size), desc="certify: pictures", unit="batch", leave=False):
         rows = [pairs[i] for i in range(start, min(start + batch_size, len(pairs)))]
-        pictures = processor.image_processor.fetch_images([row["image"] for row in rows])
+        pictures = [_picture(processor, row, f"Pair {start + i} of {names[1]}") for i, row in enumerate(rows)]
         pixels = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
         codes_BN = (jam.get_image_tokens(pixels.to(jam.device)) - offset).cpu()
         captions = [row["text"] for row in rows]
-        results = [_code_logits(view, captions, codes_BN, start, names[1]) for view in (theirs, ours)]
+        results = [_code_logits(view, captions, codes_BN) for view in (theirs, ours)]
         (parent_logits, parent_places), (fusion_logits, fusion_places) = results
         sums += compare_logits(parent_logits, fusion_logits, parent_places, fusion_places, codes_BN.flatten())
         count += codes_BN.numel()
     return _retained(names, len(pairs), count, jam.config.num_image_tokens, None, sums)
 
 
+def _picture(processor: JamProcessor, row: dict[str, Any], name: str) -> Any:
+    try:
+        return processor.image_processor.fetch_images(row["image"])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def _code_logits(
-    view: PictureView, captions: Sequence[str], codes_BN: torch.Tensor, start: int, name: str
+    view: PictureView, captions: Sequence[str], codes_BN: torch.Tensor
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """Logits over the codes, `[B, T, K]`, and where in them each code is predicted (rows and columns, `[B * N]`)."""
     documents, rows, columns = [], [], []
     for index, (caption, codes) in enumerate(zip(captions, codes_BN)):
         ids, places = view.document(caption, codes)
-        if len(ids) > _positions(view.model):
-            raise ValueError(
-                f"Pair {start + index} of {name} has {len(ids)} tokens, more than the {_positions(view.model)} positions of "
-                f"{type(view.model).__name__}. Shorten its caption, or leave it out."
-            )
         documents.append(ids)
         rows += [index] * len(places)
         columns += [place - 1 for place in places]  # a code is predicted one place before its own
@@ -345,6 +352,15 @@ class PictureView:
     code_ids: torch.Tensor
     template: Sequence[int]
     code_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+    def check_length(self, caption: str, name: str) -> None:
+        """Raise `ValueError` if a caption and its picture have more tokens than the model has positions."""
+        length, positions = len(self.caption(caption)) + len(self.template), _positions(self.model)
+        if length > positions:
+            raise ValueError(
+                f"{name} has {length} tokens with its picture, more than the {positions} positions of "
+                f"{type(self.model).__name__}. Shorten its caption, or leave it out."
+            )
 
     def document(self, caption: str, codes: torch.Tensor) -> tuple[list[int], list[int]]:
         """Ids of the caption and its picture of `codes` (int64 `[N]`, 0..K-1), and the places of the codes among them."""
@@ -487,6 +503,15 @@ def _caption(tokenizer: PreTrainedTokenizerBase, mark: int, begin: bool = False)
 # ----- models ---------------------------------------------------------------------------------------------------------
 
 
+def _device(name: str | torch.device | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.ones(1, device=device).item()  # some devices have names that torch knows, and nothing behind them
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {str(name)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
 def _load_jam(model: str | os.PathLike) -> JamForCausalLM:
     config = _config(model, "model")
     if config.model_type != JamConfig.model_type:
@@ -565,25 +590,31 @@ def read_texts(path: str | os.PathLike, max_documents: int | None = None) -> lis
     """
     if not Path(path).is_file():
         raise ValueError(f"There is no text file '{path}'.")
-    documents: list[str] = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for paragraph in _paragraphs(file):
-                documents.append(paragraph)
-                if len(documents) == max_documents:
-                    break
-    except UnicodeDecodeError as error:
-        raise ValueError(f"'{path}' is not UTF-8 (byte {error.start}: {error.reason}). Expected a plain text file.") from error
+    documents = list(itertools.islice(_paragraphs(_lines(path)), max_documents))
     if not documents:
         raise ValueError(f"'{path}' is empty. Expected documents, with blank lines between them.")
     return documents
+
+
+def _lines(path: str | os.PathLike) -> Iterator[str]:
+    """The lines of a UTF-8 file without their ends, whichever those are; without a byte order mark."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # by which the line can be named
+        for number, line in enumerate(file, start=1):
+            try:
+                line.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"'{path}' is not UTF-8: line {number} holds the byte 0x{ord(line[error.start]) & 0xFF:02X} at character "
+                    f"{error.start + 1}. Save it as UTF-8."
+                ) from error
+            yield line.rstrip("\n")
 
 
 def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
     paragraph: list[str] = []
     for line in lines:
         if line.strip():
-            paragraph.append(line.rstrip("\r\n"))
+            paragraph.append(line)
         elif paragraph:
             yield "\n".join(paragraph)
             paragraph = []
@@ -598,6 +629,8 @@ def read_pairs(folder: str | os.PathLike, max_documents: int | None = None) -> S
         ValueError: if the folder is neither of the two kinds that `certify` names, is empty, or lacks pictures or captions.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder '{folder}' with pictures and captions.")
     metadata = folder / "metadata.jsonl"
     if (folder / "dataset_dict.json").is_file():
         raise ValueError(f"'{folder}' holds several splits. Give the folder of one of them.")
@@ -606,7 +639,10 @@ def read_pairs(folder: str | os.PathLike, max_documents: int | None = None) -> S
     elif (folder / "dataset_info.json").is_file():
         from datasets import load_from_disk
 
-        dataset = load_from_disk(str(folder))
+        try:
+            dataset = load_from_disk(str(folder))
+        except Exception as error:  # a damaged one; one without rows is an IndexError
+            raise ValueError(f"The dataset '{folder}' is empty or damaged ({type(error).__name__}: {error}).") from error
         lacking = {"image", "text"} - set(dataset.column_names)
         if lacking:
             raise ValueError(
@@ -615,7 +651,7 @@ def read_pairs(folder: str | os.PathLike, max_documents: int | None = None) -> S
             )
         pairs = dataset.select_columns(["image", "text"])
         pairs = pairs.select(range(min(len(pairs), max_documents or len(pairs))))
-        bad = next((i for i, text in enumerate(pairs["text"]) if not isinstance(text, str)), None)
+        bad = next((i for i, text in enumerate(_captions(pairs)) if not isinstance(text, str)), None)
         if bad is not None:
             raise ValueError(f"Row {bad} of the dataset '{folder}' has no text. Expected a caption for each picture.")
     else:
@@ -628,27 +664,30 @@ def read_pairs(folder: str | os.PathLike, max_documents: int | None = None) -> S
     return pairs
 
 
+def _captions(pairs: Sequence[dict[str, Any]]) -> list[str]:
+    """All captions; no picture is opened for it."""
+    return [row["text"] for row in pairs] if isinstance(pairs, list) else list(pairs["text"])
+
+
 def _metadata_pairs(folder: Path, metadata: Path, max_documents: int | None) -> list[dict[str, Any]]:
     pairs: list[dict[str, Any]] = []
-    try:
-        lines = metadata.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{metadata} is not UTF-8 (byte {error.start}: {error.reason}).") from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_lines(metadata), start=1):
         if not line.strip():
             continue
         if len(pairs) == max_documents:
             break
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{metadata}, line {number} is no JSON: {error}.") from error
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("file_name", "text")):
             raise ValueError(f"{metadata}, line {number}: expected the strings 'file_name' and 'text', got {line:.80}")
+        if any("\ud800" <= letter <= "\udfff" for letter in row["text"]):
+            raise ValueError(f"{metadata}, line {number}: the caption has half of a UTF-16 pair (\\uD800 to \\uDFFF) alone.")
         pairs.append({"image": str(folder / row["file_name"]), "text": row["text"]})
     missing = [pair["image"] for pair in pairs if not Path(pair["image"]).is_file()]
     if missing:
-        raise ValueError(f"{metadata} names {len(missing)} pictures that are not there, e.g. {missing[0]}.")
+        raise ValueError(f"{metadata} names files that are not there: {len(missing)} of {len(pairs)}, e.g. {missing[0]}.")
     return pairs
 
 

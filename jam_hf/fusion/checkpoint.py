@@ -168,7 +168,7 @@ def _resolve_folder(source: str | os.PathLike, role: str, revision: str | None, 
         raise ValueError(f"The {role} '{source}' is not a folder. Expected a checkpoint folder or a Hub id such as 'a/b'.")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", *([] if headers_only else ["*.safetensors"])]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", *([] if headers_only else ["model*.safetensors"])]
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     except Exception as error:  # the Hub's, the network's and the cache's errors have no common base class
