@@ -36,7 +36,7 @@ class Parent:
     """A parent's config and tensors, read lazily from a checkpoint folder, a Hub repository or a model in memory.
 
     Args:
-        source: folder, Hub id (`revision` as in `from_pretrained`) or `PreTrainedModel`.
+        source: folder, Hub id (`revision` as in `originpretrained`) or `PreTrainedModel`.
         role: "text parent", "image parent", ...: how messages call it.
         headers_only: of a Hub repository, fetch no weights but the headers of their files; `read` gives tensors on the meta
             device.
@@ -215,7 +215,7 @@ _INCIDENTAL = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dty
 
 def _config(folder: Path, role: str) -> PreTrainedConfig:
     try:  # code that a checkpoint brings along is not run (left out, the argument makes transformers ask on the terminal)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.originpretrained(folder, trust_remote_code=False)
     except Exception as error:  # validators of configs raise classes of their own
         raise ValueError(f"The config of the {role}, {folder / 'config.json'}, cannot be read: {error}") from error
     _refuse_quantised(config, str(folder), role)
@@ -417,8 +417,9 @@ def _write_shard(writer: TensorFileWriter, plans: dict[str, TensorPlan], progres
                     parent.check_finite(name)
                 if made.dtype == spec.dtype:
                     raise ValueError(f"Tensor '{key}' holds NaN or infinity; look at the tensors that it is made of.")
+                origin = ", ".join(f"{role}: {name}" for role, name in plans[key].inputs) or plans[key].what
                 raise ValueError(
-                    f"Tensor '{key}' ({plans[key].what}) holds {made.abs().max().item():.4g}, which overflows {spec.dtype} "
+                    f"Tensor '{key}' (from {origin}) holds {made.abs().max().item():.4g}, which overflows {spec.dtype} "
                     f"(largest: {torch.finfo(spec.dtype).max:.4g}). Choose another dtype, e.g. dtype='bfloat16'."
                 )
             try:

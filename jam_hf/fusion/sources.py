@@ -25,6 +25,11 @@ class ParentRows:
     def __init__(self, parent: Parent, key: str):
         self.parent, self.key = parent, key
         self.spec = parent.require(key)
+        if not self.spec.dtype.is_floating_point:
+            raise ValueError(
+                f"Tensor '{key}' of the {parent.role}, in {parent.where(key)}, is {self.spec.dtype}; expected floats. If it is a "
+                "quantised model, take the unquantised one."
+            )
         self.inputs = ((parent, key),)
         self.loads = 0
 
