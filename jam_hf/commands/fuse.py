@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> None:
     from ..fusion.fuse import check_output, plan_recipe, run_fusion
     from ..fusion.recipe import FusionRecipe
 
+    if args.force:
+        raise ValueError("fuse: --force is for run folders; to replace the folder of --output, give --overwrite.")
     settings = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
     if args.seed is not None:
         settings["seed"] = args.seed

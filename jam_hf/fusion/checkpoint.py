@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +37,7 @@ class Parent:
     """A parent's config and tensors, read lazily from a checkpoint folder, a Hub repository or a model in memory.
 
     Args:
-        source: folder, Hub id (`revision` as in `originpretrained`) or `PreTrainedModel`.
+        source: folder, Hub id (`revision` as in `from_pretrained`) or `PreTrainedModel`.
         role: "text parent", "image parent", ...: how messages call it.
         headers_only: of a Hub repository, fetch no weights but the headers of their files; `read` gives tensors on the meta
             device.
@@ -215,7 +216,7 @@ _INCIDENTAL = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dty
 
 def _config(folder: Path, role: str) -> PreTrainedConfig:
     try:  # code that a checkpoint brings along is not run (left out, the argument makes transformers ask on the terminal)
-        config = AutoConfig.originpretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # validators of configs raise classes of their own
         raise ValueError(f"The config of the {role}, {folder / 'config.json'}, cannot be read: {error}") from error
     _refuse_quantised(config, str(folder), role)
@@ -359,7 +360,10 @@ def write_plans(folder: Path, plans: dict[str, TensorPlan], max_shard_size: str 
     """
     shards, index = plan_shards({key: plan.spec for key, plan in plans.items()}, max_shard_size)
     total = sum(plan.spec.nbytes for plan in plans.values())
-    there = sum(plans[key].spec.nbytes for name, keys in shards.items() if (folder / name).is_file() for key in keys)
+    whole = [name for name in shards if (folder / name).is_file()]
+    there = sum(plans[key].spec.nbytes for name in whole for key in shards[name])
+    if whole:
+        tqdm.write(f"going on: {len(whole)} of {len(shards)} files are there already", file=sys.stderr)
     with (
         tqdm(total=total, initial=there, desc="tensors", unit="B", unit_scale=True, unit_divisor=1024) as progress,
         _one_torch_thread(),

@@ -251,6 +251,8 @@ def _write_small_files(plan: FusionPlan, folder: Path) -> None:
     ).save_pretrained(folder)
     tokenizer = vocabulary.tokenizer
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # what is saved is what it was made with
+    for name in ("is_local", "local_files_only"):  # how it was read here, which transformers would write down
+        tokenizer.init_kwargs.pop(name, None)
     processor = JamProcessor(
         JamImageProcessor.from_size(config.vq_config.sample_size),
         tokenizer,

@@ -27,8 +27,8 @@ class ParentRows:
         self.spec = parent.require(key)
         if not self.spec.dtype.is_floating_point:
             raise ValueError(
-                f"Tensor '{key}' of the {parent.role}, in {parent.where(key)}, is {self.spec.dtype}; expected floats. If it is a "
-                "quantised model, take the unquantised one."
+                f"Tensor '{key}' of the {parent.role}, in {parent.where(key)}, is {self.spec.dtype}; expected floats. If it is "
+                "a quantised model, take the unquantised one."
             )
         self.inputs = ((parent, key),)
         self.loads = 0

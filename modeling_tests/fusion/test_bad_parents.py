@@ -1,4 +1,4 @@
-"""Parents, folders and disks that are not as they should be: each gets an error that names file and tensor, and leaves nothing."""
+"""Parents, folders and disks that are not as they should be: errors that name file and tensor, and nothing is left behind."""
 
 import contextlib
 import errno
@@ -286,7 +286,7 @@ def test_overflowing_dtypes(text, refused, parents, vq, tmp_path):
 @pytest.mark.parametrize("role", ["text", "image"])
 def test_tensors_of_other_shapes_than_the_config_says(shape, mode, role, parents, refused, tmp_path):
     """No broadcast, and no row of a neighbour, makes up for what is missing."""
-    folders = {name: folder for name, folder in zip(("text", "image"), parents("llama"))}
+    folders = dict(zip(("text", "image"), parents("llama")))
     folders[role] = shutil.copytree(folders[role], tmp_path / role)
     change(folders[role], lambda state: {**state, WEIGHT: torch.ones(shape)})
     refused(
