@@ -49,10 +49,12 @@ class Decoder:
             )
         self.embedding_key = found[0]
         self.prefix = found[0].removesuffix("embed_tokens.weight")
-        self.tied = bool(parent.config.tie_word_embeddings)
+        tied = bool(parent.config.tie_word_embeddings)
         heads = [key for key in parent.specs if key.endswith("lm_head.weight")]
         self.head_key = heads[0] if heads else self.embedding_key
-        if not heads and not self.tied:
+        # transformers, too, does not tie what the checkpoint has twice and differently, whatever its config says.
+        self.tied = tied and (not heads or _same_rows(parent, heads[0], self.embedding_key))
+        if not heads and not tied:
             raise ValueError(
                 f"The {parent.role} {parent.name} has no tensor 'lm_head.weight', and its config does not tie it to the "
                 "embedding. Expected a causal LM with its head."
@@ -76,6 +78,12 @@ class Decoder:
         vocabulary = {self.embedding_key, self.head_key}
         heads = {key for key in self.parent.specs if key.endswith("lm_head.weight")}
         return {key for key in self.parent.specs if not _OTHER_PARTS.fullmatch(key)} - vocabulary - heads
+
+
+def _same_rows(parent: Parent, one: str, other: str) -> bool:
+    spec, size = parent.specs[one], 1 << 12
+    blocks = [(first, min(first + size, spec.rows)) for first in range(0, spec.rows, size)]
+    return spec == parent.specs[other] and all(torch.equal(parent.read(one, *b), parent.read(other, *b)) for b in blocks)
 
 
 @dataclass(frozen=True)
