@@ -70,7 +70,7 @@ def warnings(text: Decoder, image: Decoder, config: JamConfig, vocabulary: Vocab
         shown = ", ".join(vocabulary.added[:4]) + (" ..." if len(vocabulary.added) > 4 else "")
         found.append(
             f"The tokenizer got {len(vocabulary.added)} special tokens ({shown}). What neither parent knows starts as the mean "
-            "of all rows, and must be trained."
+            "of all rows, or as a row of the text parent's padding, and must be trained."
         )
     if vocabulary.coverage is not None:
         missing = vocabulary.coverage.counts[NONE]
