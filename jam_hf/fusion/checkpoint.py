@@ -421,7 +421,7 @@ def _write_shard(writer: TensorFileWriter, plans: dict[str, TensorPlan], progres
                     parent.check_finite(name)
                 if made.dtype == spec.dtype:
                     raise ValueError(f"Tensor '{key}' holds NaN or infinity; look at the tensors that it is made of.")
-                origin = ", ".join(f"{role}: {name}" for role, name in plans[key].inputs) or plans[key].what
+                origin = ", ".join(f"{parent.role}: {name}" for parent, name in plans[key].inputs) or plans[key].what
                 raise ValueError(
                     f"Tensor '{key}' (from {origin}) holds {made.abs().max().item():.4g}, which overflows {spec.dtype} "
                     f"(largest: {torch.finfo(spec.dtype).max:.4g}). Choose another dtype, e.g. dtype='bfloat16'."

@@ -51,6 +51,7 @@ def test_headers_say_what_the_weights_say(kind, hub, tmp_path):
 
     def told(plan, names):
         lines = re.sub(r"(, recipe \w+| \(from the headers .*\))", "", plan.describe())
+        lines = re.sub(r".*The vectors of the codebook .*\n", "", lines)  # that much only the weights say
         for name in names:
             lines = lines.replace(str(name), "NAME")
         return lines
