@@ -1,7 +1,8 @@
 """Small parents of the real classes, with tokenizers of their own kind, and what each parent itself says of a document.
 
 Text parents: Llama and Mistral with SentencePiece-like tokenizers, Qwen2, Qwen3 and OPT with byte-level ones. Image parents: a
-plain causal LM whose vocabulary ends in codes, Chameleon, Emu3, Janus. No tokenizer is another's; no two vocabularies agree.
+plain causal LM whose vocabulary ends in codes, Chameleon, Emu3, Janus. No tokenizer is another's; no two vocabularies agree,
+unless a tokenizer is given.
 """
 
 from __future__ import annotations
@@ -33,13 +34,29 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from jam_hf import JamVQConfig, JamVQModel
+from jam_hf import JamConfig, JamVQConfig, JamVQModel
 
 
 NUM_CODES = 16
 GRID = 4
 TEXT_KINDS = ("llama", "mistral", "qwen2", "qwen3", "opt")
 IMAGE_KINDS = ("plain", "chameleon", "emu3", "janus")
+# Every image parent: name -> arguments of `image_parent`.
+IMAGE_PARENTS = {
+    **{f"{like}-lm": {"kind": "plain", "like": like} for like in TEXT_KINDS},
+    "chameleon": {"kind": "chameleon"},
+    "chameleon-swin": {"kind": "chameleon", "swin_norm": True},
+    "emu3": {"kind": "emu3"},
+    "janus": {"kind": "janus"},
+}
+# Families that compute the same from the same weights may be averaged and widened with each other: text kind -> image parents.
+SAME_ARITHMETIC = {
+    "llama": {"llama-lm", "mistral-lm", "emu3", "janus"},
+    "mistral": {"llama-lm", "mistral-lm", "emu3", "janus"},
+    "qwen2": {"qwen2-lm"},
+    "qwen3": {"qwen3-lm"},
+    "opt": {"opt-lm"},
+}
 SENTENCES = {
     "text": ["a small red circle in the top left of a picture", "a ruby is red and the sky is blue, the sea is deep"],
     "image": ["the large blue square in the centre of the picture", "a red ruby and a deep sea, in the sky"],
@@ -102,11 +119,32 @@ def sentencepiece_like_tokenizer(texts: list[str], size: int, specials: list[str
 SMALL = Sizes()
 
 
-def text_parent(kind: str, sizes: Sizes = SMALL, seed: int = 1) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A causal LM with random weights, and its tokenizer."""
+def padded(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Rows of a vocabulary: more than it has tokens, and a multiple of 64, as public ones are.
+
+    Where it is no multiple of 4, BLAS does the last columns by another kernel, with other last bits.
+    """
+    return 64 * (len(tokenizer) // 64 + 1)
+
+
+_CAUSAL_LMS = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "opt": (OPTConfig, OPTForCausalLM),
+}
+
+
+def text_parent(
+    kind: str, sizes: Sizes = SMALL, seed: int = 1, tokenizer: PreTrainedTokenizerFast | None = None, **changes
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A causal LM with random weights, and its tokenizer. `changes`: fields of its config."""
     common = {"num_hidden_layers": sizes.layers, "num_attention_heads": sizes.heads, "hidden_size": sizes.hidden}
     rotary = {**common, "intermediate_size": sizes.ffn, "num_key_value_heads": sizes.kv_heads, "max_position_embeddings": 256}
-    if kind in ("llama", "mistral"):
+    if tokenizer is not None:
+        pass
+    elif kind in ("llama", "mistral"):
         tokenizer = sentencepiece_like_tokenizer(SENTENCES["text"], 80, ["<s>", "</s>"], bos_token="<s>", eos_token="</s>")
     elif kind == "opt":
         tokenizer = byte_level_tokenizer(
@@ -118,42 +156,38 @@ def text_parent(kind: str, sizes: Sizes = SMALL, seed: int = 1) -> tuple[PreTrai
         )
         tokenizer.add_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)])
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    size = len(tokenizer) + 5  # padded, as public vocabularies are
+    size = padded(tokenizer)
     if kind == "llama":
         rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=size, rope_parameters=rope, **rotary, **ids))
+        settings = {"rope_parameters": rope, **rotary}
     elif kind == "mistral":
-        model = MistralForCausalLM(MistralConfig(vocab_size=size, sliding_window=None, head_dim=8, **rotary, **ids))
+        settings = {"sliding_window": None, "head_dim": 8, **rotary}
     elif kind == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=size, tie_word_embeddings=True, **rotary, **ids))
+        settings = {"tie_word_embeddings": True, **rotary}
     elif kind == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(vocab_size=size, head_dim=16, **rotary, **ids))
+        settings = {"head_dim": 16, **rotary}
     else:
-        model = OPTForCausalLM(
-            OPTConfig(
-                vocab_size=size,
-                ffn_dim=sizes.ffn,
-                dropout=0.0,
-                max_position_embeddings=256,
-                word_embed_proj_dim=sizes.hidden,
-                **common,
-                **ids,
-            )
-        )
+        settings = {
+            "ffn_dim": sizes.ffn,
+            "dropout": 0.0,
+            "max_position_embeddings": 256,
+            "word_embed_proj_dim": sizes.hidden,
+            **common,
+        }
+    config_class, model_class = _CAUSAL_LMS[kind]
+    model = model_class(config_class(**{"vocab_size": size, **settings, **ids, **changes}))
     randomise(model, seed)
     return model.eval(), tokenizer
 
 
 def image_parent(
-    kind: str, sizes: Sizes = SMALL, seed: int = 2, like: str = "llama"
+    kind: str, sizes: Sizes = SMALL, seed: int = 2, like: str = "llama", **changes
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """An image model with random weights, and its tokenizer. `like`: the family of a plain one."""
-    codes = {
-        "plain": [f"<img:{i}>" for i in range(NUM_CODES)],
-        "chameleon": [f"IMGIMG{''.join(chr(ord('A') + int(c)) for c in str(i))}Z" for i in range(NUM_CODES)],
-        "emu3": [f"<|visual token {i:06d}|>" for i in range(NUM_CODES)],
-        "janus": [],
-    }[kind]
+    """An image model with random weights, and its tokenizer.
+
+    like: the family of a plain one. changes: fields of its config, or of that of its decoder.
+    """
+    codes = code_names(kind) or []
     markup = {
         "plain": ["<break>"],
         "chameleon": ["<racm3:break>", "<eoss>", "<image>"],
@@ -195,16 +229,14 @@ def image_parent(
         "intermediate_size": sizes.ffn,
         "num_key_value_heads": sizes.kv_heads,
         "max_position_embeddings": 256,
-        "vocab_size": len(tokenizer),
+        "vocab_size": padded(tokenizer),
     }
+    tied = {"tie_word_embeddings": changes.get("tie_word_embeddings", False)}
+    rotary |= ids
     if kind == "plain":
-        model, _ = text_parent(like, sizes, seed)
-        config = model.config
-        config.vocab_size = len(tokenizer)
-        for name, value in ids.items():
-            setattr(config, name, value)
-        model = type(model)(config)
-    elif kind == "chameleon":
+        return text_parent(like, sizes, seed, tokenizer, **changes)
+    rotary |= changes
+    if kind == "chameleon":
         vq = {
             "embed_dim": 4,
             "num_embeddings": NUM_CODES,
@@ -214,7 +246,7 @@ def image_parent(
             "channel_multiplier": [1, 1, 1],
             "num_res_blocks": 1,
         }
-        config = ChameleonConfig(vocabulary_map=tokenizer.get_vocab(), vq_config=vq, **rotary, **ids)
+        config = ChameleonConfig(vocabulary_map=tokenizer.get_vocab(), vq_config=vq, **rotary)
         model = ChameleonForConditionalGeneration(config)
     elif kind == "emu3":
         vq = {
@@ -228,7 +260,7 @@ def image_parent(
             "hidden_size": 32,
             "temporal_downsample_factor": 1,
         }
-        config = Emu3Config(vocabulary_map=tokenizer.get_vocab(), vq_config=vq, text_config={**rotary, **ids})
+        config = Emu3Config(vocabulary_map=tokenizer.get_vocab(), vq_config=vq, text_config=rotary, **tied)
         model = Emu3ForConditionalGeneration(config)
     else:
         vq = {
@@ -250,26 +282,26 @@ def image_parent(
             "projection_dim": sizes.hidden,
         }
         config = JanusConfig(
-            text_config={"model_type": "llama", **rotary, **ids},
+            text_config={"model_type": "llama", **rotary},
             vision_config=vision,
             vq_config=vq,
             image_token_id=tokenizer.convert_tokens_to_ids("<image_placeholder>"),
-            tie_word_embeddings=False,
+            **tied,
         )
         model = JanusForConditionalGeneration(config)
     randomise(model, seed)
     return model.eval(), tokenizer
 
 
-def vq_model() -> JamVQModel:
-    """A VQ model over as many codes as the parents have."""
+def vq_model(grid: int = GRID) -> JamVQModel:
+    """A VQ model over as many codes as the parents have, for pictures of `grid` x `grid` codes."""
     torch.manual_seed(0)
     model = JamVQModel(
         JamVQConfig(
             block_out_channels=(8, 8, 8),
             layers_per_block=1,
             latent_channels=4,
-            sample_size=GRID * 4,
+            sample_size=grid * 4,
             num_vq_embeddings=NUM_CODES,
             norm_num_groups=4,
             mid_block_add_attention=False,
@@ -286,36 +318,70 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
     return folder
 
 
-def code_rows(kind: str, tokenizer: PreTrainedTokenizerFast) -> torch.LongTensor | None:
-    """The parent's id of each code, by its own names; None for Janus, whose codes are no tokens."""
-    names = {
-        "plain": lambda i: f"<img:{i}>",
-        "chameleon": lambda i: f"IMGIMG{''.join(chr(ord('A') + int(c)) for c in str(i))}Z",
-        "emu3": lambda i: f"<|visual token {i:06d}|>",
-    }
-    if kind == "janus":
-        return None
-    return torch.tensor([tokenizer.convert_tokens_to_ids(names[kind](i)) for i in range(NUM_CODES)])
+def code_names(kind: str) -> list[str] | None:
+    """The parent's own names of the codes; None for Janus, whose codes are no tokens."""
+    letters = [f"IMGIMG{''.join(chr(ord('A') + int(digit)) for digit in str(i))}Z" for i in range(NUM_CODES)]
+    return {
+        "plain": [f"<img:{i}>" for i in range(NUM_CODES)],
+        "chameleon": letters,
+        "emu3": [f"<|visual token {i:06d}|>" for i in range(NUM_CODES)],
+        "janus": None,
+    }[kind]
 
 
-@torch.no_grad()
-def image_parent_logits(
-    kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tokens: list[str], codes: torch.LongTensor
-) -> torch.Tensor:
-    """What the parent itself thinks of a caption and a picture: logits of the codes, `[T, K]`.
+def parents_picture(kind: str, codes: list[int]) -> list[str | int]:
+    """A square picture as the parent writes it, mark to mark: its tokens by their names, codes by their numbers."""
+    grid = round(len(codes) ** 0.5)
+    rows = [codes[first : first + grid] for first in range(0, len(codes), grid)]
+    if kind == "emu3":
+        row_ends = [entry for row in rows for entry in (*row, "<|extra_200|>")]
+        size = (*str(grid), "*", *str(grid))
+        return ["<|image start|>", *size, "<|image token|>", *row_ends, "<|extra_201|>", "<|image end|>"]
+    begin, end = {
+        "plain": ("<break>", "<break>"),
+        "chameleon": ("<racm3:break>", "<eoss>"),
+        "janus": ("<begin_of_image>", "<end_of_image>"),
+    }[kind]
+    return [begin, *codes, end]
 
-    tokens: the caption and the opening mark, as the parent's own tokens. codes: int64, the picture so far.
-    """
-    ids = torch.tensor(tokenizer.convert_tokens_to_ids(tokens))
-    if kind == "janus":
-        text = model.get_input_embeddings()(ids)
-        pictures = model.prepare_embeddings_for_image_generation(codes)
-        states = model.model.language_model(inputs_embeds=torch.cat((text, pictures))[None]).last_hidden_state
-        return model.model.generation_head(states)[0]
-    rows = code_rows(kind, tokenizer)
-    ids = torch.cat((ids, rows[codes]))[None]
-    if kind == "chameleon":  # its own forward masks the codes
-        logits = model.lm_head(model.model(input_ids=ids).last_hidden_state)
-    else:
-        logits = model(input_ids=ids).logits
-    return logits[0][:, rows]
+
+def jams_picture(config: JamConfig, codes: list[int]) -> list[int]:
+    """The same as a JAM writes it: token ids."""
+    left = iter(codes)
+    inside = [next(left) + config.image_token_offset if entry == -1 else entry for entry in config.picture_template]
+    return [config.break_token_id, *inside, config.picture_end_token_id]
+
+
+class ImageParent:
+    """An image parent's own logits of the codes."""
+
+    def __init__(self, kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast):
+        self.kind, self.model, self.tokenizer = kind, model, tokenizer
+        names = code_names(kind)
+        self.rows = None if names is None else torch.tensor(tokenizer.convert_tokens_to_ids(names))
+
+    @torch.no_grad()
+    def logits(self, documents: list[list[str | int]], **kwargs) -> tuple[torch.Tensor, object]:
+        """`[B, T, K]` and the cache; documents of one length, tokens by name and codes by number."""
+        if self.kind == "janus":
+            embeds = torch.stack([torch.cat([self._janus_row(entry) for entry in row]) for row in documents])
+            output = self.model.model.language_model(inputs_embeds=embeds, **kwargs)
+            return self.model.model.generation_head(output.last_hidden_state), output.past_key_values
+        ids = torch.tensor(
+            [
+                [self.rows[e].item() if isinstance(e, int) else self.tokenizer.convert_tokens_to_ids(e) for e in row]
+                for row in documents
+            ]
+        )
+        if self.kind == "chameleon":  # its own forward masks the codes
+            output = self.model.model(input_ids=ids, **kwargs)
+            logits = self.model.lm_head(output.last_hidden_state)
+        else:
+            output = self.model(input_ids=ids, **kwargs)
+            logits = output.logits
+        return logits[..., self.rows], output.past_key_values
+
+    def _janus_row(self, entry: str | int) -> torch.Tensor:
+        if isinstance(entry, int):
+            return self.model.prepare_embeddings_for_image_generation(torch.tensor([entry]))
+        return self.model.get_input_embeddings()(torch.tensor([self.tokenizer.convert_tokens_to_ids(entry)]))

@@ -23,12 +23,13 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .tensor_files import TensorFile, TensorFileWriter, TensorSpec, no_duplicates
+from .tensor_files import DTYPES, TensorFile, TensorFileWriter, TensorSpec, no_duplicates
 
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 BLOCK_BYTES = 1 << 20  # of output made at a time by each thread: small enough that sources and result stay in a core's cache
+_FLUSH_BYTES = 256 << 20  # sent to the disk at a time, while the next ones are made
 _THREADS = min(4, os.cpu_count() or 1)
 
 
@@ -38,12 +39,21 @@ class Parent:
     Args:
         source: folder, Hub id (`revision` as in `from_pretrained`) or `PreTrainedModel`.
         role: "text parent", "image parent", ...: how messages call it.
+        headers_only: of a Hub repository, fetch no weights but the headers of their files; `read` gives tensors on the meta
+            device.
     Raises:
         ValueError: if it is no checkpoint with safetensors, or one of its files is damaged.
     """
 
-    def __init__(self, source: str | os.PathLike | PreTrainedModel, role: str, revision: str | None = None):
+    def __init__(
+        self,
+        source: str | os.PathLike | PreTrainedModel,
+        role: str,
+        revision: str | None = None,
+        headers_only: bool = False,
+    ):
         self.role = role
+        self.headers_only = headers_only and not isinstance(source, PreTrainedModel) and not Path(source).is_dir()
         self.hub_id: str | None = None  # where the parent can be found by others
         self.revision: str | None = None
         self.license: str | None = None
@@ -57,12 +67,15 @@ class Parent:
             self.specs = {key: TensorSpec(tuple(tensor.shape), tensor.dtype) for key, tensor in self._state.items()}
             return
         self.name = str(source)
-        self.folder = _resolve_folder(source, role, revision)
+        self.folder = _resolve_folder(source, role, revision, self.headers_only)
         if not Path(source).is_dir():
             self.hub_id = str(source)
             self.revision = self.folder.name if self.folder.parent.name == "snapshots" else revision
         self.license = _license(self.folder)
         self.config = _config(self.folder, role)
+        if self.headers_only:
+            self.specs = _hub_headers(str(source), role, revision)
+            return
         self._files = _tensor_files(self.folder, role)
         self.specs = {key: file.specs[key] for key, file in self._files.items()}
 
@@ -79,9 +92,12 @@ class Parent:
         """Rows `[first, last)` of a tensor, on the CPU.
 
         Raises:
-            ValueError: if it is missing, cannot be read, or holds NaN or infinity there; the message names file and tensor.
+            ValueError: if it is missing or cannot be read; the message names file and tensor.
         """
-        self.require(key)
+        spec = self.require(key)
+        if self.headers_only:
+            last = spec.rows if last is None else last
+            return torch.empty((last - first, *spec.shape[1:]) if spec.shape else (), dtype=spec.dtype, device="meta")
         if self._state:
             rows = self._state[key][first:last] if self._state[key].dim() else self._state[key]
         else:
@@ -91,9 +107,15 @@ class Parent:
                 raise ValueError(
                     f"Cannot read tensor '{key}' of the {self.role} from {self._files[key].path}: {error}."
                 ) from error
-        if not all_finite(rows):
-            raise ValueError(f"Tensor '{key}' of the {self.role}, in {self.where(key)}, holds NaN or infinity.")
         return rows
+
+    def check_finite(self, key: str) -> None:
+        """Raise a `ValueError` that names file and tensor if it holds NaN or infinity."""
+        spec = self.require(key)
+        size = max(1, BLOCK_BYTES // max(1, spec.row_numel * spec.dtype.itemsize))
+        for first in range(0, spec.rows, size):
+            if not all_finite(self.read(key, first, min(first + size, spec.rows))):
+                raise ValueError(f"Tensor '{key}' of the {self.role}, in {self.where(key)}, holds NaN or infinity.")
 
     def get(self, key: str) -> torch.Tensor:
         """The whole tensor; see `read`."""
@@ -101,6 +123,8 @@ class Parent:
 
     def where(self, key: str) -> str:
         """The file that a tensor lies in, in words."""
+        if self.headers_only:
+            return f"the Hub repository {self.name}"
         return str(self._files[key].path) if key in self._files else f"the model in memory '{self.name}'"
 
     def files(self) -> list[Path]:
@@ -143,7 +167,7 @@ def all_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum(dtype=torch.float64))) or bool(torch.isfinite(tensor).all())
 
 
-def _resolve_folder(source: str | os.PathLike, role: str, revision: str | None) -> Path:
+def _resolve_folder(source: str | os.PathLike, role: str, revision: str | None, headers_only: bool = False) -> Path:
     path = Path(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -161,14 +185,29 @@ def _resolve_folder(source: str | os.PathLike, role: str, revision: str | None) 
         raise ValueError(f"The {role} '{source}' is not a folder. Expected a checkpoint folder or a Hub id such as 'a/b'.")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", *([] if headers_only else ["model*.safetensors"])]
     try:
-        # Mistral's repositories hold the same weights once more, in a layout of their own.
-        return Path(
-            snapshot_download(str(source), revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*"])
-        )
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     except Exception as error:  # the Hub's, the network's and the cache's errors have no common base class
         raise ValueError(f"The {role} '{source}' is neither a folder nor a Hub repository that can be read: {error}") from error
+
+
+def _hub_headers(hub_id: str, role: str, revision: str | None) -> dict[str, TensorSpec]:
+    """Shapes and dtypes of a repository's tensors, by a few range requests."""
+    from huggingface_hub import get_safetensors_metadata
+
+    try:
+        files = get_safetensors_metadata(hub_id, revision=revision).files_metadata
+    except Exception as error:  # as above
+        raise ValueError(f"The {role} '{hub_id}' has no safetensors on the Hub whose headers can be read: {error}") from error
+    tensors = {key: tensor for file in files.values() for key, tensor in file.tensors.items()}
+    unknown = sorted(key for key, tensor in tensors.items() if tensor.dtype not in DTYPES)
+    if unknown:
+        raise ValueError(
+            f"Tensor '{unknown[0]}' of the {role} '{hub_id}' has the dtype {tensors[unknown[0]].dtype}; expected one of "
+            f"{', '.join(DTYPES)}."
+        )
+    return {key: TensorSpec(tuple(tensor.shape), DTYPES[tensor.dtype]) for key, tensor in tensors.items()}
 
 
 # What a config says of the file, the code or the training rather than of the model.
@@ -269,12 +308,12 @@ class Band:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """How one output tensor is made. what: in words, for people. inputs: (role, key) of the parents' tensors it comes from."""
+    """How one output tensor is made. what: in words, for people. inputs: the parents' tensors that it comes from."""
 
     spec: TensorSpec
     bands: tuple[Band, ...]
     what: str = ""
-    inputs: tuple[tuple[str, str], ...] = ()
+    inputs: tuple[tuple[Parent, str], ...] = ()
     loads: int = field(default=0)  # bytes that its sources keep in memory while it is made
 
     def blocks(self) -> Iterator[tuple[int, int, Callable[[], torch.Tensor]]]:
@@ -341,7 +380,7 @@ def write_plans(folder: Path, plans: dict[str, TensorPlan], max_shard_size: str 
             except OSError as error:
                 raise OSError(error.errno, f"cannot write {path.name} in {folder}: {error.strerror}") from error
             try:
-                _write_shard(writer, {key: plans[key] for key in keys}, progress)
+                _write_shard(writer, {key: plans[key] for key in keys}, progress, syncing)
             except BaseException:
                 writer.close(sync=False)
                 raise
@@ -362,7 +401,7 @@ def _finish(writer: TensorFileWriter, path: Path) -> None:
         raise OSError(error.errno, f"cannot finish {path.name} in {path.parent}: {error.strerror}") from error
 
 
-def _write_shard(writer: TensorFileWriter, plans: dict[str, TensorPlan], progress: tqdm) -> None:
+def _write_shard(writer: TensorFileWriter, plans: dict[str, TensorPlan], progress: tqdm, syncing: ThreadPoolExecutor) -> None:
     room = threading.Semaphore(2 * _THREADS)
     failed, counting = threading.Event(), threading.Lock()
 
@@ -378,9 +417,11 @@ def _write_shard(writer: TensorFileWriter, plans: dict[str, TensorPlan], progres
                 )
             cast = made.to(spec.dtype)
             if not all_finite(cast):
+                for parent, name in plans[key].inputs:
+                    parent.check_finite(name)
                 if made.dtype == spec.dtype:
                     raise ValueError(f"Tensor '{key}' holds NaN or infinity; look at the tensors that it is made of.")
-                origin = ", ".join(f"{role}: {name}" for role, name in plans[key].inputs) or plans[key].what
+                origin = ", ".join(f"{parent.role}: {name}" for parent, name in plans[key].inputs) or plans[key].what
                 raise ValueError(
                     f"Tensor '{key}' (from {origin}) holds {made.abs().max().item():.4g}, which overflows {spec.dtype} "
                     f"(largest: {torch.finfo(spec.dtype).max:.4g}). Choose another dtype, e.g. dtype='bfloat16'."
@@ -398,9 +439,13 @@ def _write_shard(writer: TensorFileWriter, plans: dict[str, TensorPlan], progres
             room.release()
 
     with ThreadPoolExecutor(_THREADS, "fuse") as pool:
-        futures = []
+        futures, unflushed = [], 0
         try:
             for key, plan in plans.items():
+                unflushed += plan.spec.nbytes
+                if unflushed > _FLUSH_BYTES:
+                    syncing.submit(writer.flush)
+                    unflushed = 0
                 for first, rows, make in plan.blocks():
                     room.acquire()
                     if failed.is_set():
@@ -439,44 +484,3 @@ def _one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def write_tensors(
-    folder: Path,
-    shapes: dict[str, torch.Tensor],
-    make: Callable[[str], torch.Tensor],
-    max_shard_size: str = "2GB",
-) -> None:
-    """Write tensors shard by shard, one whole tensor in memory at a time.
-
-    Args:
-        shapes: a tensor on the meta device for every key, for shape and dtype.
-        make: returns the tensor of a key.
-    """
-    plans = {
-        key: TensorPlan(
-            spec := TensorSpec(tuple(tensor.shape), tensor.dtype),
-            (Band(spec.rows, (Made(make, key),), lambda rows: rows),),
-            loads=spec.nbytes,
-        )
-        for key, tensor in shapes.items()
-    }
-    write_plans(folder, plans, max_shard_size)
-
-
-class Made:
-    """Rows of a tensor that a function makes as a whole."""
-
-    def __init__(self, make: Callable[[str], torch.Tensor], key: str):
-        self._make, self._key = make, key
-        self._tensor: torch.Tensor | None = None
-        self._lock = threading.Lock()
-
-    def read(self, first: int, last: int) -> torch.Tensor:
-        with self._lock:
-            if self._tensor is None:
-                self._tensor = self._make(self._key)
-        return self._tensor[first:last] if self._tensor.dim() else self._tensor
-
-    def release(self) -> None:
-        self._tensor = None

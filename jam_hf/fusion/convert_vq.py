@@ -120,7 +120,7 @@ def _converted(
     except ValueError as error:
         raise ValueError(f"'{origin.name}', read as layout '{layout}': {error}") from error
     model = _fill(config, table, tensors, origin.name, layout, say)
-    if layout == "janus" and not codebook_l2_norm:
+    if layout == "janus" and not codebook_l2_norm and not model.device.type == "meta":
         norms = tensors["quantize.embedding.weight"].norm(dim=1)
         if (norms - 1).abs().max() > 1e-3:
             say(
@@ -225,7 +225,7 @@ def _vq_tensors(origin: Source, say: Callable[[str], None]) -> dict[str, torch.T
         tensor = origin.get(prefix + name)
         if tensor.is_floating_point():
             tensor = tensor.float()
-            if not torch.isfinite(tensor).all():
+            if not tensor.is_meta and not torch.isfinite(tensor).all():
                 raise ValueError(f"Tensor '{prefix}{name}' of '{origin.name}' holds NaN or infinity.")
         tensors[name] = tensor
     return tensors

@@ -50,7 +50,7 @@ class FusionPlan:
     image: Decoder
     tensors: dict[str, TensorPlan]
     warnings: list[str]
-    digest: str
+    digest: str | None  # None: weights were not read, only their headers
     fingerprint: str | None  # None: an input is in memory, so that a stopped run cannot be taken up again
 
     @property
@@ -58,9 +58,9 @@ class FusionPlan:
         """Bytes of all output tensors."""
         return sum(plan.spec.nbytes for plan in self.tensors.values())
 
-    def describe(self) -> str:
-        """Shapes, parameters, memory, disk, vocabulary, pairing of layers and warnings, as text."""
-        return report.describe(self)
+    def describe(self, tensors: bool = True) -> str:
+        """Parameters, memory, disk, vocabulary, pairing of layers, warnings and (`tensors`) shapes, as text."""
+        return report.describe(self, tensors)
 
     def explain(self, key: str) -> str:
         """Where a tensor comes from, as text. Raises `ValueError` for a tensor that the JAM does not have."""
@@ -130,9 +130,15 @@ def plan_fusion(
     tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
     image_tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
     dtype: str | torch.dtype | None = None,
+    headers_only: bool = False,
     **settings: Any,
 ) -> FusionPlan:
-    """Everything about a fusion but the writing; arguments, errors: see [`fuse`]."""
+    """Everything about a fusion but the writing; arguments, errors: see [`fuse`].
+
+    Args:
+        headers_only: fetch no weights of parents on the Hub, only the headers of their files. The plan can be described and
+            explained, not run.
+    """
     named_dtype = _named_dtype(dtype)
     names = {
         "text": text_model,
@@ -161,8 +167,8 @@ def plan_fusion(
     except ValueError as error:
         raise ValueError(f"max_shard_size must be a size such as '2GB', got {recipe.max_shard_size!r}.") from error
     warnings: list[str] = []
-    text = Decoder(Parent(text_model, "text parent", recipe.text_revision), TEXT_PARENTS)
-    image = Decoder(Parent(image_model, "image parent", recipe.image_revision), IMAGE_PARENTS)
+    text = Decoder(Parent(text_model, "text parent", recipe.text_revision, headers_only), TEXT_PARENTS)
+    image = Decoder(Parent(image_model, "image parent", recipe.image_revision, headers_only), IMAGE_PARENTS)
     check_parents(text, image, mode, init)
     vq, vq_warnings = vq_model_of(vq_model, image, recipe.image_size)
     warnings += vq_warnings
@@ -181,17 +187,19 @@ def plan_fusion(
     )
     config.dtype = named_dtype or _dtype(text, image)
     config.architectures = ["JamForCausalLM"]
-    parts = tables.Ingredients(
-        config, text, image, codes, vocabulary.text_map, vocabulary.image_map, vq.state_dict(), recipe.seed
-    )
+    vq_state = {key: tensor if tensor.is_meta else tensor.cpu() for key, tensor in vq.state_dict().items()}
+    parts = tables.Ingredients(config, text, image, codes, vocabulary.text_map, vocabulary.image_map, vq_state, recipe.seed)
     head_specs(codes, image.parent)
     tensors = tables.plan_tensors(_specs(config), tables.table(mode, init, config), parts)
     tables.check_all_used(parts, mode)
     warnings += report.warnings(text, image, config, vocabulary, mode, init)
+    plan = FusionPlan(recipe, config, vocabulary, text, image, tensors, warnings, None, None)
+    if text.parent.headers_only or image.parent.headers_only:
+        return plan
     contents = (
         text.parent.content_id(),
         image.parent.content_id(),
-        _digest(vq.state_dict()),
+        _digest(vq_state),
         _tokenizer_digest(tokenizer),
         _tokenizer_digest(image_tokenizer) if image_tokenizer is not None else None,
     )
@@ -202,11 +210,13 @@ def plan_fusion(
         # What a shard was made by counts too: one of another torch's random numbers must not stand beside ours.
         made_by = f"{torch.__version__} {transformers_version} {BLOCK_BYTES}"
         fingerprint = hashlib.sha256(f"{digest} {identities} {recipe.max_shard_size} {made_by}".encode()).hexdigest()
-    return FusionPlan(recipe, config, vocabulary, text, image, tensors, warnings, digest, fingerprint)
+    return replace(plan, digest=digest, fingerprint=fingerprint)
 
 
 def run_fusion(plan: FusionPlan, output_dir: str | os.PathLike, overwrite: bool = False) -> Path:
     """Do what was planned; see [`fuse`]."""
+    if plan.digest is None:
+        raise ValueError("A plan of headers alone cannot be run; plan with headers_only=False.")
     for decoder in (plan.text, plan.image):  # a parent's files may be links into the output folder
         check_output(output_dir, *decoder.parent.files())
     folder_context: AbstractContextManager[Path | None]
@@ -240,7 +250,7 @@ def _write_small_files(plan: FusionPlan, folder: Path) -> None:
         generation_mode="interleaved",
     ).save_pretrained(folder)
     tokenizer = vocabulary.tokenizer
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # what is saved is what it was made with
     for name in ("is_local", "local_files_only"):  # how it was read here, which transformers would write down
         tokenizer.init_kwargs.pop(name, None)
     processor = JamProcessor(
@@ -292,7 +302,7 @@ def _vocabulary(
             f"(vocab_size: {text.vocab_size} and {image.vocab_size}), and the image parent brings no tokenizer to say what its "
             "rows mean. Pass image_tokenizer=..."
         )
-    pictures = picture_tokens(image, image_tokenizer, vq.config.grid_size)
+    pictures = picture_tokens(image.parent.config, image_tokenizer, vq.config.grid_size, image.parent.name)
     return joined_vocabulary(tokenizer, text.vocab_size, image_tokenizer, codes, pictures, names, recipe.special_tokens)
 
 
@@ -373,7 +383,7 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{text} {roles} {tokenizer.chat_template}".encode()).hexdigest()
 
 
-def plan_recipe(recipe: FusionRecipe) -> FusionPlan:
+def plan_recipe(recipe: FusionRecipe, headers_only: bool = False) -> FusionPlan:
     """`plan_fusion` with the settings of a recipe."""
     settings = {key: value for key, value in vars(replace(recipe)).items() if key not in ("text", "image", "mode", "vq")}
-    return plan_fusion(recipe.text, recipe.image, recipe.mode, vq_model=recipe.vq, **settings)
+    return plan_fusion(recipe.text, recipe.image, recipe.mode, vq_model=recipe.vq, headers_only=headers_only, **settings)

@@ -5,36 +5,29 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from ..model.configuration_jam import JamConfig, JamVQConfig
+from ..model.configuration_jam import LEARNED_POSITIONS, JamConfig, JamVQConfig
 from .parents import Decoder
 
 
 # Families whose layers compute the same from the same weights, by the name of the first.
 _SAME_ARITHMETIC = {"llama": "llama", "mistral": "llama", "emu3_text_model": "llama"}
 
-# What may differ between OPT parents that are averaged or concatenated: names, ids, training-time settings.
-_FREE_FIELDS = {
-    "_name_or_path",
-    "architectures",
-    "attention_dropout",
-    "bos_token_id",
-    "dropout",
-    "dtype",
-    "eos_token_id",
-    "id2label",
-    "init_std",
-    "initializer_range",
-    "label2id",
-    "layerdrop",
-    "pad_token_id",
-    "tie_word_embeddings",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-    "vocab_size",
-}
+_OPT_FIELDS = (
+    "hidden_size",
+    "ffn_dim",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "word_embed_proj_dim",
+    "max_position_embeddings",
+    "activation_function",
+    "do_layer_norm_before",
+    "_remove_final_layer_norm",
+    "enable_bias",
+    "layer_norm_elementwise_affine",
+)
 
 # Sizes that JAM-Width adds up [P] (hidden size, FFN) [A] (heads).
 _ADDED_BY_WIDTH = {
@@ -47,7 +40,7 @@ def shape_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """All that must agree for one decoder to stand for both parents: sizes, positions, norms, biases, activation."""
     family = config.model_type
     if family == "opt":
-        return {"family": family, **{k: v for k, v in config.to_dict().items() if k not in _FREE_FIELDS | {"model_type"}}}
+        return {"family": family, **{name: getattr(config, name) for name in _OPT_FIELDS}}
     heads = config.num_attention_heads
     window = getattr(config, "sliding_window", None)
     return {
@@ -71,6 +64,8 @@ def shape_fields(config: PreTrainedConfig) -> dict[str, Any]:
 def check_parents(text: Decoder, image: Decoder, mode: str, init: str) -> None:
     """Raise a `ValueError` that names both parents and every difference that `mode` cannot take."""
     if mode == "cross":
+        if init == "paper":
+            _check_one_embedding(text, image)
         return
     if image.kind == "chameleon":
         raise ValueError(
@@ -101,6 +96,26 @@ def check_parents(text: Decoder, image: Decoder, mode: str, init: str) -> None:
         )
 
 
+def _check_one_embedding(text: Decoder, image: Decoder) -> None:
+    """The paper's cross form feeds both streams from one embedding and one kind of positions."""
+    ours, theirs = (
+        {
+            "hidden_size": d.config.hidden_size,
+            "size of an embedding": getattr(d.config, "word_embed_proj_dim", d.config.hidden_size),
+            "positions": "learned" if d.config.model_type in LEARNED_POSITIONS else "rotary",
+        }
+        for d in (text, image)
+    )
+    differing = [name for name in ours if ours[name] != theirs[name]]
+    if differing:
+        listing = "; ".join(f"{name}: {ours[name]} and {theirs[name]}" for name in differing)
+        raise ValueError(
+            f"The text parent {text.parent.name} and the image parent {image.parent.name} cannot be fused as 'cross' with "
+            f"init='paper', which feeds both from one embedding with its positions; they differ in {listing} (text parent "
+            "first). init='preserving' takes any."
+        )
+
+
 def jam_config(
     text: Decoder, image: Decoder, vq: JamVQConfig, mode: str, init: str, interval: int, settings: dict[str, Any]
 ) -> JamConfig:
@@ -122,7 +137,13 @@ def jam_config(
             **settings,
         )
     if mode == "width":
-        text_config = _widened(text_config, image_config)
+        try:
+            text_config = _widened(text_config, image_config)
+        except StrictDataclassError as error:  # a sum that the stock config does not take
+            raise ValueError(
+                f"The text parent {text.parent.name} and the image parent {image.parent.name} cannot be fused as 'width', the "
+                f"decoder of both sizes together is none of the family '{text_config.model_type}': {error}"
+            ) from error
     elif text_config.model_type != "opt":
         text_config.max_position_embeddings = min(text_config.max_position_embeddings, image_config.max_position_embeddings)
     return JamConfig(fusion_mode=mode, text_config=text_config, vq_config=vq, tie_word_embeddings=tied, **settings)

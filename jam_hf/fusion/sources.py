@@ -30,7 +30,7 @@ class ParentRows:
                 f"Tensor '{key}' of the {parent.role}, in {parent.where(key)}, is {self.spec.dtype}; expected floats. If it is "
                 "a quantised model, take the unquantised one."
             )
-        self.inputs = ((parent.role, key),)
+        self.inputs = ((parent, key),)
         self.loads = 0
 
     def read(self, first: int, last: int) -> torch.Tensor:
@@ -53,7 +53,7 @@ class VocabularyRows:
         self.spec = decoder.parent.require(key)
         self.folded = codes.folded if codes is not None and key == decoder.embedding_key else None
         keys = [key, *(sorted(codes.used - set(codes.head.values())) if self.folded is not None else ())]
-        self.inputs = tuple((decoder.parent.role, name) for name in keys)
+        self.inputs = tuple((decoder.parent, name) for name in keys)
         self._needs_table = bool((row_map.offsets[-1] > row_map.offsets[row_map.identity]).item())
         extra = self.folded.numel() * self.spec.dtype.itemsize if self.folded is not None else 0
         self.loads = self.spec.nbytes + extra if self._needs_table else 0

@@ -91,7 +91,7 @@ def _whole(source: Source, spec: TensorSpec, make: Callable = _as_it_is) -> tupl
 
 
 def _vq(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec) -> tuple[Band, ...]:
-    return _whole(Constant(parts.vq[match["rest"]].cpu()), spec)
+    return _whole(Constant(parts.vq[match["rest"]]), spec)
 
 
 def _mean(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec) -> tuple[Band, ...]:
@@ -317,8 +317,8 @@ def plan_tensors(specs: dict[str, TensorSpec], rules: list[Rule], parts: Ingredi
         _check_shape(key, spec, bands)
         sources = [source for band in bands for source in band.sources]
         inputs = tuple(dict.fromkeys(entry for source in sources for entry in source.inputs))
-        for role, name in inputs:
-            parts.used[role.split()[0]].add(name)
+        for parent, name in inputs:
+            parts.used[parent.role.split()[0]].add(name)
         plans[key] = TensorPlan(spec, bands, rule.what, inputs, sum(source.loads for source in dict.fromkeys(sources)))
     parts.used["image"] |= parts.codes.used
     return plans

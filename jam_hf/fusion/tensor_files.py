@@ -189,6 +189,10 @@ class TensorFileWriter:
         while done < len(view):
             done += os.pwrite(self._descriptor, view[done:], start + done)
 
+    def flush(self) -> None:
+        """What was written so far goes to the disk."""
+        os.fdatasync(self._descriptor)
+
     def close(self, sync: bool = True) -> None:
         """`sync`: only once the bytes lie on the disk may the file be given its final name."""
         try:

@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,11 +28,13 @@ class RowMap:
 
     Where there is none, the parent has nothing to say of that token. offsets: int64 `[V + 1]`; rows: int64.
     identity: so many leading rows are the parent's own, one for one.
+    padding: tokens that the parent does not know, though it has rows in their places: the padding of its vocabulary.
     """
 
     offsets: torch.LongTensor
     rows: torch.LongTensor
     identity: int
+    padding: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, pieces: Iterable[tuple[int, ...]]) -> RowMap:
@@ -49,8 +51,10 @@ class RowMap:
 
     @property
     def present(self) -> torch.Tensor:
-        """bool `[V]`: whether the parent has a row for the token."""
-        return self.offsets.diff() > 0
+        """bool `[V]`: whether the parent knows the token."""
+        known = self.offsets.diff() > 0
+        known[list(self.padding)] = False
+        return known
 
 
 @dataclass
@@ -339,6 +343,7 @@ def joined_vocabulary(
     pieces, coverage = transplant(tokenizer, image_tokenizer, base, declared, set(added))
     size = base + len(codes)
     text_map = RowMap.of([*((row,) for row in range(text_rows)), *[()] * (size - text_rows)])
+    text_map = replace(text_map, padding=tuple(ours[token] for token in added if ours[token] < text_rows))
     image_map = RowMap.of([*pieces, *((int(row),) for row in codes)])
     ids = _ids(tokenizer, names, base)
     for name, token_field in (

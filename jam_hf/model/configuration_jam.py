@@ -366,12 +366,13 @@ class JamConfig(PreTrainedConfig):
                 f"JamConfig: in cross mode both streams need the same `vocab_size`, got {text.vocab_size} in text_config and "
                 f"{image.vocab_size} in image_config."
             )
-        if self.cross_form == "paper" and self._embedding_size(text) != self._embedding_size(image):
-            raise ValueError(
-                "JamConfig: cross_form='paper' feeds both streams from one embedding, so both need the same hidden size, "
-                f"got {self._embedding_size(text)} in text_config and {self._embedding_size(image)} in image_config. "
-                "Use cross_form='preserving' for streams of different widths."
-            )
+        for size in (self._embedding_size, lambda config: config.hidden_size):  # OPT's may differ
+            if self.cross_form == "paper" and size(text) != size(image):
+                raise ValueError(
+                    "JamConfig: cross_form='paper' feeds both streams from one embedding, so both need the same hidden size, "
+                    f"got {size(text)} in text_config and {size(image)} in image_config. "
+                    "Use cross_form='preserving' for streams of different widths."
+                )
         learned = [config.model_type in LEARNED_POSITIONS for config in (text, image)]
         if self.cross_form == "paper" and learned[0] != learned[1]:
             kinds = ["learned" if is_learned else "rotary" for is_learned in learned]

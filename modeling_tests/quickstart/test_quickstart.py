@@ -124,7 +124,7 @@ def test_command_line(run, tmp_path, capsys):
     assert main(["generate", "x", "--model", llm, "--output", str(page)]) == 2
     assert "not of a JAM" in capsys.readouterr().err
     assert main(["fuse", "--init", "paper"]) == 2
-    assert "--text, --image, --vq, --mode, --output is missing" in capsys.readouterr().err
+    assert "--text, --image, --mode is missing" in capsys.readouterr().err
     assert main(["page", "--run", str(page)]) == 2
     assert "is a file" in capsys.readouterr().err
 
