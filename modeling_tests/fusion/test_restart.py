@@ -23,6 +23,7 @@ import pytest
 import torch
 from conftest import parent_model
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 from transformers import AutoConfig
 
 import jam_hf
@@ -43,6 +44,9 @@ STEPS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"
 def _answer(channel, function, arguments):
     try:
         torch.set_num_threads(1)
+        # tqdm's own lock is one for all processes: a child that is killed while it holds it would stop the others.
+        tqdm.set_lock(threading.RLock())
+        tqdm.monitor_interval = 0
         channel.send((True, function(*arguments)))
     except BaseException:  # the test shows it in full
         channel.send((False, traceback.format_exc()))
