@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     from ..fusion.recipe import FusionRecipe
 
     if args.force:
-        raise ValueError("fuse: --force is for run folders; to replace the folder of --output, give --overwrite.")
+        raise ValueError("--force is for run folders; to replace the folder of --output, give --overwrite.")
     settings = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
     if args.seed is not None:
         settings["seed"] = args.seed
@@ -56,11 +56,11 @@ def run(args: argparse.Namespace) -> None:
     else:
         missing = [f"--{name}" for name in ("text", "image", "mode") if name not in settings]
         if missing:
-            raise ValueError(f"fuse: {', '.join(missing)} is missing (or give none of them, to fuse a run folder's parents).")
+            raise ValueError(f"{', '.join(missing)} is missing (or give none of them, to fuse a run folder's parents).")
         recipe = FusionRecipe.of(settings, "fuse")
     writes = not (args.dry_run or args.explain)
     if writes and args.output is None:
-        raise ValueError("fuse: --output is missing (or --dry-run, to see what it would be).")
+        raise ValueError("--output is missing (or --dry-run, to see what it would be).")
     if writes:
         inputs = (recipe.text, recipe.image, recipe.vq, recipe.tokenizer, recipe.image_tokenizer, args.recipe)
         check_output(args.output, *inputs)

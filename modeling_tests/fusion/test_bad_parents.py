@@ -297,6 +297,14 @@ def test_tensors_of_other_shapes_than_the_config_says(shape, mode, role, parents
     )
 
 
+def test_rows_that_add_up_by_chance(parents, refused, tmp_path):
+    """In width the parents stand one behind the other: one too many here and one too few there are still wrong."""
+    folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in parents("llama")]
+    for folder, rows in zip(folders, (49, 47)):
+        change(folder, lambda state, rows=rows: {**state, WEIGHT: torch.ones(rows, 32)})
+    refused(folders[0], "mlp.up_proj.weight' should be", "[49, 32]", "[47, 32]", mode="width", init="average", image=folders[1])
+
+
 @pytest.mark.parametrize(
     ("changes", "mode"),
     [

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -13,9 +14,11 @@ from fusion_zoo import image_parent, save, text_parent
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from jam_hf.cli import _FUSE_SETTINGS, main
+from jam_hf.cli import main
+from jam_hf.commands.fuse import _SETTINGS
 from jam_hf.fusion.recipe import FusionRecipe
 from jam_hf.fusion.report import size
+from jam_hf.fusion.tensor_files import TensorFileWriter
 
 
 @pytest.fixture
@@ -65,7 +68,12 @@ def test_flags_reach_the_fusion(inputs, tmp_path, capsys):
     assert fuse(*arguments, "--cross-attention-interval", 1, "--output", tmp_path / "jam") == 0
     printed = outputs(capsys)
     assert re.fullmatch(rf"fused: {tmp_path / 'jam'} \(recipe [0-9a-f]{{16}}\)\n", printed.out)
-    assert printed.err.startswith("warning: ") and "drawn at random" in printed.err and "B/s" in printed.err
+    assert (
+        printed.err.startswith("JAM, fusion cross")
+        and "  warning: " in printed.err
+        and "drawn at random" in printed.err
+        and "B/s" in printed.err
+    )
     config = json.loads((tmp_path / "jam" / "config.json").read_text())
     assert (config["cross_form"], config["dtype"], config["cross_attention_interval"]) == ("paper", "bfloat16", 1)
     assert len(list((tmp_path / "jam").glob("*.safetensors"))) > 2
@@ -78,7 +86,7 @@ def test_flags_reach_the_fusion(inputs, tmp_path, capsys):
 
 def test_every_setting_has_a_flag_or_is_said_in_a_recipe():
     yaml_only = {"break_token", "image_token", "mask_token", "mask_end_token", "special_tokens"}
-    assert {f.name for f in fields(FusionRecipe)} == {*_FUSE_SETTINGS, "seed"} | yaml_only
+    assert {f.name for f in fields(FusionRecipe)} == {*_SETTINGS, "seed"} | yaml_only
 
 
 def test_flags_win_over_the_recipe(inputs, tmp_path, capsys):
@@ -228,8 +236,8 @@ def test_the_dry_run_touches_nothing_and_says_what_will_be_written(
     config = json.loads((tmp_path / "jam" / "config.json").read_text())
     last = config["image_token_offset"] + 15
     assert f"vocabulary: {config['text_config']['vocab_size']}, image codes {config['image_token_offset']}..{last}\n" in said
-    for line in re.findall(r"^warning: (.*)$", warned, re.M):
-        assert f"  warning: {line}" in said
+    warnings = re.findall(r"^  warning: (.*)$", said, re.M)
+    assert warnings and warnings == re.findall(r"^  warning: (.*)$", warned, re.M)
     assert f"recipe {yaml_digest(tmp_path / 'jam')[:12]}" in said
 
 
@@ -303,37 +311,28 @@ def test_damage_is_one_line_and_leaves_nothing(inputs, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_ctrl_c_in_a_process_of_its_own_goes_on_with_the_same_bytes(inputs, tmp_path):
-    """The command as a user runs it, with another hash seed each time: interrupted, gone on with, and undisturbed."""
-    script = "\n".join(
-        [
-            "import os, signal, sys",
-            "from jam_hf.fusion.tensor_files import TensorFileWriter",
-            "from jam_hf.cli import main",
-            "if os.environ['STOP'] == '1':",
-            "    close = TensorFileWriter.close",
-            "    def stop(self, sync=True):",
-            "        close(self, sync)",
-            "        os.kill(os.getpid(), signal.SIGINT)",
-            "    TensorFileWriter.close = stop",
-            "sys.exit(main(sys.argv[1:]))",
-        ]
-    )
-    command = [sys.executable, "-c", script, "fuse", *inputs, "--mode", "cross", "--max-shard-size", "60KB", "--output"]
+def test_ctrl_c_and_then_another_process_goes_on_to_the_same_bytes(inputs, tmp_path, capfd, monkeypatch):
+    """The second is the command as a user runs it: with another hash seed, and offline."""
+    arguments = [*inputs, "--mode", "cross", "--max-shard-size", "60KB", "--output"]
+    close = TensorFileWriter.close
 
-    def run(stop, seed):
-        environment = {**os.environ, "STOP": stop, "PYTHONHASHSEED": seed, "HF_HUB_OFFLINE": "1"}
-        return subprocess.run([*command, str(tmp_path / "jam")], env=environment, capture_output=True, text=True, timeout=120)
+    def stop(self, sync=True):
+        close(self, sync)
+        os.kill(os.getpid(), signal.SIGINT)
 
-    stopped = run("1", "1")
-    assert stopped.returncode == 130, stopped.stderr
-    assert stopped.stderr.endswith("\njam-hf fuse: interrupted; the same command goes on from here.\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorFileWriter, "close", stop)
+        assert fuse(*arguments, tmp_path / "jam") == 130
+    assert capfd.readouterr().err.endswith("\njam-hf fuse: interrupted; the same command goes on from here.\n")
     assert not (tmp_path / "jam").exists() and list((tmp_path / ".jam.unfinished").glob("*.safetensors"))
-    done = run("0", "2")
+
+    command = [sys.executable, "-m", "jam_hf.cli", "fuse", *arguments, str(tmp_path / "jam")]
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"going on: \d+ of \d+ files? (is|are) there", done.stderr)
+    assert re.search(r"going on: \d+ of \d+ files are there", done.stderr)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "jam"]
-    assert fuse(*inputs, "--mode", "cross", "--max-shard-size", "60KB", "--output", tmp_path / "here") == 0
+    assert fuse(*arguments, tmp_path / "here") == 0
     ours, theirs = (
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.is_file()} for name in ("jam", "here")
     )
