@@ -6,10 +6,12 @@ RUN ?= runs/quickstart
 
 .PHONY: quickstart test conformance compatibility lint format clean
 
+# The original taming code is an oracle of the VQ conversion; of what it would bring along only einops is needed.
 # A stamp, so that the environment is made again when what it is made from changes.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt taming-transformers-rom1504 einops
 	touch $@
 
 quickstart: $(VENV)/.installed

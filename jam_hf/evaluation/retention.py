@@ -6,6 +6,7 @@ Shape suffixes: B documents, T tokens, V ids of a model, K image codes, N codes 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,9 @@ from transformers import (
 )
 
 from ..files import write_whole
+from ..fusion.parents import code_ids, picture_tokens
+from ..fusion.recipe import FusionRecipe
+from ..fusion.vocabulary import differing_tokens
 from ..model.configuration_jam import JamConfig
 from ..model.modeling_jam import JamForCausalLM
 from ..model.processing_jam import JamProcessor
@@ -37,6 +41,7 @@ from .perplexity import batches, compare_logits, padded
 SECTION_START = "<!-- jam-hf certify: start -->"
 SECTION_END = "<!-- jam-hf certify: end -->"
 DEFAULT_MAX_TOKENS = 1024
+_LETTERS_PER_TOKEN = 100  # no text has more on average; what is behind need not be tokenised to be cut off
 
 _MULTIMODAL = {
     "chameleon": ChameleonForConditionalGeneration,
@@ -145,6 +150,8 @@ def certify(
     image_parent: str | os.PathLike | None = None,
     texts: str | os.PathLike | None = None,
     pairs: str | os.PathLike | None = None,
+    image_tokenizer: str | os.PathLike | None = None,
+    image_token_offset: int | None = None,
     batch_size: int = 8,
     max_tokens: int | None = None,
     max_documents: int | None = None,
@@ -159,10 +166,13 @@ def certify(
         model: folder of the JAM (with `write=False` also a Hub id).
         text_parent: folder or Hub id of a causal LM whose ids the JAM's vocabulary begins with. Needs `texts`.
         image_parent: folder or Hub id of the image parent: Chameleon, Emu3 or Janus (their `...ForConditionalGeneration`), or a
-            causal LM over the JAM's vocabulary or one that names the JAM's marks and `<img:0>`, `<img:1>`, ... Needs `pairs`.
+            causal LM over the JAM's vocabulary or with a tokenizer that names the JAM's marks. Needs `pairs`.
         texts: text file, UTF-8; documents are paragraphs, with blank lines between them.
         pairs: pictures and captions: a folder with `metadata.jsonl` (`file_name` and `text` in each line), or a folder that
             `datasets.Dataset.save_to_disk` wrote, with the columns `image` and `text`. The JAM's VQ model makes the codes.
+        image_tokenizer: folder or Hub id of the image parent's tokenizer, where its folder has none.
+        image_token_offset: id of code 0 in an image parent that is a plain causal LM; by default its tokenizer's `<img:0>`,
+            else what the recipe in the JAM's folder (fusion.yaml) says.
         batch_size: documents at a time: memory holds both models' logits of one batch, `[B, T, V]`.
         max_tokens: where texts are cut; by default 1024, or the positions of the models if those are fewer. No picture is cut.
         max_documents: read no more than the first so many texts, and pairs.
@@ -176,7 +186,7 @@ def certify(
     before = _read_card(card) if write else ""
     documents = read_texts(texts, max_documents) if texts is not None else []
     pictures = read_pairs(pairs, max_documents) if pairs is not None else []
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device)
     jam = _load_jam(model).to(device)
     processor = JamProcessor.from_pretrained(model)
     text = image = None
@@ -185,7 +195,17 @@ def certify(
         text = _measure_texts(jam, processor.tokenizer, text_parent, documents, names, batch_size, max_tokens, device)
     if image_parent is not None:
         names = _name(image_parent), _name(pairs)
-        image = _measure_pairs(jam, processor, image_parent, pictures, names, batch_size, device)
+        parent = _load_parent(image_parent, "image parent").to(device)
+        theirs = image_parent_view(
+            parent,
+            _tokenizer_of(image_tokenizer or image_parent),
+            processor.tokenizer,
+            jam.config,
+            names[0],
+            image_token_offset,
+            _recipe(model),
+        )
+        image = _measure_pairs(jam, processor, theirs, pictures, names, batch_size)
     retention = Retention(text, image)
     if write:
         write_whole(card, _with_section(before, retention.section(), card))
@@ -213,7 +233,7 @@ def _measure_texts(
     known = set(columns.tolist())
     documents = []
     for number, text in enumerate(texts):
-        ids = tokenizer(text)["input_ids"][:max_tokens]
+        ids = tokenizer(text[: _LETTERS_PER_TOKEN * max_tokens])["input_ids"][:max_tokens]
         unknown = next((token for token in ids if token not in known), None)
         if unknown is not None:
             raise ValueError(
@@ -240,42 +260,44 @@ def _measure_texts(
 def _measure_pairs(
     jam: JamForCausalLM,
     processor: JamProcessor,
-    source: str | os.PathLike,
+    theirs: PictureView,
     pairs: Sequence[dict[str, Any]],
     names: tuple[str, str],
     batch_size: int,
-    device: torch.device,
 ) -> Retained:
-    parent = _load_parent(source, "image parent").to(device)
-    theirs = image_parent_view(parent, _tokenizer_of(source), processor.tokenizer, jam.config, names[0])
     ours = jam_view(jam, processor.tokenizer)
+    for number, caption in enumerate(_captions(pairs)):
+        for view in (theirs, ours):
+            view.check_length(caption, f"Pair {number} of {names[1]}")
     offset, count = jam.config.image_token_offset, 0
     sums = torch.zeros(3, dtype=torch.float64)
     for start in tqdm(range(0, len(pairs), batch_size), desc="certify: pictures", unit="batch", leave=False):
         rows = [pairs[i] for i in range(start, min(start + batch_size, len(pairs)))]
-        pictures = processor.image_processor.fetch_images([row["image"] for row in rows])
+        pictures = [_picture(processor, row, f"Pair {start + i} of {names[1]}") for i, row in enumerate(rows)]
         pixels = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
-        codes_BN = (jam.get_image_tokens(pixels.to(device)) - offset).cpu()
+        codes_BN = (jam.get_image_tokens(pixels.to(jam.device)) - offset).cpu()
         captions = [row["text"] for row in rows]
-        results = [_code_logits(view, captions, codes_BN, start, names[1]) for view in (theirs, ours)]
+        results = [_code_logits(view, captions, codes_BN) for view in (theirs, ours)]
         (parent_logits, parent_places), (fusion_logits, fusion_places) = results
         sums += compare_logits(parent_logits, fusion_logits, parent_places, fusion_places, codes_BN.flatten())
         count += codes_BN.numel()
     return _retained(names, len(pairs), count, jam.config.num_image_tokens, None, sums)
 
 
+def _picture(processor: JamProcessor, row: dict[str, Any], name: str) -> Any:
+    try:
+        return processor.image_processor.fetch_images(row["image"])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def _code_logits(
-    view: PictureView, captions: Sequence[str], codes_BN: torch.Tensor, start: int, name: str
+    view: PictureView, captions: Sequence[str], codes_BN: torch.Tensor
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """Logits over the codes, `[B, T, K]`, and where in them each code is predicted (rows and columns, `[B * N]`)."""
     documents, rows, columns = [], [], []
     for index, (caption, codes) in enumerate(zip(captions, codes_BN)):
         ids, places = view.document(caption, codes)
-        if len(ids) > _positions(view.model):
-            raise ValueError(
-                f"Pair {start + index} of {name} has {len(ids)} tokens, more than the {_positions(view.model)} positions of "
-                f"{type(view.model).__name__}. Shorten its caption, or leave it out."
-            )
         documents.append(ids)
         rows += [index] * len(places)
         columns += [place - 1 for place in places]  # a code is predicted one place before its own
@@ -331,6 +353,15 @@ class PictureView:
     template: Sequence[int]
     code_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+    def check_length(self, caption: str, name: str) -> None:
+        """Raise `ValueError` if a caption and its picture have more tokens than the model has positions."""
+        length, positions = len(self.caption(caption)) + len(self.template), _positions(self.model)
+        if length > positions:
+            raise ValueError(
+                f"{name} has {length} tokens with its picture, more than the {positions} positions of "
+                f"{type(self.model).__name__}. Shorten its caption, or leave it out."
+            )
+
     def document(self, caption: str, codes: torch.Tensor) -> tuple[list[int], list[int]]:
         """Ids of the caption and its picture of `codes` (int64 `[N]`, 0..K-1), and the places of the codes among them."""
         ids, places = list(self.caption(caption)), []
@@ -347,7 +378,7 @@ def jam_view(jam: JamForCausalLM, tokenizer: PreTrainedTokenizerBase) -> Picture
     config = jam.config
     first = config.image_token_offset
     codes = torch.arange(first, first + config.num_image_tokens)
-    caption = _caption(tokenizer, [config.break_token_id])
+    caption = _caption(tokenizer, config.break_token_id)
     return PictureView(jam, caption, codes, config.picture_template, _plain_logits(jam, codes))
 
 
@@ -357,54 +388,41 @@ def image_parent_view(
     jam_tokenizer: PreTrainedTokenizerBase,
     config: JamConfig,
     name: str,
+    image_token_offset: int | None = None,
+    recipe: FusionRecipe | None = None,
 ) -> PictureView:
     """The parent's way, by its class; code k of the JAM is code k of the parent.
 
     Args:
-        tokenizer: the parent's; `None` where it brings none. name: how messages call the parent.
+        tokenizer: the parent's; `None` where it brings none. config: the JAM's. name: how messages call the parent.
+        image_token_offset: id of code 0, for plain causal LMs. recipe: the JAM's, which may say it too.
     Raises:
         ValueError: if it has another number of codes, or marks and codes cannot be found.
     """
-    kind, row = parent.config.model_type, (-1,) * config.grid_size
+    kind, vocabulary = parent.config.model_type, parent.get_input_embeddings().weight.shape[0]
     if kind not in _MULTIMODAL:
-        return _plain_view(parent, tokenizer, jam_tokenizer, config, name)
+        return _plain_view(parent, tokenizer, jam_tokenizer, config, name, image_token_offset, recipe)
     if tokenizer is None:
-        raise ValueError(f"The image parent {name} brings no tokenizer; save it beside the model, captions are read with it.")
-    if kind == "chameleon":
-        vocabulary = parent.config.vocabulary_map or {}
-        # A code's decimal digits are written A..J, and a Z ends the name.
-        codes = _named_codes(vocabulary, lambda k: f"IMGIMG{''.join(chr(ord('A') + int(d)) for d in str(k))}Z", config, name)
-        marks = [_id_of(vocabulary, "<racm3:break>", name)]
+        raise ValueError(f"The image parent {name} brings no tokenizer to read captions with. Pass image_tokenizer=...")
+    codes = code_ids(parent.config, vocabulary, config.num_image_tokens, tokenizer, image_token_offset, name)
+    marks = picture_tokens(parent.config, tokenizer, config.grid_size, name)
 
-        def chameleon_logits(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            # The class's own forward forbids image codes; the weights do predict them.
-            states = parent.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            return parent.lm_head(states)[..., codes.to(ids.device)]
-
-        return PictureView(parent, _caption(tokenizer, marks), codes, row * config.grid_size, chameleon_logits)
-    if kind == "emu3":
-        vocabulary = parent.config.vocabulary_map or {}
-        codes = _named_codes(vocabulary, lambda k: f"<|visual token {k:06d}|>", config, name)
-        row_end = _id_of(vocabulary, "<|extra_200|>", name)
-        known = tokenizer.get_vocab()
-        start, token = (_id_of(known, mark, name) for mark in ("<|image start|>", "<|image token|>"))
-        size = tokenizer(f"{config.grid_size}*{config.grid_size}", add_special_tokens=False)["input_ids"]
-        caption = _caption(tokenizer, [start, *size, token], begin=True)
-        return PictureView(parent, caption, codes, (*row, row_end) * config.grid_size, _plain_logits(parent, codes))
-    text_ids = parent.config.text_config.vocab_size
-    _check_number(parent.config.vq_config.num_embeddings, config, name)
-    start = _id_of(tokenizer.get_vocab(), getattr(tokenizer, "boi_token", None) or "<begin_of_image>", name)
+    def chameleon_logits(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        # The class's own forward forbids image codes; the weights do predict them.
+        states = parent.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return parent.lm_head(states)[..., codes.to(ids.device)]
 
     def janus_logits(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        is_code = (ids >= text_ids)[..., None]
-        text = parent.get_input_embeddings()(ids.clamp(max=text_ids - 1))
-        codes = parent.prepare_embeddings_for_image_generation((ids - text_ids).clamp(min=0))
-        embeds = torch.where(is_code, codes, text)
+        is_code = (ids >= vocabulary)[..., None]
+        text = parent.get_input_embeddings()(ids.clamp(max=vocabulary - 1))
+        pictures = parent.prepare_embeddings_for_image_generation((ids - vocabulary).clamp(min=0))
+        embeds = torch.where(is_code, pictures, text)
         outputs = parent.model.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
         return parent.model.generation_head(outputs.last_hidden_state)
 
-    codes = torch.arange(config.num_image_tokens) + text_ids
-    return PictureView(parent, _caption(tokenizer, [start]), codes, row * config.grid_size, janus_logits)
+    logits = {"chameleon": chameleon_logits, "emu3": _plain_logits(parent, codes), "janus": janus_logits}[kind]
+    caption = _caption(tokenizer, marks.begin, begin=kind == "emu3")
+    return PictureView(parent, caption, codes, marks.template(config.grid_size), logits)
 
 
 def _plain_view(
@@ -413,27 +431,55 @@ def _plain_view(
     jam_tokenizer: PreTrainedTokenizerBase,
     config: JamConfig,
     name: str,
+    offset: int | None,
+    recipe: FusionRecipe | None,
 ) -> PictureView:
-    """A causal LM whose vocabulary holds the codes: over the JAM's own ids, or with a tokenizer that names marks and codes.
+    """A causal LM whose vocabulary holds the codes: over the JAM's own ids, or with a tokenizer that names the marks.
 
     Its pictures have the layout of the JAM's.
     """
-    vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
-    template, mark = config.picture_template, config.break_token_id
-    if "<img:0>" in vocabulary:
-        codes = _named_codes(vocabulary, lambda k: f"<img:{k}>", config, name)
-        marks = {token: jam_tokenizer.convert_ids_to_tokens(token) for token in {mark, *template} if token >= 0}
-        ids = {token: _id_of(vocabulary, string, name) for token, string in marks.items()}
-        template, mark = [ids.get(token, -1) for token in template], ids[mark]
-    elif parent.config.get_text_config().vocab_size == config.vocab_size:
-        codes = torch.arange(config.image_token_offset, config.image_token_offset + config.num_image_tokens)
-    else:
-        raise ValueError(
-            f"The image codes of the image parent {name} cannot be found: its tokenizer names no <img:0>, and its vocabulary "
-            f"of {parent.config.get_text_config().vocab_size} ids is not the JAM's of {config.vocab_size}. Expected a causal "
-            "LM over the JAM's vocabulary, one with <break> and <img:0> ... in its tokenizer, Chameleon, Emu3 or Janus."
+    size = parent.get_input_embeddings().weight.shape[0]
+    first, count, template = config.image_token_offset, config.num_image_tokens, config.picture_template
+    same_ids = size == config.vocab_size and (tokenizer is None or not differing_tokens(jam_tokenizer, tokenizer))
+    if same_ids:
+        codes = code_ids(parent.config, size, count, tokenizer, first if offset is None else offset, name)
+        if int(codes[0]) != first:
+            raise ValueError(
+                f"The image parent {name} has the JAM's vocabulary, in which code 0 is id {first}, not {int(codes[0])}. Leave "
+                "image_token_offset out."
+            )
+        return PictureView(
+            parent, _caption(tokenizer or jam_tokenizer, config.break_token_id), codes, template, _plain_logits(parent, codes)
         )
-    return PictureView(parent, _caption(tokenizer or jam_tokenizer, [mark]), codes, template, _plain_logits(parent, codes))
+    if tokenizer is None:
+        raise ValueError(
+            f"The image parent {name} has a vocabulary of {size} ids, the JAM one of {config.vocab_size}, and it brings no "
+            "tokenizer to say what they mean. Pass image_tokenizer=..."
+        )
+    known = tokenizer.get_vocab()
+    if offset is None and "<img:0>" not in known:
+        if recipe is None:
+            raise ValueError(
+                f"Where the image codes of the image parent {name} are is not known: its tokenizer names no <img:0>, and the "
+                "JAM's folder has no recipe (fusion.yaml). Say what its code 0 is: image_token_offset=..."
+            )
+        offset = recipe.image_token_offset
+    codes = code_ids(parent.config, size, count, tokenizer, offset, name)
+    declared = recipe.special_tokens if recipe is not None else {}
+    begin = picture_tokens(parent.config, tokenizer, config.grid_size, name).begin
+
+    def own(token: int) -> int:
+        string = jam_tokenizer.convert_ids_to_tokens(token)
+        if string not in declared and token == config.break_token_id and begin is not None:
+            return begin
+        string = declared.get(string, string)
+        if string not in known:
+            raise ValueError(f"The vocabulary of the image parent {name} has no {string}, which its pictures need.")
+        return known[string]
+
+    caption = _caption(tokenizer, own(config.break_token_id))
+    template = [token if token < 0 else own(token) for token in template]
+    return PictureView(parent, caption, codes, template, _plain_logits(parent, codes))
 
 
 def _plain_logits(model: PreTrainedModel, codes: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -443,40 +489,27 @@ def _plain_logits(model: PreTrainedModel, codes: torch.Tensor) -> Callable[[torc
     return code_logits
 
 
-def _caption(tokenizer: PreTrainedTokenizerBase, marks: list[int], begin: bool = False) -> Callable[[str], list[int]]:
-    """Caption to ids, `marks` behind it. begin: the tokenizer leaves the begin of the document to its processor."""
+def _caption(tokenizer: PreTrainedTokenizerBase, mark: int, begin: bool = False) -> Callable[[str], list[int]]:
+    """Caption to ids, `mark` behind it. begin: the tokenizer leaves the begin of the document to its processor."""
 
     def encode(caption: str) -> list[int]:
         ids = tokenizer(caption)["input_ids"]
         first = [tokenizer.bos_token_id] if begin and ids[:1] != [tokenizer.bos_token_id] else []
-        return [*first, *ids, *marks]
+        return [*first, *ids, mark]
 
     return encode
 
 
-def _named_codes(vocabulary: dict[str, int], code: Callable[[int], str], config: JamConfig, name: str) -> torch.Tensor:
-    count = 0
-    while code(count) in vocabulary:
-        count += 1
-    _check_number(count, config, name)
-    return torch.tensor([vocabulary[code(k)] for k in range(count)])
-
-
-def _check_number(count: int, config: JamConfig, name: str) -> None:
-    if count != config.num_image_tokens:
-        raise ValueError(
-            f"The image parent {name} has {count} image codes, the JAM {config.num_image_tokens}. It is not the JAM's image "
-            "parent, or its vocabulary does not name all codes."
-        )
-
-
-def _id_of(vocabulary: dict[str, int], token: str, name: str) -> int:
-    if token not in vocabulary:
-        raise ValueError(f"The vocabulary of the image parent {name} has no {token}, which its pictures need.")
-    return vocabulary[token]
-
-
 # ----- models ---------------------------------------------------------------------------------------------------------
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.ones(1, device=device).item()  # some devices have names that torch knows, and nothing behind them
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {str(name)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def _load_jam(model: str | os.PathLike) -> JamForCausalLM:
@@ -511,6 +544,12 @@ def _whole(model_class: Any, source: str | os.PathLike, role: str) -> PreTrained
             "whole checkpoint, of the class that it was trained as."
         )
     return model.eval()
+
+
+def _recipe(model: str | os.PathLike) -> FusionRecipe | None:
+    """What the JAM was made by; `None` where its folder does not say."""
+    path = Path(model) / "fusion.yaml"
+    return FusionRecipe.from_yaml(path) if path.is_file() else None
 
 
 def _tokenizer_of(source: str | os.PathLike) -> PreTrainedTokenizerBase | None:
@@ -551,25 +590,31 @@ def read_texts(path: str | os.PathLike, max_documents: int | None = None) -> lis
     """
     if not Path(path).is_file():
         raise ValueError(f"There is no text file '{path}'.")
-    documents: list[str] = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for paragraph in _paragraphs(file):
-                documents.append(paragraph)
-                if len(documents) == max_documents:
-                    break
-    except UnicodeDecodeError as error:
-        raise ValueError(f"'{path}' is not UTF-8 (byte {error.start}: {error.reason}). Expected a plain text file.") from error
+    documents = list(itertools.islice(_paragraphs(_lines(path)), max_documents))
     if not documents:
         raise ValueError(f"'{path}' is empty. Expected documents, with blank lines between them.")
     return documents
+
+
+def _lines(path: str | os.PathLike) -> Iterator[str]:
+    """The lines of a UTF-8 file without their ends, whichever those are; without a byte order mark."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # by which the line can be named
+        for number, line in enumerate(file, start=1):
+            try:
+                line.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"'{path}' is not UTF-8: line {number} holds the byte 0x{ord(line[error.start]) & 0xFF:02X} at character "
+                    f"{error.start + 1}. Save it as UTF-8."
+                ) from error
+            yield line.rstrip("\n")
 
 
 def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
     paragraph: list[str] = []
     for line in lines:
         if line.strip():
-            paragraph.append(line.rstrip("\r\n"))
+            paragraph.append(line)
         elif paragraph:
             yield "\n".join(paragraph)
             paragraph = []
@@ -584,6 +629,8 @@ def read_pairs(folder: str | os.PathLike, max_documents: int | None = None) -> S
         ValueError: if the folder is neither of the two kinds that `certify` names, is empty, or lacks pictures or captions.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder '{folder}' with pictures and captions.")
     metadata = folder / "metadata.jsonl"
     if (folder / "dataset_dict.json").is_file():
         raise ValueError(f"'{folder}' holds several splits. Give the folder of one of them.")
@@ -592,7 +639,10 @@ def read_pairs(folder: str | os.PathLike, max_documents: int | None = None) -> S
     elif (folder / "dataset_info.json").is_file():
         from datasets import load_from_disk
 
-        dataset = load_from_disk(str(folder))
+        try:
+            dataset = load_from_disk(str(folder))
+        except Exception as error:  # a damaged one; one without rows is an IndexError
+            raise ValueError(f"The dataset '{folder}' is empty or damaged ({type(error).__name__}: {error}).") from error
         lacking = {"image", "text"} - set(dataset.column_names)
         if lacking:
             raise ValueError(
@@ -601,7 +651,7 @@ def read_pairs(folder: str | os.PathLike, max_documents: int | None = None) -> S
             )
         pairs = dataset.select_columns(["image", "text"])
         pairs = pairs.select(range(min(len(pairs), max_documents or len(pairs))))
-        bad = next((i for i, text in enumerate(pairs["text"]) if not isinstance(text, str)), None)
+        bad = next((i for i, text in enumerate(_captions(pairs)) if not isinstance(text, str)), None)
         if bad is not None:
             raise ValueError(f"Row {bad} of the dataset '{folder}' has no text. Expected a caption for each picture.")
     else:
@@ -614,27 +664,30 @@ def read_pairs(folder: str | os.PathLike, max_documents: int | None = None) -> S
     return pairs
 
 
+def _captions(pairs: Sequence[dict[str, Any]]) -> list[str]:
+    """All captions; no picture is opened for it."""
+    return [row["text"] for row in pairs] if isinstance(pairs, list) else list(pairs["text"])
+
+
 def _metadata_pairs(folder: Path, metadata: Path, max_documents: int | None) -> list[dict[str, Any]]:
     pairs: list[dict[str, Any]] = []
-    try:
-        lines = metadata.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{metadata} is not UTF-8 (byte {error.start}: {error.reason}).") from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_lines(metadata), start=1):
         if not line.strip():
             continue
         if len(pairs) == max_documents:
             break
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{metadata}, line {number} is no JSON: {error}.") from error
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("file_name", "text")):
             raise ValueError(f"{metadata}, line {number}: expected the strings 'file_name' and 'text', got {line:.80}")
+        if any("\ud800" <= letter <= "\udfff" for letter in row["text"]):
+            raise ValueError(f"{metadata}, line {number}: the caption has half of a UTF-16 pair (\\uD800 to \\uDFFF) alone.")
         pairs.append({"image": str(folder / row["file_name"]), "text": row["text"]})
     missing = [pair["image"] for pair in pairs if not Path(pair["image"]).is_file()]
     if missing:
-        raise ValueError(f"{metadata} names {len(missing)} pictures that are not there, e.g. {missing[0]}.")
+        raise ValueError(f"{metadata} names files that are not there: {len(missing)} of {len(pairs)}, e.g. {missing[0]}.")
     return pairs
 
 

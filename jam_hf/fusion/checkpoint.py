@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,12 +23,13 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .tensor_files import TensorFile, TensorFileWriter, TensorSpec
+from .tensor_files import DTYPES, TensorFile, TensorFileWriter, TensorSpec, no_duplicates
 
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 BLOCK_BYTES = 1 << 20  # of output made at a time by each thread: small enough that sources and result stay in a core's cache
+_FLUSH_BYTES = 256 << 20  # sent to the disk at a time, while the next ones are made
 _THREADS = min(4, os.cpu_count() or 1)
 
 
@@ -36,12 +39,21 @@ class Parent:
     Args:
         source: folder, Hub id (`revision` as in `from_pretrained`) or `PreTrainedModel`.
         role: "text parent", "image parent", ...: how messages call it.
+        headers_only: of a Hub repository, fetch no weights but the headers of their files; `read` gives tensors on the meta
+            device.
     Raises:
         ValueError: if it is no checkpoint with safetensors, or one of its files is damaged.
     """
 
-    def __init__(self, source: str | os.PathLike | PreTrainedModel, role: str, revision: str | None = None):
+    def __init__(
+        self,
+        source: str | os.PathLike | PreTrainedModel,
+        role: str,
+        revision: str | None = None,
+        headers_only: bool = False,
+    ):
         self.role = role
+        self.headers_only = headers_only and not isinstance(source, PreTrainedModel) and not Path(source).is_dir()
         self.hub_id: str | None = None  # where the parent can be found by others
         self.revision: str | None = None
         self.license: str | None = None
@@ -50,16 +62,20 @@ class Parent:
         if isinstance(source, PreTrainedModel):
             self.name, self.folder = source.name_or_path or type(source).__name__, None
             self.config: PreTrainedConfig = source.config
+            _refuse_quantised(self.config, self.name, role)
             self._state = {key: tensor.detach().cpu() for key, tensor in source.state_dict().items()}
             self.specs = {key: TensorSpec(tuple(tensor.shape), tensor.dtype) for key, tensor in self._state.items()}
             return
         self.name = str(source)
-        self.folder = _resolve_folder(source, role, revision)
+        self.folder = _resolve_folder(source, role, revision, self.headers_only)
         if not Path(source).is_dir():
             self.hub_id = str(source)
             self.revision = self.folder.name if self.folder.parent.name == "snapshots" else revision
         self.license = _license(self.folder)
-        self.config = AutoConfig.from_pretrained(self.folder)
+        self.config = _config(self.folder, role)
+        if self.headers_only:
+            self.specs = _hub_headers(str(source), role, revision)
+            return
         self._files = _tensor_files(self.folder, role)
         self.specs = {key: file.specs[key] for key, file in self._files.items()}
 
@@ -76,9 +92,12 @@ class Parent:
         """Rows `[first, last)` of a tensor, on the CPU.
 
         Raises:
-            ValueError: if it is missing, cannot be read, or holds NaN or infinity there; the message names file and tensor.
+            ValueError: if it is missing or cannot be read; the message names file and tensor.
         """
-        self.require(key)
+        spec = self.require(key)
+        if self.headers_only:
+            last = spec.rows if last is None else last
+            return torch.empty((last - first, *spec.shape[1:]) if spec.shape else (), dtype=spec.dtype, device="meta")
         if self._state:
             rows = self._state[key][first:last] if self._state[key].dim() else self._state[key]
         else:
@@ -88,9 +107,15 @@ class Parent:
                 raise ValueError(
                     f"Cannot read tensor '{key}' of the {self.role} from {self._files[key].path}: {error}."
                 ) from error
-        if not all_finite(rows):
-            raise ValueError(f"Tensor '{key}' of the {self.role}, in {self.where(key)}, holds NaN or infinity.")
         return rows
+
+    def check_finite(self, key: str) -> None:
+        """Raise a `ValueError` that names file and tensor if it holds NaN or infinity."""
+        spec = self.require(key)
+        size = max(1, BLOCK_BYTES // max(1, spec.row_numel * spec.dtype.itemsize))
+        for first in range(0, spec.rows, size):
+            if not all_finite(self.read(key, first, min(first + size, spec.rows))):
+                raise ValueError(f"Tensor '{key}' of the {self.role}, in {self.where(key)}, holds NaN or infinity.")
 
     def get(self, key: str) -> torch.Tensor:
         """The whole tensor; see `read`."""
@@ -98,21 +123,30 @@ class Parent:
 
     def where(self, key: str) -> str:
         """The file that a tensor lies in, in words."""
+        if self.headers_only:
+            return f"the Hub repository {self.name}"
         return str(self._files[key].path) if key in self._files else f"the model in memory '{self.name}'"
+
+    def files(self) -> list[Path]:
+        """The files of its tensors; none for a model in memory."""
+        return sorted({file.path for file in self._files.values()})
 
     def identity(self) -> str | None:
         """Digest of the config and of names, sizes, headers and times of the files; None for a model in memory."""
         if self.folder is None:
             return None
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for path in sorted({file.path for file in self._files.values()}):
+        for path in self.files():
             status = path.stat()
             digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
         return digest.hexdigest()
 
     def content_id(self) -> str:
-        """Digest of what the parent is, wherever it lies: its config's shapes and its tensors' names, shapes and first rows."""
-        digest = hashlib.sha256()
+        """Digest of what the parent is, wherever it lies: its config and its tensors' names, shapes and first rows."""
+        config = self.config.to_dict()
+        for name in _INCIDENTAL:
+            config.pop(name, None)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for key in sorted(self.specs):
             spec = self.specs[key]
             digest.update(f"{key} {list(spec.shape)} {spec.dtype}".encode())
@@ -127,14 +161,21 @@ def all_finite(tensor: torch.Tensor) -> bool:
         return True
     exponents = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
     if tensor.dtype in exponents:
+        if tensor.numel() > BLOCK_BYTES:  # no second copy of a large tensor
+            return all(all_finite(part) for part in tensor.reshape(-1).split(BLOCK_BYTES))
         return int((tensor.contiguous().view(torch.int16) & 0x7FFF).amax()) < exponents[tensor.dtype]
     return bool(torch.isfinite(tensor.sum(dtype=torch.float64))) or bool(torch.isfinite(tensor).all())
 
 
-def _resolve_folder(source: str | os.PathLike, role: str, revision: str | None) -> Path:
+def _resolve_folder(source: str | os.PathLike, role: str, revision: str | None, headers_only: bool = False) -> Path:
     path = Path(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                raise ValueError(
+                    f"The {role} '{path}' is an adapter (LoRA), not a model. Merge it into its base model and save that: "
+                    "peft's merge_and_unload(), then save_pretrained()."
+                )
             raise ValueError(
                 f"The {role} '{path}' is a folder but no checkpoint: it has no config.json. Expected what "
                 "`save_pretrained` writes (config.json and safetensors)."
@@ -144,11 +185,52 @@ def _resolve_folder(source: str | os.PathLike, role: str, revision: str | None) 
         raise ValueError(f"The {role} '{source}' is not a folder. Expected a checkpoint folder or a Hub id such as 'a/b'.")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", *([] if headers_only else ["model*.safetensors"])]
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     except Exception as error:  # the Hub's, the network's and the cache's errors have no common base class
         raise ValueError(f"The {role} '{source}' is neither a folder nor a Hub repository that can be read: {error}") from error
+
+
+def _hub_headers(hub_id: str, role: str, revision: str | None) -> dict[str, TensorSpec]:
+    """Shapes and dtypes of a repository's tensors, by a few range requests."""
+    from huggingface_hub import get_safetensors_metadata
+
+    try:
+        files = get_safetensors_metadata(hub_id, revision=revision).files_metadata
+    except Exception as error:  # as above
+        raise ValueError(f"The {role} '{hub_id}' has no safetensors on the Hub whose headers can be read: {error}") from error
+    tensors = {key: tensor for file in files.values() for key, tensor in file.tensors.items()}
+    unknown = sorted(key for key, tensor in tensors.items() if tensor.dtype not in DTYPES)
+    if unknown:
+        raise ValueError(
+            f"Tensor '{unknown[0]}' of the {role} '{hub_id}' has the dtype {tensors[unknown[0]].dtype}; expected one of "
+            f"{', '.join(DTYPES)}."
+        )
+    return {key: TensorSpec(tuple(tensor.shape), DTYPES[tensor.dtype]) for key, tensor in tensors.items()}
+
+
+# What a config says of the file, the code or the training rather than of the model.
+_INCIDENTAL = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache")
+
+
+def _config(folder: Path, role: str) -> PreTrainedConfig:
+    try:  # code that a checkpoint brings along is not run (left out, the argument makes transformers ask on the terminal)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # validators of configs raise classes of their own
+        raise ValueError(f"The config of the {role}, {folder / 'config.json'}, cannot be read: {error}") from error
+    _refuse_quantised(config, str(folder), role)
+    return config
+
+
+def _refuse_quantised(config: PreTrainedConfig, name: str, role: str) -> None:
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        get = quantised.get if isinstance(quantised, dict) else partial(getattr, quantised)
+        raise ValueError(
+            f"The {role} {name} is quantised ({get('quant_method', None)}). Fusion makes new weights out of the parents'; take "
+            "the unquantised model, or save what `model.dequantize()` gives."
+        )
 
 
 def _license(folder: Path) -> str | None:
@@ -166,31 +248,43 @@ def _license(folder: Path) -> str | None:
 
 
 def _tensor_files(folder: Path, role: str) -> dict[str, TensorFile]:
-    """The open file of each tensor."""
-    if (folder / INDEX).is_file():
-        try:
-            weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder / INDEX} of the {role} is damaged: {error!r}. Fetch or save it again.") from error
-        missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
-        if missing:
-            raise ValueError(f"The {role} '{folder}' is incomplete: its index names {', '.join(missing)}, which is missing.")
-        files = {name: TensorFile(folder / name) for name in sorted(set(weight_map.values()))}
-        absent = sorted(key for key, name in weight_map.items() if key not in files[name].specs)
-        if absent:
-            raise ValueError(
-                f"The {role} '{folder}' is incomplete: by its index '{absent[0]}' lies in {weight_map[absent[0]]}, which has "
-                f"no such tensor ({len(absent)} of {len(weight_map)} are missing)."
-            )
-        return {key: files[name] for key, name in weight_map.items()}
-    path = folder / SINGLE
-    if not path.is_file():
+    """The open file of each tensor; where there are a single file and an index, the single one, as transformers has it."""
+    if (folder / SINGLE).is_file():
+        file = TensorFile(folder / SINGLE)
+        return dict.fromkeys(file.specs, file)
+    if not (folder / INDEX).is_file():
+        others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.safetensors") for path in folder.glob(pattern))
         raise ValueError(
-            f"The {role} '{folder}' has no safetensors ({SINGLE} or {INDEX}). Only safetensors are read; convert other "
-            "files first, e.g. load and save_pretrained with transformers."
+            f"The {role} '{folder}' has no {SINGLE} and no {INDEX}"
+            f"{' (it has ' + ', '.join(others[:3]) + ')' if others else ''}. Only safetensors are read; convert other files "
+            "first: load the model with transformers, and save_pretrained."
         )
-    file = TensorFile(path)
-    return dict.fromkeys(file.specs, file)
+    try:
+        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)["weight_map"]
+        if not all(isinstance(name, str) for name in weight_map.values()):
+            raise TypeError("weight_map must map tensors to file names")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / INDEX} of the {role} is damaged: {error!r}. Fetch or save it again.") from error
+    missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
+    if missing:
+        raise ValueError(f"The {role} '{folder}' is incomplete: its index names {', '.join(missing)}, which is missing.")
+    files = {name: TensorFile(folder / name) for name in sorted(set(weight_map.values()))}
+    absent = sorted(key for key, name in weight_map.items() if key not in files[name].specs)
+    if absent:
+        raise ValueError(
+            f"The {role} '{folder}' is incomplete: by its index '{absent[0]}' lies in {weight_map[absent[0]]}, which has "
+            f"no such tensor ({len(absent)} of {len(weight_map)} are missing)."
+        )
+    found: dict[str, TensorFile] = {}  # also what the index does not list: transformers reads whole files
+    for file in files.values():
+        for key in file.specs:
+            if key in found:
+                raise ValueError(
+                    f"The {role} '{folder}' has the tensor '{key}' twice, in {found[key].path.name} and {file.path.name}. "
+                    "Save it again."
+                )
+            found[key] = file
+    return found
 
 
 class Source(Protocol):
@@ -214,12 +308,12 @@ class Band:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """How one output tensor is made. what: in words, for people. inputs: (role, key) of the parents' tensors it comes from."""
+    """How one output tensor is made. what: in words, for people. inputs: the parents' tensors that it comes from."""
 
     spec: TensorSpec
     bands: tuple[Band, ...]
     what: str = ""
-    inputs: tuple[tuple[str, str], ...] = ()
+    inputs: tuple[tuple[Parent, str], ...] = ()
     loads: int = field(default=0)  # bytes that its sources keep in memory while it is made
 
     def blocks(self) -> Iterator[tuple[int, int, Callable[[], torch.Tensor]]]:
@@ -266,7 +360,10 @@ def write_plans(folder: Path, plans: dict[str, TensorPlan], max_shard_size: str 
     """
     shards, index = plan_shards({key: plan.spec for key, plan in plans.items()}, max_shard_size)
     total = sum(plan.spec.nbytes for plan in plans.values())
-    there = sum(plans[key].spec.nbytes for name, keys in shards.items() if (folder / name).is_file() for key in keys)
+    whole = [name for name in shards if (folder / name).is_file()]
+    there = sum(plans[key].spec.nbytes for name in whole for key in shards[name])
+    if whole:
+        tqdm.write(f"going on: {len(whole)} of {len(shards)} files are there already", file=sys.stderr)
     with (
         tqdm(total=total, initial=there, desc="tensors", unit="B", unit_scale=True, unit_divisor=1024) as progress,
         _one_torch_thread(),
@@ -283,7 +380,7 @@ def write_plans(folder: Path, plans: dict[str, TensorPlan], max_shard_size: str 
             except OSError as error:
                 raise OSError(error.errno, f"cannot write {path.name} in {folder}: {error.strerror}") from error
             try:
-                _write_shard(writer, {key: plans[key] for key in keys}, progress)
+                _write_shard(writer, {key: plans[key] for key in keys}, progress, syncing)
             except BaseException:
                 writer.close(sync=False)
                 raise
@@ -297,11 +394,14 @@ def write_plans(folder: Path, plans: dict[str, TensorPlan], max_shard_size: str 
 
 
 def _finish(writer: TensorFileWriter, path: Path) -> None:
-    writer.close(sync=True)
-    writer.path.replace(path)
+    try:
+        writer.close(sync=True)
+        writer.path.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot finish {path.name} in {path.parent}: {error.strerror}") from error
 
 
-def _write_shard(writer: TensorFileWriter, plans: dict[str, TensorPlan], progress: tqdm) -> None:
+def _write_shard(writer: TensorFileWriter, plans: dict[str, TensorPlan], progress: tqdm, syncing: ThreadPoolExecutor) -> None:
     room = threading.Semaphore(2 * _THREADS)
     failed, counting = threading.Event(), threading.Lock()
 
@@ -317,10 +417,13 @@ def _write_shard(writer: TensorFileWriter, plans: dict[str, TensorPlan], progres
                 )
             cast = made.to(spec.dtype)
             if not all_finite(cast):
+                for parent, name in plans[key].inputs:
+                    parent.check_finite(name)
                 if made.dtype == spec.dtype:
                     raise ValueError(f"Tensor '{key}' holds NaN or infinity; look at the tensors that it is made of.")
+                origin = ", ".join(f"{parent.role}: {name}" for parent, name in plans[key].inputs) or plans[key].what
                 raise ValueError(
-                    f"Tensor '{key}' ({plans[key].what}) holds {made.abs().max().item():.4g}, which overflows {spec.dtype} "
+                    f"Tensor '{key}' (from {origin}) holds {made.abs().max().item():.4g}, which overflows {spec.dtype} "
                     f"(largest: {torch.finfo(spec.dtype).max:.4g}). Choose another dtype, e.g. dtype='bfloat16'."
                 )
             try:
@@ -336,9 +439,13 @@ def _write_shard(writer: TensorFileWriter, plans: dict[str, TensorPlan], progres
             room.release()
 
     with ThreadPoolExecutor(_THREADS, "fuse") as pool:
-        futures = []
+        futures, unflushed = [], 0
         try:
             for key, plan in plans.items():
+                unflushed += plan.spec.nbytes
+                if unflushed > _FLUSH_BYTES:
+                    syncing.submit(writer.flush)
+                    unflushed = 0
                 for first, rows, make in plan.blocks():
                     room.acquire()
                     if failed.is_set():
@@ -377,44 +484,3 @@ def _one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def write_tensors(
-    folder: Path,
-    shapes: dict[str, torch.Tensor],
-    make: Callable[[str], torch.Tensor],
-    max_shard_size: str = "2GB",
-) -> None:
-    """Write tensors shard by shard, one whole tensor in memory at a time.
-
-    Args:
-        shapes: a tensor on the meta device for every key, for shape and dtype.
-        make: returns the tensor of a key.
-    """
-    plans = {
-        key: TensorPlan(
-            spec := TensorSpec(tuple(tensor.shape), tensor.dtype),
-            (Band(spec.rows, (Made(make, key),), lambda rows: rows),),
-            loads=spec.nbytes,
-        )
-        for key, tensor in shapes.items()
-    }
-    write_plans(folder, plans, max_shard_size)
-
-
-class Made:
-    """Rows of a tensor that a function makes as a whole."""
-
-    def __init__(self, make: Callable[[str], torch.Tensor], key: str):
-        self._make, self._key = make, key
-        self._tensor: torch.Tensor | None = None
-        self._lock = threading.Lock()
-
-    def read(self, first: int, last: int) -> torch.Tensor:
-        with self._lock:
-            if self._tensor is None:
-                self._tensor = self._make(self._key)
-        return self._tensor[first:last] if self._tensor.dim() else self._tensor
-
-    def release(self) -> None:
-        self._tensor = None

@@ -21,7 +21,8 @@ import torch
 from transformers import GenerationConfig, OPTConfig, OPTForCausalLM
 
 from ..files import whole_folder
-from .checkpoint import write_tensors
+from .checkpoint import Band, TensorPlan, write_plans
+from .tensor_files import TensorSpec
 
 
 ROWS, COLUMNS, SAME = "rows", "columns", "same"  # how parts join: on dim 0, on dim 1, or each part has all of it
@@ -97,21 +98,43 @@ class MetaseqCheckpoint:
             shape["rows columns".split().index(source.join)] *= len(self.parts)
         return shape
 
-    def get(self, source: _Source) -> torch.Tensor:
-        """The joined tensor, a copy. Raises `ValueError` if what each part has whole is not the same in all."""
+    def read(self, source: _Source, first: int, last: int) -> torch.Tensor:
+        """Rows `[first, last)` of the joined tensor.
+
+        Raises:
+            ValueError: if what each part has whole is not the same in all.
+        """
         tensors = [part[source.key] for part in self.parts]
         if source.third is not None:
             tensors = [tensor.chunk(3)[source.third] for tensor in tensors]
-        if source.join != SAME:
-            return torch.cat(tensors, dim=0 if source.join == ROWS else 1)
+        if source.join == COLUMNS:
+            return torch.cat([tensor[first:last] for tensor in tensors], dim=1)
+        if source.join == ROWS:
+            size = tensors[0].shape[0]
+            starts = range(0, size * len(tensors), size)
+            return torch.cat([tensor[max(0, first - at) : max(0, last - at)] for tensor, at in zip(tensors, starts)])
+        rows = tensors[0][first:last]
         for file, tensor in zip(self.files[1:], tensors[1:]):
-            if not torch.equal(tensor, tensors[0]):
-                difference = (tensor.double() - tensors[0].double()).abs().max().item()
+            if not torch.equal(tensor[first:last], rows):
+                difference = (tensor[first:last].double() - rows.double()).abs().max().item()
                 raise ValueError(
                     f"'{source.key}' should be the same in all parts, but differs by up to {difference:.3g} between "
                     f"{self.files[0]} and {file}. Are they parts of one checkpoint, of one step?"
                 )
-        return tensors[0].clone()
+        return rows
+
+
+class _JoinedRows:
+    """A joined tensor, row by row, as `write_plans` reads it."""
+
+    def __init__(self, checkpoint: MetaseqCheckpoint, source: _Source):
+        self.checkpoint, self.source = checkpoint, source
+
+    def read(self, first: int, last: int) -> torch.Tensor:
+        return self.checkpoint.read(self.source, first, last)
+
+    def release(self) -> None:
+        pass
 
 
 def convert_metaseq(
@@ -155,14 +178,12 @@ def convert_metaseq(
     shapes = {key: tensor.to(config.dtype) for key, tensor in model.state_dict().items() if key not in tied}
     sources = _sources(checkpoint, shapes, post_norm)
 
-    def make(key: str) -> torch.Tensor:
-        tensor = checkpoint.get(sources[key])
-        if sources[key].key in (_EMBED, _OUTPUT):
-            tensor = tensor[: config.vocab_size]
-        return tensor.to(config.dtype)
-
+    plans = {}
+    for key, tensor in shapes.items():
+        spec, rows = TensorSpec(tuple(tensor.shape), tensor.dtype), _JoinedRows(checkpoint, sources[key])
+        plans[key] = TensorPlan(spec, (Band(spec.rows, (rows,), lambda made: made),), f"metaseq's '{sources[key].key}'")
     with whole_folder(output_dir, overwrite) as folder:
-        write_tensors(folder, shapes, make, max_shard_size)
+        write_plans(folder, plans, max_shard_size)
         config.architectures = ["OPTForCausalLM"]
         config.save_pretrained(folder)
         GenerationConfig.from_model_config(config).save_pretrained(folder)

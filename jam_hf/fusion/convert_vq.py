@@ -93,17 +93,21 @@ def convert_vq(
     return Path(output_dir)
 
 
-def vq_model_from(parent: Parent, sample_size: int | None = None) -> JamVQModel:
-    """The VQ model inside a checkpoint of transformers' Chameleon, Janus or Emu3; see [`convert_vq`]."""
+def vq_model_from(parent: Parent, sample_size: int | None = None, say: Callable[[str], None] = print) -> JamVQModel:
+    """The VQ model inside a checkpoint of transformers' Chameleon, Janus or Emu3; see [`convert_vq`]. `say` gets remarks."""
     origin = Source(parent.name, parent.keys(), parent.get, _vq_config(parent))
-    return _converted(origin, None, sample_size, None)[0]
+    return _converted(origin, None, sample_size, None, say)[0]
 
 
 def _converted(
-    origin: Source, layout: str | None, sample_size: int | None, codebook_l2_norm: bool | None
+    origin: Source,
+    layout: str | None,
+    sample_size: int | None,
+    codebook_l2_norm: bool | None,
+    say: Callable[[str], None] = print,
 ) -> tuple[JamVQModel, str]:
     """The model, and the layout that its weights had."""
-    tensors = _vq_tensors(origin)
+    tensors = _vq_tensors(origin, say)
     layout = layout or guess_layout(tensors)
     if layout is None:
         raise ValueError(f"'{origin.name}' has a codebook, but its keys are of no known layout, e.g. '{min(tensors)}'.")
@@ -115,11 +119,11 @@ def _converted(
         config, table = _config_and_table(layout, origin.config, tensors, sample_size, codebook_l2_norm)
     except ValueError as error:
         raise ValueError(f"'{origin.name}', read as layout '{layout}': {error}") from error
-    model = _fill(config, table, tensors, origin.name, layout)
-    if layout == "janus" and not codebook_l2_norm:
+    model = _fill(config, table, tensors, origin.name, layout, say)
+    if layout == "janus" and not codebook_l2_norm and not model.device.type == "meta":
         norms = tensors["quantize.embedding.weight"].norm(dim=1)
         if (norms - 1).abs().max() > 1e-3:
-            print(
+            say(
                 f"The vectors of the codebook have lengths from {norms.min():.3g} to {norms.max():.3g}. DeepSeek's own code "
                 "normalises them before it encodes a picture, transformers' class does not, so they find other codes for it. "
                 "Converted as transformers has it; codebook_l2_norm (--codebook-l2-norm) converts to DeepSeek's."
@@ -200,7 +204,7 @@ def _open_pickle(path: Path) -> Source:
     return Source(str(path), set(tensors), tensors.__getitem__)
 
 
-def _vq_tensors(origin: Source) -> dict[str, torch.Tensor]:
+def _vq_tensors(origin: Source, say: Callable[[str], None]) -> dict[str, torch.Tensor]:
     """The VQ model's tensors by its own names, floats as float32. What only training uses is left out, and counted."""
     prefix = find_prefix(origin.keys)
     if prefix is None:
@@ -215,13 +219,13 @@ def _vq_tensors(origin: Source) -> dict[str, torch.Tensor]:
         )
     left_out = [name for name in names if TRAINING_ONLY.fullmatch(name)]
     if left_out:
-        print(f"{len(left_out)} tensors that only training uses are left out, e.g. '{left_out[0]}'.")
+        say(f"{len(left_out)} tensors that only training uses are left out, e.g. '{left_out[0]}'.")
     tensors = {}
     for name in sorted(set(names) - set(left_out)):
         tensor = origin.get(prefix + name)
         if tensor.is_floating_point():
             tensor = tensor.float()
-            if not torch.isfinite(tensor).all():
+            if not tensor.is_meta and not torch.isfinite(tensor).all():
                 raise ValueError(f"Tensor '{prefix}{name}' of '{origin.name}' holds NaN or infinity.")
         tensors[name] = tensor
     return tensors
@@ -317,14 +321,16 @@ def _janus_config(found: Architecture) -> JanusVQVAEConfig:
 # ----- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _fill(config: JamVQConfig, table: Table, tensors: dict[str, torch.Tensor], name: str, layout: str) -> JamVQModel:
+def _fill(
+    config: JamVQConfig, table: Table, tensors: dict[str, torch.Tensor], name: str, layout: str, say: Callable[[str], None]
+) -> JamVQModel:
     """The model with the weights in it, none left over and none missing."""
     with torch.device("meta"):
         model = JamVQModel(config)
     expected = {key.removeprefix("vq."): tensor.shape for key, tensor in model.state_dict().items()}
     if not config.has_decoder:
         half = [key for key in tensors if key.startswith("post_quant_conv.")]
-        print(f"{len(half)} tensors of 'post_quant_conv' are left out: they would feed the decoder, and there is none.")
+        say(f"{len(half)} tensors of 'post_quant_conv' are left out: they would feed the decoder, and there is none.")
         tensors = {key: tensor for key, tensor in tensors.items() if key not in half}
     state, unknown, misshaped, origin = {}, [], [], {}
     for key, tensor in tensors.items():

@@ -17,15 +17,16 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import __version__ as transformers_version
 
-from ..files import resumable_folder, whole_folder
+from ..files import check_free, resumable_folder, whole_folder
 from ..model.configuration_jam import FUSION_MODES, JamConfig
 from ..model.image_processing_jam import JamImageProcessor
 from ..model.modeling_jam import JamForCausalLM
 from ..model.modeling_jam_vq import JamVQModel
 from ..model.processing_jam import JamProcessor
 from . import report, tables
-from .checkpoint import Parent, TensorPlan, write_plans
+from .checkpoint import BLOCK_BYTES, Parent, TensorPlan, plan_shards, write_plans
 from .model_card import model_card
 from .parents import IMAGE_PARENTS, TEXT_PARENTS, Decoder, head_specs, image_codes, picture_tokens
 from .recipe import FusionRecipe
@@ -49,7 +50,7 @@ class FusionPlan:
     image: Decoder
     tensors: dict[str, TensorPlan]
     warnings: list[str]
-    digest: str
+    digest: str | None  # None: weights were not read, only their headers
     fingerprint: str | None  # None: an input is in memory, so that a stopped run cannot be taken up again
 
     @property
@@ -57,9 +58,9 @@ class FusionPlan:
         """Bytes of all output tensors."""
         return sum(plan.spec.nbytes for plan in self.tensors.values())
 
-    def describe(self) -> str:
-        """Shapes, parameters, memory, disk, vocabulary, pairing of layers and warnings, as text."""
-        return report.describe(self)
+    def describe(self, tensors: bool = True) -> str:
+        """Parameters, memory, disk, vocabulary, pairing of layers, warnings and (`tensors`) shapes, as text."""
+        return report.describe(self, tensors)
 
     def explain(self, key: str) -> str:
         """Where a tensor comes from, as text. Raises `ValueError` for a tensor that the JAM does not have."""
@@ -115,6 +116,7 @@ def fuse(
             the disk has no room.
     """
     check_output(output_dir, text_model, image_model, vq_model, tokenizer, settings.get("image_tokenizer"))
+    check_free(output_dir, overwrite)  # before anything large is read or fetched
     plan = plan_fusion(text_model, image_model, mode, init, vq_model, tokenizer, **settings)
     return run_fusion(plan, output_dir, overwrite)
 
@@ -128,9 +130,15 @@ def plan_fusion(
     tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
     image_tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
     dtype: str | torch.dtype | None = None,
+    headers_only: bool = False,
     **settings: Any,
 ) -> FusionPlan:
-    """Everything about a fusion but the writing; arguments, errors: see [`fuse`]."""
+    """Everything about a fusion but the writing; arguments, errors: see [`fuse`].
+
+    Args:
+        headers_only: fetch no weights of parents on the Hub, only the headers of their files. The plan can be described and
+            explained, not run.
+    """
     named_dtype = _named_dtype(dtype)
     names = {
         "text": text_model,
@@ -154,9 +162,13 @@ def plan_fusion(
     recipe.init = init = DEFAULT_INIT[mode] if init is None else init
     if init not in tables.INITS[mode]:
         raise ValueError(f"init for mode {mode!r} must be one of {', '.join(map(repr, tables.INITS[mode]))}, got {init!r}.")
+    try:
+        plan_shards({}, recipe.max_shard_size)
+    except ValueError as error:
+        raise ValueError(f"max_shard_size must be a size such as '2GB', got {recipe.max_shard_size!r}.") from error
     warnings: list[str] = []
-    text = Decoder(Parent(text_model, "text parent", recipe.text_revision), TEXT_PARENTS)
-    image = Decoder(Parent(image_model, "image parent", recipe.image_revision), IMAGE_PARENTS)
+    text = Decoder(Parent(text_model, "text parent", recipe.text_revision, headers_only), TEXT_PARENTS)
+    image = Decoder(Parent(image_model, "image parent", recipe.image_revision, headers_only), IMAGE_PARENTS)
     check_parents(text, image, mode, init)
     vq, vq_warnings = vq_model_of(vq_model, image, recipe.image_size)
     warnings += vq_warnings
@@ -175,17 +187,19 @@ def plan_fusion(
     )
     config.dtype = named_dtype or _dtype(text, image)
     config.architectures = ["JamForCausalLM"]
-    parts = tables.Ingredients(
-        config, text, image, codes, vocabulary.text_map, vocabulary.image_map, vq.state_dict(), recipe.seed
-    )
+    vq_state = {key: tensor if tensor.is_meta else tensor.cpu() for key, tensor in vq.state_dict().items()}
+    parts = tables.Ingredients(config, text, image, codes, vocabulary.text_map, vocabulary.image_map, vq_state, recipe.seed)
     head_specs(codes, image.parent)
     tensors = tables.plan_tensors(_specs(config), tables.table(mode, init, config), parts)
     tables.check_all_used(parts, mode)
     warnings += report.warnings(text, image, config, vocabulary, mode, init)
+    plan = FusionPlan(recipe, config, vocabulary, text, image, tensors, warnings, None, None)
+    if text.parent.headers_only or image.parent.headers_only:
+        return plan
     contents = (
         text.parent.content_id(),
         image.parent.content_id(),
-        _digest(vq.state_dict()),
+        _digest(vq_state),
         _tokenizer_digest(tokenizer),
         _tokenizer_digest(image_tokenizer) if image_tokenizer is not None else None,
     )
@@ -193,12 +207,18 @@ def plan_fusion(
     identities = text.parent.identity(), image.parent.identity()
     fingerprint = None
     if None not in identities:
-        fingerprint = hashlib.sha256(f"{digest} {identities} {recipe.max_shard_size}".encode()).hexdigest()
-    return FusionPlan(recipe, config, vocabulary, text, image, tensors, warnings, digest, fingerprint)
+        # What a shard was made by counts too: one of another torch's random numbers must not stand beside ours.
+        made_by = f"{torch.__version__} {transformers_version} {BLOCK_BYTES}"
+        fingerprint = hashlib.sha256(f"{digest} {identities} {recipe.max_shard_size} {made_by}".encode()).hexdigest()
+    return replace(plan, digest=digest, fingerprint=fingerprint)
 
 
 def run_fusion(plan: FusionPlan, output_dir: str | os.PathLike, overwrite: bool = False) -> Path:
     """Do what was planned; see [`fuse`]."""
+    if plan.digest is None:
+        raise ValueError("A plan of headers alone cannot be run; plan with headers_only=False.")
+    for decoder in (plan.text, plan.image):  # a parent's files may be links into the output folder
+        check_output(output_dir, *decoder.parent.files())
     folder_context: AbstractContextManager[Path | None]
     if plan.fingerprint is None:
         folder_context = whole_folder(output_dir, overwrite)
@@ -207,13 +227,13 @@ def run_fusion(plan: FusionPlan, output_dir: str | os.PathLike, overwrite: bool 
     with folder_context as folder:
         if folder is None:
             return Path(output_dir)
-        there = sum(path.stat().st_size for path in folder.glob("*.safetensors*"))
+        there = sum(path.stat().st_blocks * 512 for path in folder.glob("*.safetensors*"))  # files begun are sparse
         free = shutil.disk_usage(folder).free
         if free + there < plan.num_bytes:
             raise OSError(
                 errno.ENOSPC,
-                f"the fusion needs {report.size(plan.num_bytes - there)} more in '{Path(output_dir).absolute().parent}', and "
-                f"{report.size(free)} are free. Make room, or choose another output folder",
+                f"the fusion needs {report.size(plan.num_bytes - there)} more in '{folder.parent}', and {report.size(free)} "
+                "are free. Make room, or choose another output folder",
             )
         write_plans(folder, plan.tensors, plan.recipe.max_shard_size)
         _write_small_files(plan, folder)
@@ -230,7 +250,9 @@ def _write_small_files(plan: FusionPlan, folder: Path) -> None:
         generation_mode="interleaved",
     ).save_pretrained(folder)
     tokenizer = vocabulary.tokenizer
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # what is saved is what it was made with
+    for name in ("is_local", "local_files_only"):  # how it was read here, which transformers would write down
+        tokenizer.init_kwargs.pop(name, None)
     processor = JamProcessor(
         JamImageProcessor.from_size(config.vq_config.sample_size),
         tokenizer,
@@ -280,7 +302,7 @@ def _vocabulary(
             f"(vocab_size: {text.vocab_size} and {image.vocab_size}), and the image parent brings no tokenizer to say what its "
             "rows mean. Pass image_tokenizer=..."
         )
-    pictures = picture_tokens(image, image_tokenizer, vq.config.grid_size)
+    pictures = picture_tokens(image.parent.config, image_tokenizer, vq.config.grid_size, image.parent.name)
     return joined_vocabulary(tokenizer, text.vocab_size, image_tokenizer, codes, pictures, names, recipe.special_tokens)
 
 
@@ -357,10 +379,11 @@ def _digest(state: dict[str, torch.Tensor]) -> str:
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(text.encode()).hexdigest()
+    roles = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    return hashlib.sha256(f"{text} {roles} {tokenizer.chat_template}".encode()).hexdigest()
 
 
-def plan_recipe(recipe: FusionRecipe) -> FusionPlan:
+def plan_recipe(recipe: FusionRecipe, headers_only: bool = False) -> FusionPlan:
     """`plan_fusion` with the settings of a recipe."""
     settings = {key: value for key, value in vars(replace(recipe)).items() if key not in ("text", "image", "mode", "vq")}
-    return plan_fusion(recipe.text, recipe.image, recipe.mode, vq_model=recipe.vq, **settings)
+    return plan_fusion(recipe.text, recipe.image, recipe.mode, vq_model=recipe.vq, headers_only=headers_only, **settings)

@@ -1,12 +1,12 @@
 """The classes of parents that can be fused: where each keeps its decoder, its vocabulary, its image codes and its VQ model.
 
 An explicit registry; what is not listed is refused by name. It knows checkpoints' keys and configs, not what is made of them.
+`code_ids` and `picture_tokens` need no weights, so that they serve loaded models too.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,12 +49,19 @@ class Decoder:
             )
         self.embedding_key = found[0]
         self.prefix = found[0].removesuffix("embed_tokens.weight")
-        tied = bool(parent.config.tie_word_embeddings)
         heads = [key for key in parent.specs if key.endswith("lm_head.weight")]
         self.head_key = heads[0] if heads else self.embedding_key
-        # transformers, too, does not tie what the checkpoint has twice and differently, whatever its config says.
-        self.tied = tied and (not heads or _same_rows(parent, heads[0], self.embedding_key))
-        if not heads and not tied:
+        self.tied = bool(parent.config.tie_word_embeddings)
+        if self.tied and heads:  # transformers ties them only if they are equal
+            self.tied = _equal(parent, self.head_key, self.embedding_key)
+        for key in (self.embedding_key, self.head_key):
+            spec = parent.specs[key]
+            if not spec.dtype.is_floating_point or spec.rows != parent.specs[self.embedding_key].rows:
+                raise ValueError(
+                    f"Tensor '{key}' of the {parent.role} {parent.name} is {list(spec.shape)} in {spec.dtype}; expected floats "
+                    f"and {parent.specs[self.embedding_key].rows} rows, as many as the embedding has."
+                )
+        if not heads and not self.tied:
             raise ValueError(
                 f"The {parent.role} {parent.name} has no tensor 'lm_head.weight', and its config does not tie it to the "
                 "embedding. Expected a causal LM with its head."
@@ -80,10 +87,14 @@ class Decoder:
         return {key for key in self.parent.specs if not _OTHER_PARTS.fullmatch(key)} - vocabulary - heads
 
 
-def _same_rows(parent: Parent, one: str, other: str) -> bool:
-    spec, size = parent.specs[one], 1 << 12
-    blocks = [(first, min(first + size, spec.rows)) for first in range(0, spec.rows, size)]
-    return spec == parent.specs[other] and all(torch.equal(parent.read(one, *b), parent.read(other, *b)) for b in blocks)
+def _equal(parent: Parent, one: str, other: str, rows: int = 1 << 10) -> bool:
+    spec = parent.specs[one]
+    if spec != parent.specs[other]:
+        return False
+    if parent.headers_only:  # headers do not tell; a config that ties them is believed
+        return True
+    blocks = ((first, min(first + rows, spec.rows)) for first in range(0, spec.rows, rows))
+    return all(torch.equal(parent.read(one, *block), parent.read(other, *block)) for block in blocks)
 
 
 @dataclass(frozen=True)
@@ -99,6 +110,11 @@ class PictureTokens:
     prefix: tuple[int, ...] = ()
     row_end: int | None = None
     suffix: tuple[int, ...] = ()
+
+    def template(self, grid_size: int) -> tuple[int, ...]:
+        """What stands between `begin` and `end`: ids, and -1 in the place of each code."""
+        row = (-1,) * grid_size + (() if self.row_end is None else (self.row_end,))
+        return (*self.prefix, *row * grid_size, *self.suffix)
 
 
 @dataclass(frozen=True)
@@ -122,74 +138,95 @@ class ImageCodes:
 
 
 def image_codes(decoder: Decoder, num_codes: int, offset: int | None, tokenizer: PreTrainedTokenizerBase | None) -> ImageCodes:
-    """Find the codes of an image parent.
+    """The codes of an image parent, and what else belongs to them; arguments, errors: see [`code_ids`]."""
+    parent = decoder.parent
+    rows = code_ids(parent.config, decoder.vocab_size, num_codes, tokenizer, offset, parent.name)
+    return _janus_codes(decoder, rows) if decoder.kind == "janus" else ImageCodes(rows)
+
+
+def code_ids(
+    config: PreTrainedConfig,
+    vocab_size: int,
+    num_codes: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+    offset: int | None,
+    name: str,
+) -> torch.LongTensor:
+    """What stands for code 0, 1, ... in an image parent: its ids, or numbers behind them where codes are no ids (Janus).
 
     Args:
-        num_codes: K of the VQ model. offset: id of code 0 in a plain causal LM; by default its tokenizer's `<img:0>`, else the
-            last K ids.
+        config: the parent's. vocab_size: rows of its embedding. num_codes: K of the VQ model. name: how messages call it.
+        offset: id of code 0 in a plain causal LM; by default its tokenizer's `<img:0>`, else the last K ids.
+    Returns:
+        int64 `[K]`.
     Raises:
         ValueError: if the parent has not exactly K codes, or they lie outside its vocabulary.
     """
-    find: Callable = _FINDERS.get(decoder.kind, _plain_codes)
-    if offset is not None and find is not _plain_codes:
+    if config.model_type not in ("chameleon", "emu3", "janus"):
+        return _plain_ids(vocab_size, num_codes, tokenizer, offset, name)
+    if offset is not None:
         raise ValueError(
-            f"image_token_offset is for plain causal LMs; a '{decoder.kind}' says itself where its codes are. Leave it out."
+            f"image_token_offset is for plain causal LMs; {name} is a '{config.model_type}', which says itself where its codes "
+            "are. Leave it out."
         )
-    codes = find(decoder, num_codes, offset, tokenizer)
-    if len(codes) != num_codes:
+    if config.model_type == "janus":
+        ids = torch.arange(vocab_size, vocab_size + config.vq_config.num_embeddings)
+    else:
+        ids = _mapped_ids(config, name)
+    if len(ids) != num_codes:
         raise ValueError(
-            f"The image parent {decoder.parent.name} has {len(codes)} image codes, the VQ model {num_codes}. Use the VQ model "
-            "that the parent was trained with."
+            f"The image parent {name} has {len(ids)} image codes, the VQ model {num_codes}. Code k must mean the same to both: "
+            "use the VQ model that the parent was trained with."
         )
-    if codes.folded is None and len(codes) and not 0 <= int(codes.rows.min()) <= int(codes.rows.max()) < decoder.vocab_size:
-        raise ValueError(
-            f"The image codes of {decoder.parent.name} would be the rows {int(codes.rows.min())}..{int(codes.rows.max())} of "
-            f"its vocabulary, which has {decoder.vocab_size}. Say where they begin: image_token_offset=..."
-        )
-    return codes
+    if config.model_type != "janus":
+        _check_inside(ids, vocab_size, name)
+    return ids
 
 
-def _plain_codes(decoder: Decoder, num_codes: int, offset: int | None, tokenizer: PreTrainedTokenizerBase | None) -> ImageCodes:
+def _plain_ids(
+    vocab_size: int, num_codes: int, tokenizer: PreTrainedTokenizerBase | None, offset: int | None, name: str
+) -> torch.LongTensor:
     vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
     if offset is None:
-        offset = vocabulary.get("<img:0>", decoder.vocab_size - num_codes)
-    last = f"<img:{num_codes - 1}>"
-    if "<img:0>" in vocabulary and vocabulary.get(last) != offset + num_codes - 1:
+        offset = vocabulary.get("<img:0>", vocab_size - num_codes)
+    if "<img:0>" in vocabulary:
+        first, last, behind = (vocabulary.get(f"<img:{k}>") for k in (0, num_codes - 1, num_codes))
+        if (first, last, behind) != (offset, offset + num_codes - 1, None):
+            raise ValueError(
+                f"The image codes of the tokenizer of {name} do not fit: with {num_codes} codes (by the VQ model) from id "
+                f"{offset}, <img:0> and <img:{num_codes - 1}> should be the ids {offset} and {offset + num_codes - 1}, and no "
+                f"<img:{num_codes}> should follow; they are {first}, {last} and {behind}."
+            )
+    ids = torch.arange(offset, offset + num_codes)
+    _check_inside(ids, vocab_size, name)
+    return ids
+
+
+def _check_inside(ids: torch.LongTensor, vocab_size: int, name: str) -> None:
+    if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         raise ValueError(
-            f"The image codes of the tokenizer do not fit the VQ model: with {num_codes} codes from id {offset}, {last} should "
-            f"be id {offset + num_codes - 1}, but it is {vocabulary.get(last)}."
+            f"The image codes of {name} would be the rows {int(ids.min())}..{int(ids.max())} of its vocabulary, which has "
+            f"{vocab_size}. Say where they begin: image_token_offset=..."
         )
-    return ImageCodes(torch.arange(offset, offset + num_codes))
 
 
-def _chameleon_codes(decoder: Decoder, *_: Any) -> ImageCodes:
+def _mapped_ids(config: PreTrainedConfig, name: str) -> torch.LongTensor:
+    """The codes of Chameleon and Emu3 by their names in `vocabulary_map`, as transformers reads them."""
     from transformers.models.chameleon.modeling_chameleon import ChameleonImageVocabularyMapping
-
-    return _mapped_codes(decoder, ChameleonImageVocabularyMapping)
-
-
-def _emu3_codes(decoder: Decoder, *_: Any) -> ImageCodes:
     from transformers.models.emu3.modeling_emu3 import Emu3ImageVocabularyMapping
 
-    return _mapped_codes(decoder, Emu3ImageVocabularyMapping)
-
-
-def _mapped_codes(decoder: Decoder, mapping_class: type) -> ImageCodes:
-    if not decoder.parent.config.vocabulary_map:
-        raise ValueError(
-            f"The config of the image parent {decoder.parent.name} has no vocabulary_map, which says what its image codes are."
-        )
-    ids: dict[int, int] = mapping_class(decoder.parent.config.vocabulary_map).img2bpe
+    if not config.vocabulary_map:
+        raise ValueError(f"The config of the image parent {name} has no vocabulary_map, which says what its image codes are.")
+    mapping = {"chameleon": ChameleonImageVocabularyMapping, "emu3": Emu3ImageVocabularyMapping}[config.model_type]
+    ids: dict[int, int] = mapping(config.vocabulary_map).img2bpe
     if sorted(ids) != list(range(len(ids))):
         missing = sorted(set(range(max(ids, default=-1) + 1)) - set(ids))
-        raise ValueError(
-            f"The vocabulary_map of the image parent {decoder.parent.name} lacks {len(missing)} codes, e.g. {missing[:3]}."
-        )
-    return ImageCodes(torch.tensor([ids[code] for code in range(len(ids))], dtype=torch.long))
+        raise ValueError(f"The vocabulary_map of the image parent {name} lacks {len(missing)} codes, e.g. {missing[:3]}.")
+    return torch.tensor([ids[code] for code in range(len(ids))], dtype=torch.long)
 
 
 @torch.no_grad()
-def _janus_codes(decoder: Decoder, *_: Any) -> ImageCodes:
+def _janus_codes(decoder: Decoder, rows: torch.LongTensor) -> ImageCodes:
     """Janus embeds codes by an embedding and an aligner of its own, which fold into rows: `aligner(embedding[code])`.
 
     Its head is an MLP, which does not: it stays a module.
@@ -198,10 +235,16 @@ def _janus_codes(decoder: Decoder, *_: Any) -> ImageCodes:
 
     parent, config = decoder.parent, decoder.parent.config.vq_config
     embedding_key = _only(parent, "generation_embeddings.weight")
-    aligner = JanusVQVAEAlignerMLP(config)
+    if parent.require(embedding_key).rows != len(rows):
+        raise ValueError(
+            f"Tensor '{embedding_key}' of the image parent {parent.name} has {parent.require(embedding_key).rows} rows; its "
+            f"config says {len(rows)} codes."
+        )
+    with torch.device("meta"):
+        aligner = JanusVQVAEAlignerMLP(config)
     prefix = embedding_key.removesuffix("generation_embeddings.weight")
     keys = {name: f"{prefix}generation_aligner.{name}" for name in aligner.state_dict()}
-    aligner.load_state_dict({name: parent.get(key) for name, key in keys.items()})
+    aligner.load_state_dict({name: parent.get(key) for name, key in keys.items()}, assign=True)
     embedding = parent.get(embedding_key)
     folded = aligner.to(embedding.dtype)(embedding)
     head_names = ("proj_out.weight", "proj_out.bias", "vision_head.weight", "vision_head.bias")
@@ -209,7 +252,7 @@ def _janus_codes(decoder: Decoder, *_: Any) -> ImageCodes:
     for key in head.values():
         parent.require(key)
     return ImageCodes(
-        rows=torch.arange(decoder.vocab_size, decoder.vocab_size + len(folded)),
+        rows=rows,
         folded=folded,
         head=head,
         head_config={"image_head_hidden_size": config.projection_dim, "image_head_act": config.hidden_act},
@@ -224,38 +267,40 @@ def _only(parent: Parent, suffix: str) -> str:
     return found[0]
 
 
-_FINDERS = {"chameleon": _chameleon_codes, "emu3": _emu3_codes, "janus": _janus_codes}
-
-
-def picture_tokens(decoder: Decoder, tokenizer: PreTrainedTokenizerBase | None, grid_size: int) -> PictureTokens:
+def picture_tokens(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, grid_size: int, name: str
+) -> PictureTokens:
     """The tokens that an image parent puts around a picture of `grid_size` x `grid_size` codes.
 
+    Args:
+        config: the parent's. tokenizer: the parent's; None where it brings none. name: how messages call the parent.
     Raises:
         ValueError: if a token that its class needs cannot be found; the message says what to pass.
     """
-    names: dict[str, int] = dict(getattr(decoder.parent.config, "vocabulary_map", None) or {})
+    kind = config.model_type
+    ids: dict[str, int] = dict(getattr(config, "vocabulary_map", None) or {})
     if tokenizer is not None:
-        names |= tokenizer.get_vocab()
+        ids |= tokenizer.get_vocab()
 
     def find(attribute: str, *usual: str) -> int:
         said = getattr(tokenizer, attribute, None) if tokenizer is not None else None
-        for name in (said, *usual):
-            if name in names:
-                return names[name]
+        for token in (said, *usual):
+            if token in ids:
+                return ids[token]
         raise ValueError(
-            f"The image parent {decoder.parent.name} ('{decoder.kind}') marks pictures by a token ({attribute}, usually "
-            f"{' or '.join(usual)}) that its tokenizer does not have. Pass its own tokenizer: image_tokenizer=..."
+            f"The image parent {name} ('{kind}') marks pictures by a token ({attribute}, usually {' or '.join(usual)}) that "
+            "its tokenizer does not have. Pass its own tokenizer: image_tokenizer=..."
         )
 
-    if decoder.kind == "chameleon":
+    if kind == "chameleon":
         return PictureTokens(find("boi_token", "<racm3:break>"), find("eoi_token", "<eoss>"))
-    if decoder.kind == "janus":
+    if kind == "janus":
         return PictureTokens(find("boi_token", "<begin_of_image>"), find("eoi_token", "<end_of_image>"))
-    if decoder.kind == "emu3":
+    if kind == "emu3":
         if tokenizer is None:
             raise ValueError(
-                f"The image parent {decoder.parent.name} writes the size of a picture in tokens before it, and brings no "
-                "tokenizer to say which. Pass image_tokenizer=..."
+                f"The image parent {name} writes the size of a picture in tokens before it, and brings no tokenizer to say "
+                "which. Pass image_tokenizer=..."
             )
         size = tokenizer.encode(f"{grid_size}*{grid_size}", add_special_tokens=False)
         return PictureTokens(
@@ -265,7 +310,7 @@ def picture_tokens(decoder: Decoder, tokenizer: PreTrainedTokenizerBase | None, 
             row_end=find("eol_token", "<|extra_200|>"),
             suffix=(find("eof_token", "<|extra_201|>"),),
         )
-    return PictureTokens(names.get("<break>"))
+    return PictureTokens(ids.get("<break>"))
 
 
 def head_specs(codes: ImageCodes, parent: Parent) -> dict[str, TensorSpec]:

@@ -49,7 +49,7 @@ class FusionRecipe:
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike, **changes: Any) -> FusionRecipe:
-        """Read a recipe; `changes` that are not None win over the file.
+        """Read a recipe; `changes` that are not None win over the file. Paths in it start where the command runs.
 
         Raises:
             ValueError: if it is no mapping of known settings, or one has another type.
@@ -67,7 +67,7 @@ class FusionRecipe:
     def of(cls, settings: dict[str, Any], where: str) -> FusionRecipe:
         """From a mapping; `where` names it in messages. Raises `ValueError` on unknown, missing or ill-typed settings."""
         fields = {f.name: f for f in dataclasses.fields(cls)}
-        unknown = sorted(set(settings) - set(fields))
+        unknown = sorted(map(str, set(settings) - set(fields)))
         if unknown:
             raise ValueError(f"{where} has unknown settings: {', '.join(unknown)}. Known: {', '.join(fields)}.")
         missing = [name for name in ("text", "image") if not settings.get(name)]
@@ -79,7 +79,10 @@ class FusionRecipe:
             optional = "None" in str(fields[name].type)
             if not (value is None and optional) and (not isinstance(value, kind) or isinstance(value, bool)):
                 raise ValueError(f"{where}: {name} must be {fields[name].type}, got {value!r}.")
-        return cls(**settings)
+        recipe = cls(**settings)
+        if not all(isinstance(text, str) for pair in recipe.special_tokens.items() for text in pair):
+            raise ValueError(f"{where}: special_tokens must be tokens by tokens, both text, got {recipe.special_tokens!r}.")
+        return recipe
 
     def to_yaml(self) -> str:
         """What differs from the defaults, as YAML; a parent in a folder by the folder's name alone."""
@@ -106,4 +109,4 @@ def public_name(source: str | None) -> str | None:
     """A Hub id as it is; of a folder its name, since where it lies is nobody else's business."""
     if source is None:
         return None
-    return Path(source).name if Path(source).exists() or source.startswith((".", "/", "~")) else source
+    return Path(source).resolve().name if Path(source).exists() or source.startswith((".", "/", "~")) else source

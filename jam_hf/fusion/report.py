@@ -91,13 +91,14 @@ def warnings(text: Decoder, image: Decoder, config: JamConfig, vocabulary: Vocab
     return found
 
 
-def describe(plan: FusionPlan) -> str:
-    """The dry run."""
+def describe(plan: FusionPlan, tensors: bool = True) -> str:
+    """The dry run; without `tensors`, what is worth reading on every run."""
     config = plan.config
     shards, _ = plan_shards({key: t.spec for key, t in plan.tensors.items()}, plan.recipe.max_shard_size)
     parameters = sum(t.spec.rows * t.spec.row_numel for t in plan.tensors.values())
     lines = [
-        f"JAM, fusion {plan.recipe.mode}, init {plan.recipe.init}, recipe {plan.digest[:12]}",
+        f"JAM, fusion {plan.recipe.mode}, init {plan.recipe.init}"
+        + (f", recipe {plan.digest[:16]}" if plan.digest else " (from the headers of the weights alone)"),
         *(
             f"  {d.parent.role}: {d.parent.name} ({d.kind}; {d.config.num_hidden_layers} layers, hidden size {d.hidden_size}, "
             f"{d.config.num_attention_heads} heads, vocabulary {d.vocab_size})"
@@ -120,8 +121,9 @@ def describe(plan: FusionPlan) -> str:
         lines.append(f"  rows of the image parent for {plan.vocabulary.coverage.total} text tokens:")
         lines += [f"    {line}" for line in plan.vocabulary.coverage.lines()]
     lines += [f"  warning: {warning}" for warning in plan.warnings]
-    lines.append("  tensors:")
-    lines += [f"    {key} {list(t.spec.shape)}: {t.what}" for key, t in _grouped(plan).items()]
+    if tensors:
+        lines.append("  tensors:")
+        lines += [f"    {key} {list(t.spec.shape)}: {t.what}" for key, t in _grouped(plan).items()]
     return "\n".join(lines)
 
 
@@ -143,10 +145,9 @@ def explain(plan: FusionPlan, key: str) -> str:
         raise ValueError(f"The JAM has no tensor '{key}'.{hint}")
     tensor = plan.tensors[key]
     lines = [f"{key}", f"  {list(tensor.spec.shape)} {tensor.spec.dtype}", f"  {tensor.what}"]
-    decoders = {d.parent.role: d for d in (plan.text, plan.image)}
-    for role, name in tensor.inputs:
-        spec = decoders[role].parent.require(name)
-        lines.append(f"  {role}: {name} {list(spec.shape)} {spec.dtype} in {decoders[role].parent.where(name)}")
+    for parent, name in tensor.inputs:
+        spec = parent.require(name)
+        lines.append(f"  {parent.role}: {name} {list(spec.shape)} {spec.dtype} in {parent.where(name)}")
     if not tensor.inputs:
         lines.append("  from no parent")
     return "\n".join(lines)

@@ -16,13 +16,21 @@ from .parents import Decoder, ImageCodes
 from .vocabulary import RowMap
 
 
+_ROWS = 1 << 10  # of a vocabulary read at a time
+
+
 class ParentRows:
     """A parent's tensor, row by row."""
 
     def __init__(self, parent: Parent, key: str):
         self.parent, self.key = parent, key
         self.spec = parent.require(key)
-        self.inputs = ((parent.role, key),)
+        if not self.spec.dtype.is_floating_point:
+            raise ValueError(
+                f"Tensor '{key}' of the {parent.role}, in {parent.where(key)}, is {self.spec.dtype}; expected floats. If it is "
+                "a quantised model, take the unquantised one."
+            )
+        self.inputs = ((parent, key),)
         self.loads = 0
 
     def read(self, first: int, last: int) -> torch.Tensor:
@@ -44,9 +52,11 @@ class VocabularyRows:
         self.decoder, self.key, self.map = decoder, key, row_map
         self.spec = decoder.parent.require(key)
         self.folded = codes.folded if codes is not None and key == decoder.embedding_key else None
-        self.inputs = ((decoder.parent.role, key),)
+        keys = [key, *(sorted(codes.used - set(codes.head.values())) if self.folded is not None else ())]
+        self.inputs = tuple((decoder.parent, name) for name in keys)
         self._needs_table = bool((row_map.offsets[-1] > row_map.offsets[row_map.identity]).item())
-        self.loads = self.spec.nbytes if self._needs_table else 0
+        extra = self.folded.numel() * self.spec.dtype.itemsize if self.folded is not None else 0
+        self.loads = self.spec.nbytes + extra if self._needs_table else 0
         self._table: torch.Tensor | None = None
         self._mean: torch.Tensor | None = None
         self._lock = threading.Lock()
@@ -56,8 +66,13 @@ class VocabularyRows:
         return self.map.present
 
     def read(self, first: int, last: int) -> torch.Tensor:
-        if last <= self.map.identity:
+        split = min(max(first, self.map.identity), last)
+        if split == last:
             return self.decoder.parent.read(self.key, first, last)
+        rest = self._mapped(split, last)
+        return torch.cat((self.decoder.parent.read(self.key, first, split), rest)) if first < split else rest
+
+    def _mapped(self, first: int, last: int) -> torch.Tensor:
         offsets = self.map.offsets[first : last + 1]
         counts = offsets.diff()
         made = self.mean().repeat(last - first, 1)
@@ -74,21 +89,25 @@ class VocabularyRows:
         return made
 
     def table(self) -> torch.Tensor:
+        """The parent's rows, and behind them those that other modules fold into; filled in blocks, so that it is held once."""
         with self._lock:
             if self._table is None:
-                table = self.decoder.parent.get(self.key)
-                if self.folded is not None:
-                    table = torch.cat((table, self.folded.to(table.dtype)))
+                folded = self.folded if self.folded is not None else torch.empty(0, self.spec.row_numel)
+                table = torch.empty((self.spec.rows + len(folded), self.spec.row_numel), dtype=self.spec.dtype)
+                for first in range(0, self.spec.rows, _ROWS):
+                    last = min(first + _ROWS, self.spec.rows)
+                    table[first:last] = self.decoder.parent.read(self.key, first, last)
+                table[self.spec.rows :] = folded
                 self._table = table
-        return self._table
+            return self._table
 
     def mean(self) -> torch.Tensor:
         """`[1, d]`: mean of the parent's rows."""
         with self._lock:
             if self._mean is None:
-                total, size = torch.zeros(self.spec.row_numel, dtype=torch.float64), 1 << 12
-                for first in range(0, self.spec.rows, size):
-                    rows = self.decoder.parent.read(self.key, first, min(first + size, self.spec.rows))
+                total = torch.zeros(self.spec.row_numel, dtype=torch.float64)
+                for first in range(0, self.spec.rows, _ROWS):
+                    rows = self.decoder.parent.read(self.key, first, min(first + _ROWS, self.spec.rows))
                     total += rows.sum(0, dtype=torch.float64)
                 self._mean = (total / self.spec.rows).to(self.spec.dtype)[None]
         return self._mean

@@ -15,7 +15,7 @@ import torch
 
 from ..model.configuration_jam import JamConfig
 from . import inits
-from .checkpoint import Band, Source, TensorPlan
+from .checkpoint import Band, Parent, Source, TensorPlan
 from .parents import Decoder, ImageCodes
 from .sources import Combined, Constant, Noise, ParentRows, VocabularyRows
 from .tensor_files import TensorSpec
@@ -91,7 +91,7 @@ def _whole(source: Source, spec: TensorSpec, make: Callable = _as_it_is) -> tupl
 
 
 def _vq(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec) -> tuple[Band, ...]:
-    return _whole(Constant(parts.vq[match["rest"]].cpu()), spec)
+    return _whole(Constant(parts.vq[match["rest"]]), spec)
 
 
 def _mean(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec) -> tuple[Band, ...]:
@@ -317,23 +317,37 @@ def plan_tensors(specs: dict[str, TensorSpec], rules: list[Rule], parts: Ingredi
         _check_shape(key, spec, bands)
         sources = [source for band in bands for source in band.sources]
         inputs = tuple(dict.fromkeys(entry for source in sources for entry in source.inputs))
-        for role, name in inputs:
-            parts.used[role.split()[0]].add(name)
+        for parent, name in inputs:
+            parts.used[parent.role.split()[0]].add(name)
         plans[key] = TensorPlan(spec, bands, rule.what, inputs, sum(source.loads for source in dict.fromkeys(sources)))
     parts.used["image"] |= parts.codes.used
     return plans
 
 
 def _check_shape(key: str, spec: TensorSpec, bands: tuple[Band, ...]) -> None:
-    """Rows must add up; where one parent's tensor goes in as it is, its columns must agree too."""
-    found = [
-        (source.key, source.parent, source.spec) for band in bands for source in band.sources if isinstance(source, ParentRows)
-    ]
-    rows = sum(band.rows for band in bands)
-    alone = len(bands) == 1 and len(bands[0].sources) == 1 and bands[0].make is _as_it_is
-    if rows != spec.rows or (alone and found and found[0][2].shape != spec.shape):
-        listing = ", ".join(f"'{name}' of the {parent.role} {parent.name} is {list(s.shape)}" for name, parent, s in found)
-        raise ValueError(f"Tensor '{key}' should be {list(spec.shape)}, but {listing or f'its sources have {rows} rows'}.")
+    """Rows must add up, each source must have the rows of its band, and what is made of no rows must have the columns."""
+    found = [source for band in bands for source in band.sources if isinstance(source, (ParentRows, VocabularyRows))]
+    fits = sum(band.rows for band in bands) == spec.rows
+    for band in bands:
+        of_tensors = [source.spec for source in band.sources if isinstance(source, ParentRows)]
+        fits &= all(source.rows == band.rows for source in of_tensors)
+        fits &= band.make is not inits.average or len({source.shape for source in of_tensors}) == 1
+        if fits and band.sources and all(source in found for source in band.sources):
+            try:
+                made = band.make(*(torch.empty(0, *source.spec.shape[1:]) for source in band.sources))
+            except (RuntimeError, IndexError):
+                fits = False
+            else:
+                fits &= made.shape[1:] == spec.shape[1:]
+    if not fits:
+        listing = ", ".join(
+            f"'{s.key}' of the {_parent(s).role} {_parent(s).name} is {list(s.spec.shape)}" for s in dict.fromkeys(found)
+        )
+        raise ValueError(f"Tensor '{key}' should be {list(spec.shape)}, but {listing or 'its sources have other shapes'}.")
+
+
+def _parent(source: ParentRows | VocabularyRows) -> Parent:
+    return source.parent if isinstance(source, ParentRows) else source.decoder.parent
 
 
 def check_all_used(parts: Ingredients, mode: str) -> None:

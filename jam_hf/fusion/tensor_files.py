@@ -57,7 +57,8 @@ class TensorFile:
     """A safetensors file, open for reading.
 
     Raises:
-        ValueError: if it is no safetensors file, or is cut short; the message names the file and the first tensor concerned.
+        ValueError: if the safetensors package would refuse it as well (no such file, damaged, cut short), or a dtype is not in
+            `DTYPES`; the message names the file and the first tensor concerned.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -73,34 +74,64 @@ class TensorFile:
 
     def _read_header(self) -> None:
         size = os.fstat(self._descriptor).st_size
-        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+        start = os.pread(self._descriptor, 8, 0)
+        length = int.from_bytes(start, "little")
         try:
             if not 2 <= length <= min(_LARGEST_HEADER, size - 8):
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(os.pread(self._descriptor, length, 8))
-            entries = {key: value for key, value in header.items() if key != "__metadata__"}
-            ends = {}
-            for key, entry in entries.items():
-                if entry["dtype"] not in DTYPES:
-                    raise ValueError(f"tensor '{key}' has the dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}")
-                start, ends[key] = entry["data_offsets"]
-                self.specs[key] = TensorSpec(tuple(entry["shape"]), DTYPES[entry["dtype"]])
-                self._starts[key] = 8 + length + start
-                if start < 0 or ends[key] - start != self.specs[key].nbytes:
-                    raise ValueError(f"tensor '{key}' of shape {entry['shape']} takes {ends[key] - start} bytes")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self.path} is no safetensors file, or is damaged: {error}. Fetch or save it again.") from error
-        beyond = sorted((key for key in ends if 8 + length + ends[key] > size), key=ends.__getitem__)
+                if start == b"version ":
+                    raise ValueError("it looks like a Git LFS pointer, which stands for a file that was not fetched")
+                raise ValueError(f"its header should take {length} bytes, the file has {size}")
+            header = json.loads(os.pread(self._descriptor, length, 8), object_pairs_hook=no_duplicates)
+            self._read_entries({key: entry for key, entry in header.items() if key != "__metadata__"}, 8 + length)
+        except NotImplementedError as error:
+            raise ValueError(f"{self.path}: {error}.") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            what = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{self.path} is no safetensors file, or is damaged: {what}. Fetch or save it again.") from error
+        needed = max((self._end(key) for key in self.specs), default=8 + length)
+        beyond = sorted((key for key in self.specs if self._end(key) > size), key=self._end)
         if beyond:
             raise ValueError(
-                f"{self.path} is cut short: it has {size} bytes, and needs {8 + length + max(ends.values())}. The first tensor "
-                f"that is not whole is '{beyond[0]}' ({len(beyond)} of {len(ends)}). Fetch or save it again."
+                f"{self.path} is cut short: it has {size} bytes, and needs {needed}. The first tensor that is not whole is "
+                f"'{beyond[0]}' ({len(beyond)} of {len(self.specs)}). Fetch or save it again."
             )
+        if size > needed:
+            raise ValueError(f"{self.path} is damaged: behind its {needed} bytes come others. Fetch or save it again.")
+
+    def _read_entries(self, entries: dict[str, dict], start: int) -> None:
+        """Shapes, dtypes and places, which lie in the file one behind the other, without gaps."""
+        for key, entry in entries.items():
+            if entry["dtype"] not in DTYPES:
+                raise NotImplementedError(
+                    f"tensor '{key}' has the dtype {entry['dtype']}; read are {', '.join(DTYPES)}. If it is a quantised model, "
+                    "take the unquantised one"
+                )
+            shape, offsets = entry["shape"], entry["data_offsets"]
+            if len(offsets) != 2 or not all(type(number) is int and number >= 0 for number in (*shape, *offsets)):
+                raise ValueError(f"tensor '{key}' has the shape {shape} and the place {offsets}")
+            self.specs[key] = TensorSpec(tuple(shape), DTYPES[entry["dtype"]])
+            self._starts[key] = start + offsets[0]
+            if offsets[1] - offsets[0] != self.specs[key].nbytes:
+                raise ValueError(
+                    f"tensor '{key}' of shape {shape} and dtype {entry['dtype']} takes {offsets[1] - offsets[0]} bytes, not "
+                    f"{self.specs[key].nbytes}"
+                )
+        end = start
+        for key in sorted(self.specs, key=lambda key: (self._starts[key], self._end(key))):
+            if self._starts[key] != end:
+                relation = "overlaps the tensor before it" if self._starts[key] < end else "lies behind a gap"
+                raise ValueError(f"tensor '{key}' {relation}")
+            end = self._end(key)
+
+    def _end(self, key: str) -> int:
+        return self._starts[key] + self.specs[key].nbytes
 
     def read(self, key: str, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """Rows `[first, last)` of a tensor."""
+        """Rows `[first, last)` of a tensor; all to its end where `last` is None."""
         spec = self.specs[key]
         last = spec.rows if last is None else last
+        if not 0 <= first <= last <= spec.rows:  # what lies there is another tensor's
+            raise IndexError(f"rows {first}..{last} of tensor '{key}' in {self.path}, which has {spec.rows}")
         shape = (last - first, *spec.shape[1:]) if spec.shape else ()
         tensor = torch.empty(shape, dtype=spec.dtype)
         width = spec.row_numel * spec.dtype.itemsize
@@ -141,8 +172,12 @@ class TensorFileWriter:
         self._starts = {key: 8 + len(text) + start for key, start in starts.items()}
         self.size = 8 + len(text) + end
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._write(len(text).to_bytes(8, "little") + text, 0)
-        os.ftruncate(self._descriptor, self.size)
+        try:
+            self._write(len(text).to_bytes(8, "little") + text, 0)
+            os.ftruncate(self._descriptor, self.size)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
 
     def write(self, key: str, first: int, rows: torch.Tensor) -> None:
         """Put rows `[first, first + len(rows))` of a tensor in their place."""
@@ -154,6 +189,10 @@ class TensorFileWriter:
         while done < len(view):
             done += os.pwrite(self._descriptor, view[done:], start + done)
 
+    def flush(self) -> None:
+        """What was written so far goes to the disk."""
+        os.fdatasync(self._descriptor)
+
     def close(self, sync: bool = True) -> None:
         """`sync`: only once the bytes lie on the disk may the file be given its final name."""
         try:
@@ -161,6 +200,15 @@ class TensorFileWriter:
                 os.fsync(self._descriptor)
         finally:
             os.close(self._descriptor)
+
+
+def no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """For `json.loads`: a key that stands twice is a `ValueError`, not the later of the two."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
+        raise ValueError(f"'{twice}' stands there twice")
+    return found
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -8,6 +8,7 @@ knows tokenizers and ids; it reads no tensor.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
@@ -93,13 +94,17 @@ SAME_TEXT, SAME_ROLE, PIECES, BYTES, NONE = (
 def surfaces(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     """The bytes that each id stands for, by id; None for special tokens and for ids that are no token.
 
-    Byte-level BPE writes bytes as letters, SentencePiece a space as U+2581 and lone bytes as `<0x41>`; both are undone here.
+    Byte-level BPE writes bytes as letters, SentencePiece a space as U+2581 and lone bytes as `<0x41>`, WordPiece "##" where no
+    space stands before; all are undone here.
     """
     vocabulary = tokenizer.get_vocab()
     found: list[bytes | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    decoder = json.dumps(json.loads(backend.to_str())["decoder"]) if backend is not None else ""
-    letters = {letter: byte for byte, letter in bytes_to_unicode().items()} if "ByteLevel" in decoder else None
+    state = json.loads(backend.to_str()) if backend is not None else {}
+    byte_level = "ByteLevel" in json.dumps([state.get("decoder"), state.get("pre_tokenizer")])
+    letters = {letter: byte for byte, letter in bytes_to_unicode().items()} if byte_level else None
+    decoder = state.get("decoder") or {}
+    inside = decoder.get("prefix") if decoder.get("type") == "WordPiece" else None
     special = set(tokenizer.all_special_ids)
     added = {}
     for index, token in tokenizer.added_tokens_decoder.items():
@@ -114,7 +119,9 @@ def surfaces(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
         elif letters is not None:
             if all(letter in letters for letter in token):
                 found[index] = bytes(letters[letter] for letter in token)
-        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        elif inside is not None:
+            found[index] = token.removeprefix(inside).encode() if token.startswith(inside) else f" {token}".encode()
+        elif re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
             found[index] = bytes([int(token[3:5], 16)])
         else:
             found[index] = token.replace("\u2581", " ").encode()
@@ -179,7 +186,8 @@ def transplant(
 def _tokenised(texts: list[bytes], tokenizer: PreTrainedTokenizerBase, known: list[bytes | None]) -> Iterable[tuple[int, ...]]:
     """The pieces of each text, or () where they do not spell exactly that text.
 
-    Some tokenizers put a space before a text; behind a line feed, which is then taken off, they do not.
+    Some tokenizers put a space before a text; behind a line feed (or what they make of it), which is then taken off, they do
+    not.
     """
 
     def spelled(ids: list[int]) -> bytes | None:
@@ -206,7 +214,7 @@ def _tokenised(texts: list[bytes], tokenizer: PreTrainedTokenizerBase, known: li
             again.append(position)
     for position, ids in zip(again, encode(["\n" + readable[position] for position in again])):
         for skip in range(1, len(ids)):
-            if spelled(ids[:skip]) in (b"\n", b" \n") and spelled(ids[skip:]) == texts[position]:
+            if (before := spelled(ids[:skip])) is not None and not before.strip() and spelled(ids[skip:]) == texts[position]:
                 found[position] = tuple(ids[skip:])
                 break
     return found

@@ -58,8 +58,9 @@ def _parents_own(image: Decoder, image_size: int | None) -> tuple[JamVQModel, li
             f"The VQ model of the image parent {image.parent.name} takes pictures of any size, and a JAM's have one: "
             "image_size=512, say (--image-size 512)."
         )
-    model = vq_model_from(image.parent, sample_size=image_size)
-    return model, _halves(model)
+    remarks: list[str] = []
+    model = vq_model_from(image.parent, image_size, remarks.append)
+    return model, [*remarks, *_halves(model)]
 
 
 def _halves(model: JamVQModel) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ImagesKwargs, Unpack
@@ -70,6 +70,10 @@ class JamImageProcessor(PilBackend):
             return source
         name = source if len(source) < 200 else source[:200] + "..."
         try:
+            if os.path.isfile(source):  # transformers' own way drops transparency, and clips 16 bits of grey
+                with Image.open(source) as image:
+                    image.load()
+                    return ImageOps.exif_transpose(image)
             return super().fetch_images(source)
         except Exception as error:  # PIL, the file system and the web have no common base class
             reason = str(error)

@@ -25,6 +25,8 @@ class CM3Settings:
         [M]; this trains the unconditional branch of guidance. The value is our reconstruction.
     text_segments_only: whether those whole segments are only texts. image_token_range: `[first, last)` of image codes.
     picture_structure_token_ids: what a picture's layout has beside the codes; it is part of the image's segment.
+    keep_first_token: whether the first token of a document, its bos [M], is never masked. Not so for a tokenizer without bos:
+        it is text there, and guidance's branch begins with `<mask>`.
     """
 
     mask_token_id: int
@@ -36,6 +38,7 @@ class CM3Settings:
     text_segments_only: bool = False
     image_token_range: tuple[int, int] = (0, 0)
     picture_structure_token_ids: tuple[int, ...] = ()
+    keep_first_token: bool = True
 
     def __post_init__(self) -> None:
         if self.num_mask_tokens < 1:
@@ -62,17 +65,18 @@ class CM3Settings:
             boundary_token_ids=tuple(i for i in boundaries if i is not None),
             image_token_range=(config.image_token_offset, config.image_token_offset + config.num_image_tokens),
             picture_structure_token_ids=config.picture_structure_token_ids,
+            keep_first_token=config.bos_token_id is not None,
             **settings,
         )
 
 
 def segments(ids: np.ndarray, settings: CM3Settings) -> list[tuple[int, int]]:
-    """Maximal runs `[start, end)` without a boundary token, in order; the first token of the document is in none [M]."""
+    """Maximal runs `[start, end)` without a boundary token, in order; see `keep_first_token` for the first token."""
     boundary = np.zeros(len(ids), dtype=bool)
-    boundary[0] = True
+    boundary[0] = settings.keep_first_token
     for token in settings.boundary_token_ids:  # a few comparisons: several times faster than np.isin on one document
         boundary |= ids == token
-    edges = [*np.flatnonzero(boundary).tolist(), len(ids)]
+    edges = [*([] if boundary[0] else [-1]), *np.flatnonzero(boundary).tolist(), len(ids)]
     return [(a + 1, b) for a, b in zip(edges, edges[1:]) if a + 1 < b]
 
 
@@ -98,7 +102,7 @@ def draw_spans(ids: np.ndarray, settings: CM3Settings, rng: np.random.Generator)
         return [found[rng.integers(len(found))]] if found else []
     starts = [a for a, _ in found]
     spans: list[tuple[int, int]] = []
-    for anchor, other in rng.integers(1, len(ids), size=(count, 2)).tolist():
+    for anchor, other in rng.integers(int(settings.keep_first_token), len(ids), size=(count, 2)).tolist():
         index = bisect_right(starts, anchor) - 1
         if index < 0 or anchor >= found[index][1]:
             continue  # a boundary token

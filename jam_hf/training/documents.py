@@ -34,6 +34,7 @@ def encode_documents(
     batch_size: int = 256,
     description: str = "encoding",
     config: JamConfig | None = None,
+    marks: PictureMarks | None = None,
 ) -> Dataset:
     """Encode documents for training.
 
@@ -44,6 +45,7 @@ def encode_documents(
         image_token_offset: id of image code 0; the tokenizer's `<img:0>` where `None`.
         config: of the JAM that the documents are for: its ids, and what stands in its pictures. Where `None`, a picture is
             `<break> codes <break>`, by the tokenizer's ids.
+        marks: instead of these two, what another model's pictures are made of (an image parent's, say).
         max_length, too_long: documents with more tokens raise ("error") or are left out with a warning ("drop"); none is cut.
     Returns:
         a dataset with `input_ids`: `<s> text <break> codes <break> text ... </s>` [A].
@@ -54,7 +56,10 @@ def encode_documents(
     """
     if too_long not in ("error", "drop"):
         raise ValueError(f"too_long must be 'error' or 'drop', got {too_long!r}.")
-    marks = _picture_marks(tokenizer, image_token_offset, config)
+    if marks is None:
+        marks = _picture_marks(tokenizer, image_token_offset, config)
+    elif image_token_offset is not None or config is not None:
+        raise ValueError("encode_documents: marks say what image_token_offset and config say; pass one of the three.")
     documents: list[np.ndarray] = []
     dropped = 0
     for start in tqdm(range(0, len(dataset), batch_size), desc=description, unit="batch"):
@@ -67,7 +72,7 @@ def encode_documents(
         encoded = tokenizer(list(texts), add_special_tokens=True)["input_ids"]
         for index, (ids, row) in enumerate(zip(encoded, pictures)):
             ids = np.asarray(ids, dtype=np.int64)
-            if (np.isin(ids, marks.reserved) | ((ids >= marks.first) & (ids < marks.last))).any():
+            if (np.isin(ids, marks.reserved) | marks.are_codes(ids)).any():
                 raise ValueError(
                     f"The text of document {start + index} has <break> or image codes itself, or other tokens of "
                     "pictures; they are put in here, for each <image>. Take them out of the text."
@@ -121,53 +126,80 @@ def _checked_codes(codes: np.ndarray, num_images: int, num_codes: int | None) ->
     return codes
 
 
-class _PictureMarks(NamedTuple):
-    """Ids: of the placeholder, of what opens and closes a picture, `[first, last)` of codes, those that no text may have.
+class PictureMarks(NamedTuple):
+    """What a picture is made of in a document, in the ids of one tokenizer.
 
-    template (int64 `[L]`): what stands in a picture, -1 for codes; `None`: codes alone, as many as come.
+    Args:
+        placeholder, image: the token that stands for a picture in text, and its id.
+        begin, end: ids of what opens and closes a picture.
+        codes: id of code 0, where the others follow it, or the ids of all codes, int64 `[K]`.
+        reserved: further ids that no text may have.
+        template (int64 `[L]`): ids of what stands in a picture, -1 for codes; `None`: codes alone, as many as come.
+        num_codes: K, where `codes` does not say it; `None`: not known.
     """
 
-    image: int
     placeholder: str
+    image: int
     begin: int
     end: int
-    first: int
-    last: int
-    reserved: list[int]
-    template: np.ndarray | None
+    codes: int | np.ndarray
+    reserved: tuple[int, ...] = ()
+    template: np.ndarray | None = None
+    num_codes: int | None = None
+
+    def are_codes(self, ids: np.ndarray) -> np.ndarray:
+        """bool, of the shape of `ids`."""
+        if not isinstance(self.codes, int):
+            return np.isin(ids, self.codes)
+        last = np.inf if self.num_codes is None else self.codes + self.num_codes
+        return (ids >= self.codes) & (ids < last)
+
+    def ids_of(self, codes: np.ndarray) -> np.ndarray:
+        """Raw codes to ids, of the same shape."""
+        return codes + self.codes if isinstance(self.codes, int) else self.codes[codes]
 
 
-def _picture_marks(tokenizer: PreTrainedTokenizerBase, offset: int | None, config: JamConfig | None) -> _PictureMarks:
+# For documents of text alone, in a tokenizer that has no tokens of pictures.
+NO_PICTURES = PictureMarks("", -1, -1, -1, np.array([], dtype=np.int64))
+
+
+def _picture_marks(tokenizer: PreTrainedTokenizerBase, offset: int | None, config: JamConfig | None) -> PictureMarks:
     if config is None:
         first = _token_id(tokenizer, "<img:0>") if offset is None else offset
         mark, image = (_token_id(tokenizer, token) for token in ("<break>", "<image>"))
-        last = len(tokenizer) if offset is None else np.iinfo(np.int64).max
-        return _PictureMarks(image, "<image>", mark, mark, first, last, [mark], None)
+        num_codes = len(tokenizer) - first if offset is None else None
+        return PictureMarks("<image>", image, mark, mark, first, (mark,), num_codes=num_codes)
     if offset not in (None, config.image_token_offset):
         raise ValueError(
             f"encode_documents: image_token_offset is {offset}, but {config.image_token_offset} in the config. Leave it out "
             "where you pass the config."
         )
-    image, begin, end = config.image_token_id, config.break_token_id, config.picture_end_token_id
-    first, last = config.image_token_offset, config.image_token_offset + config.num_image_tokens
-    reserved = [begin, end, *config.picture_structure_token_ids]
-    placeholder = tokenizer.convert_ids_to_tokens(image)
-    return _PictureMarks(image, placeholder, begin, end, first, last, reserved, np.array(config.picture_template))
+    begin, end = config.break_token_id, config.picture_end_token_id
+    return PictureMarks(
+        placeholder=tokenizer.convert_ids_to_tokens(config.image_token_id),
+        image=config.image_token_id,
+        begin=begin,
+        end=end,
+        codes=config.image_token_offset,
+        reserved=(begin, end, *config.picture_structure_token_ids),
+        template=np.array(config.picture_template),
+        num_codes=config.num_image_tokens,
+    )
 
 
-def _laid_out(codes: np.ndarray, num_images: int, marks: _PictureMarks) -> np.ndarray:
+def _laid_out(codes: np.ndarray, num_images: int, marks: PictureMarks) -> np.ndarray:
     """Raw codes `[P, N]` to ids, in their places among the others of the template: `[P, L]`."""
-    num_codes = marks.last - marks.first if marks.last < np.iinfo(np.int64).max else None
-    codes = _checked_codes(codes, num_images, num_codes) + marks.first
+    num_codes = marks.num_codes if isinstance(marks.codes, int) else len(marks.codes)
+    ids = marks.ids_of(_checked_codes(codes, num_images, num_codes))
     if marks.template is None:
-        return codes
+        return ids
     places = marks.template < 0
-    if codes.shape[1] != places.sum():
+    if ids.shape[1] != places.sum():
         raise ValueError(
-            f"encode_images must return the {places.sum()} codes of a picture that the config says, got {codes.shape[1]}."
+            f"encode_images must return the {places.sum()} codes of a picture that the config says, got {ids.shape[1]}."
         )
     pictures = np.tile(marks.template, (num_images, 1))
-    pictures[:, places] = codes
+    pictures[:, places] = ids
     return pictures
 
 

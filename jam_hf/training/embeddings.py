@@ -16,21 +16,21 @@ from ..model.modeling_jam_vq import JamVQModel
 
 
 def word_features(
-    documents: Sequence[Sequence[int]], image_token_offset: int, num_codes: int, vocab_size: int, size: int = 24
+    documents: Sequence[Sequence[int]], code_ids: torch.LongTensor, vocab_size: int, size: int = 24
 ) -> torch.Tensor:
-    """Latent semantic features of image codes, float `[num_codes, size]`: what they are called.
+    """Latent semantic features of image codes, float `[K, size]`: what they are called. code_ids: int64 `[K]`.
 
     The left singular vectors (times the root of their singular values) of the pointwise mutual information of "code occurs in
     the document" and "text token occurs in the document". Codes that never occur, and tokens in fewer than 0.5 % of the
     documents, count as zero.
     """
-    last = image_token_offset + num_codes
-    counts = np.zeros((num_codes, vocab_size))
+    code_of = np.full(vocab_size, -1)
+    code_of[code_ids.numpy()] = np.arange(len(code_ids))
+    counts = np.zeros((len(code_ids), vocab_size))
     for document in documents:
         ids = np.unique(np.asarray(document))
-        codes = ids[(ids >= image_token_offset) & (ids < last)] - image_token_offset
-        words = ids[(ids < image_token_offset) | (ids >= last)]
-        counts[np.ix_(codes, words)] += 1
+        codes = code_of[ids]
+        counts[np.ix_(codes[codes >= 0], ids[codes < 0])] += 1
     joint = torch.from_numpy(counts)
     codes, words = joint.sum(1, keepdim=True), joint.sum(0, keepdim=True)
     information = torch.log((joint * joint.sum() + 1e-9) / (codes * words + 1e-9)).clamp(-3, 3)
@@ -47,7 +47,7 @@ def word_features(
 def initialise_image_embeddings(
     model: PreTrainedModel,
     vq: JamVQModel,
-    image_token_offset: int,
+    code_ids: int | torch.LongTensor,
     std: float,
     documents: Sequence[Sequence[int]] | None = None,
     seed: int = 0,
@@ -58,25 +58,29 @@ def initialise_image_embeddings(
 
     Args:
         model: causal LM whose vocabulary holds the image codes.
+        code_ids: id of code 0, where the others follow it, or the ids of all codes, int64 `[K]`.
         std: standard deviation of the rows' entries.
     Returns:
         the number of rows set; codes whose vectors lie far off (never used by the VQ model) keep their random rows.
     Raises:
-        ValueError: if the vocabulary ends before the last image code.
+        ValueError: if there are not as many ids as codes, or the vocabulary ends before the last.
     """
     codebook = vq.vq.quantize.embedding.weight.detach().float().cpu()
-    last = image_token_offset + len(codebook)
+    if isinstance(code_ids, int):
+        code_ids = torch.arange(code_ids, code_ids + len(codebook))
+    if len(code_ids) != len(codebook):
+        raise ValueError(f"There are {len(code_ids)} ids for the {len(codebook)} codes of the VQ model; expected as many.")
     tables = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
-    if last > len(tables[0]):
+    if int(code_ids.max()) >= len(tables[0]):
         raise ValueError(
-            f"The image codes would take the ids {image_token_offset}..{last - 1}, but the model's vocabulary has "
+            f"The image codes would take the ids {int(code_ids.min())}..{int(code_ids.max())}, but the model's vocabulary has "
             f"{len(tables[0])}."
         )
     norms = codebook.norm(dim=1)
     used = norms <= 3 * norms.median()
     features = _standardised(_half_whitened(codebook, used), used)
     if documents is not None:
-        words = word_features(documents, image_token_offset, len(codebook), len(tables[0]))
+        words = word_features(documents, code_ids, len(tables[0]))
         features = torch.cat((0.5 * features, _standardised(words, used)), dim=1)
     generator = torch.Generator().manual_seed(seed)
     for index, table in enumerate(tables):
@@ -87,8 +91,7 @@ def initialise_image_embeddings(
             directions = torch.linalg.qr(directions)[0]
         rows = features @ directions.T
         rows = rows * (std / rows[used].std())
-        target = table[image_token_offset:last]
-        target[used.to(table.device)] = rows[used].to(table)
+        table[code_ids[used].to(table.device)] = rows[used].to(table)
     return int(used.sum())
 
 

@@ -76,7 +76,7 @@ class RecipeSettings:
             raise ValueError(f"RecipeSettings: freeze must be one of {', '.join(FREEZE_PRESETS)}, got {self.freeze!r}.")
 
 
-# Trainable parameters of each preset, by name; the VQ model is frozen in all of them, so "none" and "vq" are the same.
+# Trainable parameters of each preset, by name; a VQ model (a JAM's, a Chameleon's) is frozen in all, so "none" is "vq".
 FREEZE_PRESETS = {
     "none": r".*",
     "vq": r".*",
@@ -109,7 +109,7 @@ def freeze(model: PreTrainedModel, preset: str) -> list[str]:
         )
     trainable = []
     for name, parameter in model.named_parameters():
-        keep = pattern.fullmatch(name) is not None and "vq_model." not in name
+        keep = pattern.fullmatch(name) is not None and not {"vq_model", "vqmodel"} & set(name.split("."))
         parameter.requires_grad_(keep)
         if keep:
             trainable.append(name)

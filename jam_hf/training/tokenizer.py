@@ -5,7 +5,7 @@ It knows strings. Ids follow from the order below; `JamConfig` is their home onc
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -43,6 +43,30 @@ def special_tokens(num_mask_tokens: int = 8) -> list[str]:
     return ["<pad>", "<s>", "</s>", "<break>", "<image>", *sentinels, "</mask>", *ROLES]
 
 
+def byte_level_bpe(texts: Iterable[str], vocab_size: int, specials: Sequence[str]) -> Tokenizer:
+    """Train byte-level BPE. Ids: `specials` in their order, the bytes, then what was learned.
+
+    Raises:
+        ValueError: if `vocab_size` (specials included) leaves no room for the bytes.
+    """
+    if vocab_size < len(specials) + 256:
+        raise ValueError(
+            f"vocab_size must be at least {len(specials) + 256} ({len(specials)} special tokens and 256 bytes), got "
+            f"{vocab_size}."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(specials),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, num_image_tokens: int, num_mask_tokens: int = 8
 ) -> PreTrainedTokenizerFast:
@@ -59,23 +83,9 @@ def train_tokenizer(
         ValueError: if `vocab_size` leaves no room for the bytes.
     """
     specials = special_tokens(num_mask_tokens)
-    if vocab_size < len(specials) + 256:
-        raise ValueError(
-            f"vocab_size must be at least {len(specials) + 256} ({len(specials)} special tokens and 256 bytes), got "
-            f"{vocab_size}."
-        )
     if num_image_tokens < 1:
         raise ValueError(f"num_image_tokens must be at least 1, got {num_image_tokens}.")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=specials,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = byte_level_bpe(texts, vocab_size, specials)
     tokenizer.add_special_tokens([AddedToken(f"<img:{i}>", special=True) for i in range(num_image_tokens)])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", specials.index("<s>"))])
     fast = PreTrainedTokenizerFast(

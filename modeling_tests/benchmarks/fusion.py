@@ -4,8 +4,8 @@
 
 Two bf16 Llamas of 1.1B parameters (random weights, made once in the work folder, 4.1 GiB) are fused as uniform, width and cross
 by `jam-hf fuse`, each a process of its own, start and imports included; mergekit likewise, in whatever environment its command
-lies. Copies of each output are made by `cp`. Rounds are interleaved; medians. Ends with one line of JSON: seconds, peak resident
-MiB, ratios to mergekit and to the copies. Without --mergekit there is nothing of it. At the end the outputs are removed.
+lies. Copies of each output are made by `cp`. Rounds are interleaved; medians. It ends with one line of JSON: seconds, peak
+resident MiB, ratios to mergekit and to the copies. Without --mergekit there is nothing of it. The outputs are removed.
 """
 
 from __future__ import annotations

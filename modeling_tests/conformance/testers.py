@@ -9,7 +9,15 @@ from typing import Any
 from unittest import TestCase
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, OPTConfig, PreTrainedConfig
+from transformers import (
+    ChameleonConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    OPTConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
 
 from jam_hf import JamConfig, JamForCausalLM, JamModel, JamVQConfig
 
@@ -21,8 +29,8 @@ NUM_CODES = 16
 MARKUP = {"image_token_offset": 40, "break_token_id": 56, "image_token_id": 78, "mask_token_id": 57, "num_mask_tokens": 2}
 
 
-def llama_config(**changes: Any) -> LlamaConfig:
-    settings = {
+def rotary_settings(**changes: Any) -> dict[str, Any]:
+    return {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 32,
         "intermediate_size": 32,
@@ -33,8 +41,12 @@ def llama_config(**changes: Any) -> LlamaConfig:
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
+        **changes,
     }
-    return LlamaConfig(**{**settings, **changes})
+
+
+def llama_config(**changes: Any) -> LlamaConfig:
+    return LlamaConfig(**rotary_settings(**changes))
 
 
 def opt_config(**changes: Any) -> OPTConfig:
@@ -142,6 +154,16 @@ class CrossDepthsTester(CrossLlamaTester):
 
     def image_stream(self) -> PreTrainedConfig:
         return llama_config(num_hidden_layers=3)
+
+
+class CrossFamiliesTester(CrossLlamaTester):
+    """Streams of two families, both with norms on queries and keys: Qwen3 reads text, Chameleon pictures."""
+
+    def text_stream(self) -> PreTrainedConfig:
+        return Qwen3Config(**rotary_settings(head_dim=8))
+
+    def image_stream(self) -> PreTrainedConfig:
+        return ChameleonConfig(**rotary_settings())
 
 
 class CrossPaperLlamaTester(CrossLlamaTester):

@@ -354,6 +354,91 @@ def test_a_saved_dataset_gives_what_a_folder_of_pictures_gives(fused, parents, p
     assert (first.kl, first.documents) == (second.kl, 3) and second.measured_on == "dataset"
 
 
+# ----- what people have on their disks --------------------------------------------------------------------------------
+
+
+def test_texts_of_other_systems_are_the_same_texts(fused, parents, tmp_path):
+    """Ends of lines, a byte order mark, blank lines with blanks or form feeds in them."""
+    found = []
+    for content in (
+        "a ruby\nis é red\n\nthe top\n".encode(),
+        "\ufeffa ruby\r\nis é red\r\n\r\nthe top".encode(),
+        "\r\ra ruby\ris é red\r \t\r\x0c\rthe top\r\r".encode(),
+    ):
+        path = tmp_path / "texts.txt"
+        path.write_bytes(content)
+        found.append(certify(fused("llama", "uniform", "average"), parents("llama")[0], texts=path, write=False).text)
+    assert found[0] == found[1] == found[2] and found[0].documents == 2
+
+
+def test_short_and_endless_documents(fused, parents, tokenizer, tmp_path):
+    jam_folder, text = fused("llama", "uniform", "average"), parents("llama")[0]
+    path = tmp_path / "texts.txt"
+    path.write_text("a\n\n" * 3 + "a ruby is red " * 200_000, encoding="utf-8")
+    found = certify(jam_folder, text, texts=path, write=False).text
+    length = len(tokenizer("a")["input_ids"])
+    assert found.documents == 4 and found.tokens == 3 * (length - 1) + 127 and found.max_tokens == 128
+    path.write_text("a ruby is red " * 100, encoding="utf-8")
+    assert certify(jam_folder, text, texts=path, write=False).text.tokens == 127
+    for folder_name, source in (("jam", jam_folder), ("text", text)):
+        shutil.copytree(source, tmp_path / folder_name)
+    for folder_name in ("jam", "text"):  # no <s>: a letter is one token, and nothing is predicted
+        content = json.loads((tmp_path / folder_name / "tokenizer.json").read_text())
+        content["post_processor"] = None
+        (tmp_path / folder_name / "tokenizer.json").write_text(json.dumps(content))
+    path.write_text("a\n\nb\n\na ruby", encoding="utf-8")
+    found = certify(tmp_path / "jam", tmp_path / "text", texts=path, write=False).text
+    assert found.documents == 1
+    path.write_text("a\n\nb", encoding="utf-8")
+    with pytest.raises(ValueError, match="No document of texts.txt has more than one token"):
+        certify(tmp_path / "jam", tmp_path / "text", texts=path, write=False)
+
+
+def test_pictures_of_all_kinds(fused, parents, tmp_path):
+    """Any side lengths and modes, one batch: as if each had been saved as an opaque RGB picture before."""
+    rng, originals, plain = np.random.default_rng(1), tmp_path / "originals", tmp_path / "plain"
+    originals.mkdir(), plain.mkdir()
+
+    def noise(*shape):
+        return rng.integers(0, 256, shape, dtype=np.uint8)
+
+    pictures = {
+        "wide.png": Image.fromarray(noise(24, 90, 3)),
+        "tall.jpg": Image.fromarray(noise(70, 20, 3)),
+        "grey.png": Image.fromarray(noise(30, 30)),
+        "grey.jpg": Image.fromarray(noise(30, 30)),
+        "alpha.png": Image.fromarray(noise(30, 30, 4)),
+        "grey and alpha.png": Image.fromarray(noise(30, 30, 2)),
+        "grey of 16 bits.png": Image.fromarray(noise(30, 30).astype(np.uint16) * 257),
+        "cmyk.jpg": Image.fromarray(noise(30, 30, 4), "CMYK"),
+        "black and white.png": Image.fromarray(noise(30, 30)).convert("1"),
+        "palette.gif": Image.fromarray(noise(30, 30, 3)).convert("P"),
+        "é.webp": Image.fromarray(noise(30, 30, 3)),
+        "one pixel.png": Image.fromarray(noise(1, 1, 3)),
+        "strip.png": Image.fromarray(noise(2, 500, 3)),
+    }
+    lines = {originals: ["\ufeff"], plain: []}
+    for index, (name, picture) in enumerate(pictures.items()):
+        picture.save(originals / name)
+        opened = Image.open(originals / name)
+        if opened.mode.startswith("I"):
+            opened = Image.fromarray((np.asarray(opened) / 257).round().astype(np.uint8))
+        opened = opened.convert("RGBA")
+        Image.alpha_composite(Image.new("RGBA", opened.size, "white"), opened).convert("RGB").save(plain / f"{index}.png")
+        caption = ("a ruby", "", "a\u2028b\x85 c\nd", "<break> <image>")[index % 4]
+        for folder_name, file in ((originals, name), (plain, f"{index}.png")):
+            lines[folder_name].append(json.dumps({"file_name": file, "text": caption}, ensure_ascii=folder_name == plain))
+    lines[originals][:2] = ["".join(lines[originals][:2])]
+    (originals / "metadata.jsonl").write_bytes("\r\n".join(lines[originals]).encode())
+    (plain / "metadata.jsonl").write_text("\n".join(lines[plain]))
+    found = [
+        certify(fused("llama", "uniform", "average"), image_parent=parents("llama")[1], pairs=source, write=False).image
+        for source in (originals, plain)
+    ]
+    assert (found[0].kl, found[0].parent_nll) == (found[1].kl, found[1].parent_nll)
+    assert found[0].documents == len(pictures)
+
+
 # ----- the card -------------------------------------------------------------------------------------------------------
 
 
@@ -438,7 +523,11 @@ def test_files_that_are_not_what_they_should_be(fused, parents, texts, pairs, tm
 
     texts_error("is empty")
     texts_error("is empty", b"\n \n\n")
-    texts_error("not UTF-8", b"abc \xff\xfe")
+    texts_error("not UTF-8: line 1 holds the byte 0xFF at character 5", b"abc \xff\xfe")
+    texts_error("not UTF-8: line 3001 holds the byte 0xE9 at character 2", b"a ruby\r\n" * 3000 + b"a\xe9")
+    texts_error("not UTF-8: line 1 ", "a ruby".encode("utf-16"))
+    for device, reason in (("gpu", "'gpu' cannot be used"), ("meta", "'meta' cannot be used")):
+        texts_error(reason, b"fine", device=device)
     texts_error("Document 1 of file.txt holds '<img:3>'", b"fine\n\na <img:3>")
     texts_error("only 128 positions", b"fine", max_tokens=129)
     with pytest.raises(ValueError, match="There is no text file"):
@@ -449,20 +538,42 @@ def test_files_that_are_not_what_they_should_be(fused, parents, texts, pairs, tm
             certify(jam_folder, image_parent=image, pairs=source, write=False)
 
     pairs_error("holds no pairs", tmp_path)
+    pairs_error("There is no folder", tmp_path / "none")
+    pairs_error("There is no folder", tmp_path / "file.txt")
     broken = tmp_path / "broken"
     shutil.copytree(pairs, broken)
     (broken / "3.png").unlink()
-    pairs_error("names 1 pictures that are not there, e.g. .*3.png", broken)
+    pairs_error("names files that are not there: 1 of 5, e.g. .*3.png", broken)
     (broken / "3.png").write_bytes(b"no picture")
-    pairs_error("Cannot read a picture from .*3.png", broken)
+    pairs_error("Pair 3 of broken: Cannot read a picture from .*3.png", broken)
+    whole = (broken / "2.png").read_bytes()
+    (broken / "2.png").write_bytes(whole[: len(whole) // 2])
+    pairs_error("Pair 2 of broken: Cannot read a picture from .*2.png", broken)
     (broken / "metadata.jsonl").write_text('{"file_name": "0.png"}\n')
     pairs_error("line 1: expected the strings", broken)
     (broken / "metadata.jsonl").write_text("{")
     pairs_error("line 1 is no JSON", broken)
-    (broken / "metadata.jsonl").write_text("")
+    for line, match in (
+        ('{"file_name": "0.png", "text": "a"},', "line 2 is no JSON"),
+        ("[" * 100_000, "line 2 is no JSON"),
+        ("[1]", "line 2: expected the strings"),
+        ('{"file_name": "0.png", "text": 3}', "line 2: expected the strings"),
+        ('{"file_name": "0.png", "text": "a \\ud83d"}', "line 2: the caption has half of a UTF-16 pair"),
+        ('{"file_name": "", "text": "a"}', "files that are not there: 1 of 2"),
+    ):
+        (broken / "metadata.jsonl").write_text(f'{{"file_name": "0.png", "text": "a"}}\n{line}')
+        pairs_error(match, broken)
+    (broken / "metadata.jsonl").write_bytes('{"file_name": "0.png", "text": "é"}'.encode("latin-1"))
+    pairs_error("not UTF-8: line 1 holds the byte 0xE9", broken)
+    (broken / "metadata.jsonl").write_text("\n \n")
     pairs_error("is empty", broken)
-    (broken / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "red " * 200}))
-    pairs_error("Pair 0 of broken has .* more than the 128 positions", broken)
+    rows = [{"file_name": "2.png", "text": "a"}, {"file_name": "0.png", "text": "red " * 200}]  # before a picture is opened
+    (broken / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pairs_error("Pair 1 of broken has .* more than the 128 positions of LlamaForCausalLM", broken)
+    Dataset.from_dict({"image": [], "text": []}).save_to_disk(tmp_path / "no rows")
+    pairs_error("'.*no rows' is empty or damaged", tmp_path / "no rows")
+    Dataset.from_dict({"image": [str(pairs / "0.png"), None], "text": ["a", "b"]}).save_to_disk(tmp_path / "no picture")
+    pairs_error("Pair 1 of no picture: Expected a PIL picture", tmp_path / "no picture")
     Dataset.from_dict({"image": ["a"], "caption": ["b"]}).save_to_disk(tmp_path / "columns")
     pairs_error("no column text; it has image, caption", tmp_path / "columns")
 
@@ -478,7 +589,7 @@ def test_models_that_do_not_fit(fused, parents, tokenizer, texts, pairs, tmp_pat
     parent_model("llama", len(tokenizer) + 1, seed=1).save_pretrained(tmp_path / "larger")
     with pytest.raises(ValueError, match=f"{len(tokenizer) + 1} ids, the JAM one of {len(tokenizer)}"):
         certify(jam_folder, text_parent=tmp_path / "larger", texts=texts, write=False)
-    with pytest.raises(ValueError, match="names no <img:0>"):
+    with pytest.raises(ValueError, match="larger has a vocabulary of .* brings no tokenizer"):
         certify(jam_folder, image_parent=tmp_path / "larger", pairs=pairs, write=False)
     shutil.copytree(text, tmp_path / "reordered")
     content = json.loads((text / "tokenizer.json").read_text())
@@ -507,7 +618,7 @@ def test_another_number_of_codes_is_refused(fused, other_parents, pairs, tmp_pat
         config = json.loads((source / "config.json").read_text())
         config["vocabulary_map"].pop(_CODES[kind][-1])
         (source / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match=f"{kind} has {NUM_CODES - 1} image codes, the JAM {NUM_CODES}"):
+        with pytest.raises(ValueError, match=f"{kind} has {NUM_CODES - 1} image codes, the VQ model {NUM_CODES}"):
             certify(fused("llama", "cross", "preserving"), image_parent=source, pairs=pairs, write=False)
 
 

@@ -4,10 +4,18 @@ import json
 
 import pytest
 import torch
-from conftest import FAMILIES, FUSIONS, NUM_CODES, parent_model
+from conftest import FAMILIES, FUSIONS, NUM_CODES, parent_model, randomise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    StaticCache,
+)
 
 import jam_hf
 from jam_hf import JamForCausalLM
@@ -123,6 +131,37 @@ def test_different_widths_and_heads_cross(tokenizer, parents, vq, tmp_path):
         ours = model(input_ids=ids).logits
         assert torch.equal(ours[..., :first], text(input_ids=ids).logits[..., :first])
         assert torch.equal(ours[..., first:], image(input_ids=ids).logits[..., first:])
+
+
+@pytest.mark.parametrize("depths", [(2, 5), (5, 2), (3, 5)])
+def test_streams_of_unequal_depth_keep_their_windows(depths, tokenizer, vq, tmp_path):
+    """Windows of another size in each stream, layer by layer in one of them; caches hold no more and no less than they need."""
+    common = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    common |= {
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    windows = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    text = Qwen2ForCausalLM(Qwen2Config(**common, **windows, num_hidden_layers=depths[0]))
+    image = MistralForCausalLM(MistralConfig(**common, sliding_window=6, num_hidden_layers=depths[1]))
+    for seed, parent in enumerate((text, image)):
+        randomise(parent.eval(), seed)
+    jam_hf.fuse(text, image, "cross", tmp_path / "jam", vq_model=vq, tokenizer=tokenizer)
+    model = JamForCausalLM.from_pretrained(tmp_path / "jam").eval()
+    ids, first = torch.arange(20, 44)[None], model.config.image_token_offset
+    with torch.no_grad():
+        ours = model(input_ids=ids).logits
+        assert torch.equal(ours[..., :first], text(input_ids=ids).logits[..., :first])
+        assert torch.equal(ours[..., first:], image(input_ids=ids).logits[..., first:])
+        for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=24)):
+            steps = [
+                model(input_ids=ids[:, at : at + 1], past_key_values=cache, position_ids=torch.tensor([[at]])).logits
+                for at in range(ids.shape[1])
+            ]
+            torch.testing.assert_close(torch.cat(steps, dim=1), ours, rtol=1e-4, atol=1e-4)
 
 
 # ----- bad input ------------------------------------------------------------------------------------------------------

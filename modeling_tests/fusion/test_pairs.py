@@ -81,7 +81,9 @@ def assert_preserves_image(model, image, tokenizer, bound=0.0, text_bound=0.0):
 def load(folder):
     model, info = JamForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.padding_side == "left"
+    return model.eval(), tokenizer
 
 
 def assert_preserves_both(text_entry, image_entry, kind, folder, **settings):

@@ -287,6 +287,15 @@ def test_modes_and_room(name):
         assert allowed_sets(grammar, beginning, "image", prompt_length=2) == [allowed_by_hand(beginning[0].tolist(), layout)]
 
 
+@pytest.mark.parametrize(("name", "opened"), [("plain", False), ("one mark", False), ("chameleon", True), ("emu3", True)])
+def test_where_the_closing_token_is_another_a_break_always_opens(name, opened):
+    layout, grammar = LAYOUTS[name], PictureGrammar(layout_config(LAYOUTS[name]))
+    ids = torch.tensor([[BOS, *picture(layout, range(FIRST, LAST))[:-5], BREAK]])
+    state = grammar.state(ids)
+    assert bool(state.in_picture) == opened and bool(state.closed) != opened and int(state.position) == 0
+    assert allowed_sets(grammar, ids) == [allowed_by_hand([BOS, BREAK] if opened else [BOS], layout)]
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_placeholders_count_as_codes(name):
     layout, grammar = LAYOUTS[name], PictureGrammar(layout_config(LAYOUTS[name]))
@@ -391,6 +400,25 @@ def test_sampled_documents_are_well_formed(layout_jam):
         assert EOS in row or place_by_hand(row, layout) is None
 
 
+@torch.no_grad()
+def test_only_codes_are_guided(layout_jam):
+    """Without a grammar too: scores of what the layout has beside the codes stay as they are."""
+    model, layout = layout_jam("emu3", "cross"), LAYOUTS["emu3"]
+    row = [BOS, 30, *picture(layout, range(FIRST, LAST))]
+    beginnings = [row[:end] for end in range(2, len(row) + 1)]
+    ids = torch.tensor([[0] * (len(row) - len(b)) + b for b in beginnings])
+    scores = torch.randn(len(ids), VOCABULARY, generator=torch.Generator().manual_seed(0))
+    guided = PictureGuidanceLogitsProcessor(model, PictureGrammar(model.config), 3.0)(ids, scores)
+    for beginning, before, after in zip(beginnings, scores, guided):
+        place = place_by_hand(beginning, layout)
+        if place is None or place == len(row) - 4 or template_by_hand(layout)[place] is not None:
+            assert torch.equal(before, after)
+        else:
+            alone = torch.tensor([[BOS, MASK, BREAK, *beginning[len(beginning) - place :]]])
+            uncond = model(input_ids=alone, use_cache=False).logits[0, -1]
+            torch.testing.assert_close(after, (uncond + 3.0 * (before - uncond)).log_softmax(-1), atol=1e-4, rtol=1e-4)
+
+
 def test_one_cache_of_guidance_lasts_for_a_whole_picture(layout_jam, monkeypatch):
     """The branch is not begun anew at each end of a row."""
     model, fed = layout_jam("emu3", "cross"), []
@@ -475,9 +503,12 @@ def test_a_saved_processor_has_its_layout(layout_tokenizer, tmp_path):
 
 def test_tokens_that_the_tokenizer_does_not_have_as_special_ones_are_refused(layout_tokenizer):
     images = JamImageProcessor.from_size(16)
-    for token in ("<unknown>", "red"):
+    shows, knows_unknown = copy.deepcopy(layout_tokenizer), copy.deepcopy(layout_tokenizer)
+    shows.add_tokens(["<shown>"])
+    knows_unknown.unk_token = "<pad>"
+    for tokenizer, token in ((shows, "<shown>"), (shows, "red"), (shows, "<unknown>"), (knows_unknown, "<unknown>")):
         with pytest.raises(ValueError, match=f"'{token}' is a token of the layout.*special"):
-            JamProcessor(images, layout_tokenizer, image_seq_length=N, image_prefix_tokens=[token])
+            JamProcessor(images, tokenizer, image_seq_length=N, image_prefix_tokens=[token])
     with pytest.raises(ValueError, match="15, which is no square"):
         JamProcessor(images, layout_tokenizer, image_seq_length=15, image_row_end_token="<row>")
 

@@ -50,6 +50,23 @@ def test_a_very_large_picture(processor):
     torch.testing.assert_close(pixels[0], expected.expand(3, 16, 16), atol=1e-2, rtol=0)
 
 
+def test_a_file_gives_what_the_opened_picture_gives(processor, tmp_path):
+    """Transparency and 16 bits of grey too; a photograph lies as its EXIF tag says."""
+    rng, images = np.random.default_rng(0), processor.image_processor
+    for channels, mode in ((4, "RGBA"), (2, "LA"), (1, "I;16")):
+        pixels = rng.integers(0, 256, (20, 30, channels), dtype=np.uint8)
+        picture = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257 if channels == 1 else pixels)
+        assert picture.mode == mode
+        picture.save(tmp_path / "picture.png")
+        read = images(images=images.fetch_images(tmp_path / "picture.png"), return_tensors="pt")["pixel_values"]
+        assert torch.equal(read, images(images=picture, return_tensors="pt")["pixel_values"])
+    upright = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    lying, tag = upright.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    tag[0x0112] = 6  # to be turned clockwise before it is shown
+    lying.save(tmp_path / "photograph.png", exif=tag)
+    assert np.array_equal(np.asarray(images.fetch_images(str(tmp_path / "photograph.png"))), np.asarray(upright))
+
+
 def test_transparent_is_laid_on_white_and_grey_is_repeated(processor):
     clear = processor.image_processor(_picture("RGBA", colour=(0, 0, 0, 0)), return_tensors="pt")["pixel_values"]
     assert clear.min() > 0.99

@@ -171,3 +171,21 @@ def test_a_document_that_is_masked_already_is_refused_unless_nothing_would_be_ma
 def test_masking_only_texts_needs_to_know_the_images():
     with pytest.raises(ValueError, match="text_segments_only needs image_token_range"):
         CM3Settings(5, 8, 13, (BREAK,), text_segments_only=True)
+
+
+def test_without_a_bos_the_first_token_is_text_and_a_masked_caption_leaves_what_guidance_sees():
+    """`<mask> <break> codes ...`: nothing of the caption stays."""
+    config = JamConfig(bos_token_id=None, image_end_token_id=14)
+    chosen = CM3Settings.from_config(config, mean_spans=0.0, whole_segment_probability=1.0, text_segments_only=True)
+    first = config.image_token_offset
+    caption, picture = [20, 21, 22], [3, *range(first, first + 5), 14]
+    ids = np.array([*caption, *picture, 2])
+    assert segments(ids, chosen) == [(0, 3), (4, 9)]
+    masked = apply_spans(ids, draw_spans(ids, chosen, np.random.default_rng(0)), chosen)
+    assert masked.tolist() == [5, *picture, 2, 5, *caption, config.mask_end_token_id]
+    assert np.array_equal(unmask(masked, chosen), ids)
+    spans = CM3Settings.from_config(config, mean_spans=3.0, whole_segment_probability=0.0)
+    drawn = [draw_spans(ids, spans, np.random.default_rng(seed)) for seed in range(50)]
+    assert any(start == 0 for found in drawn for start, _ in found)
+    assert all(np.array_equal(unmask(apply_spans(ids, found, spans), spans), ids) for found in drawn)
+    assert CM3Settings.from_config(JamConfig()).keep_first_token

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from jam_hf.training.documents import encode_documents, mix_datasets
+from jam_hf.training.documents import NO_PICTURES, PictureMarks, encode_documents, mix_datasets
 
 
 def _encode(images):
@@ -36,6 +36,26 @@ def test_pairs_chats_and_texts(tokenizer):
     assert ids == [1, roles[0], *red, roles[1], *pictures[0], *red, *pictures[1], 2]
     (ids,) = encode_documents(Dataset.from_list([{"text": "red"}]), tokenizer)["input_ids"]
     assert ids == [1, *red, 2]
+
+
+def test_marks_of_another_model(tokenizer):
+    """Codes in no order, an opening and a closing token; a text that holds one of them, or a code, is refused."""
+    codes = tokenizer.convert_tokens_to_ids("<img:0>") + np.random.default_rng(0).permutation(16)
+    begin, end, image = tokenizer.convert_tokens_to_ids(["<|user|>", "<|system|>", "<break>"])
+    marks = PictureMarks("<break>", image, begin, end, codes, reserved=(begin, end))
+    rows = Dataset.from_list([{"caption": "red", "image": _image(1)}])
+    red = tokenizer("red", add_special_tokens=False)["input_ids"]
+    (ids,) = encode_documents(rows, tokenizer, _encode, marks=marks)["input_ids"]
+    assert ids == [1, *red, begin, *codes[1:5], end, 2]
+    for text in ("<|user|>", "<img:3>"):
+        with pytest.raises(ValueError, match="Take them out"):
+            encode_documents(Dataset.from_list([{"text": text}]), tokenizer, marks=marks)
+    with pytest.raises(ValueError, match=r"raw codes, 0\.\.3, got"):
+        encode_documents(rows, tokenizer, _encode, marks=marks._replace(codes=codes[:4]))
+    with pytest.raises(ValueError, match="pass one of the three"):
+        encode_documents(rows, tokenizer, _encode, image_token_offset=300, marks=marks)
+    (ids,) = encode_documents(Dataset.from_list([{"text": "red<break>"}]), tokenizer, marks=NO_PICTURES)["input_ids"]
+    assert ids == [1, *red, image, 2]
 
 
 def test_mismatches_are_named(tokenizer):

@@ -1,0 +1,397 @@
+"""The quickstart's parents: two of one family over one tokenizer, or two unlike ones, each with a tokenizer of its own.
+
+What depends on the pair is here: tokenizers, classes, how each parent's documents are encoded, which fusions it allows. How
+long anything is trained, and in which order, is stages.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict, load_from_disk
+from tokenizers import processors
+from transformers import (
+    AutoTokenizer,
+    ChameleonConfig,
+    ChameleonForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from ..files import write_whole
+from ..fusion import fuse
+from ..fusion.fuse import plan_fusion, run_fusion
+from ..fusion.parents import code_ids, picture_tokens
+from ..model.configuration_jam import JamConfig
+from ..model.processing_jam import JamProcessor
+from ..picture_world import IMAGE_SIZE
+from ..training.cm3 import CM3Settings
+from ..training.collator import JamDataCollator
+from ..training.documents import NO_PICTURES, EncodeImages, PictureMarks, encode_documents
+from ..training.embeddings import initialise_image_embeddings
+from ..training.tokenizer import CHAT_TEMPLATE, ROLES, byte_level_bpe, train_tokenizer
+from ..training.vq import encode_images
+
+
+if TYPE_CHECKING:
+    from .stages import Run
+
+
+MODES = ("uniform", "width", "cross")
+_MAX_POSITIONS = 512
+# How much louder than other rows the head start of image codes is (training/embeddings.py).
+_CODE_STD = 1.5
+
+
+class Lesson(NamedTuple):
+    """What a parent is trained with: the model as it is drawn, its documents, their collator, and its tokenizer."""
+
+    model: Any
+    documents: Dataset
+    collator: JamDataCollator
+    tokenizer: Any
+
+
+def parents_of(run: Run) -> SharedParents | UnlikeParents:
+    return UnlikeParents(run) if run.settings.family == "unlike" else SharedParents(run)
+
+
+def _encoded(splits: DatasetDict, description: str, **settings: Any) -> DatasetDict:
+    """All splits but those of unseen captions, which are there to be drawn."""
+    return DatasetDict(
+        {
+            split: encode_documents(dataset, description=f"encoding {description} {split}", **settings)
+            for split, dataset in splits.items()
+            if not split.startswith("unseen")
+        }
+    )
+
+
+class SharedParents:
+    """Two parents of one family and size, over one tokenizer that knows the image codes: as in the paper."""
+
+    modes = MODES
+    words = "A text LLM and an autoregressive image model, fused, then trained in two stages."
+
+    def __init__(self, run: Run):
+        self.run, self.settings = run, run.settings
+
+    @property
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.run.need("tokenizer", "tokenizer"))
+
+    @property
+    def image_token_range(self) -> tuple[int, int]:
+        first = self.tokenizer.convert_tokens_to_ids("<img:0>")
+        return first, first + self.settings.num_codes
+
+    def make_tokenizers(self, folder: Path) -> None:
+        data = self.run.data
+        texts = [*data("texts")["train"]["text"][:5000], *data("pairs")["train"]["caption"][:5000]]
+        messages = [json.loads(row) for row in data("howtos")["train"]["messages"][:2000]]
+        texts += [part["text"] for m in messages for turn in m for part in turn["content"] if part["type"] == "text"]
+        train_tokenizer(texts, self.settings.text_vocab_size, self.settings.num_codes).save_pretrained(folder)
+
+    def encode(self, folder: Path) -> None:
+        """The documents of both parents, which are the JAM's too."""
+        vq = self.run.vq()
+        for name in ("texts", "pairs", "howtos"):
+            documents = _encoded(
+                self.run.data(name), name, tokenizer=self.tokenizer, encode_images=lambda images: encode_images(vq, images)
+            )
+            documents.save_to_disk(str(folder / name))
+
+    def documents(self, name: str) -> DatasetDict:
+        """The JAM's documents."""
+        return load_from_disk(str(self.run.need("encoded", "encode") / name))
+
+    def _collator(self, **cm3: Any) -> JamDataCollator:
+        tokenizer = self.tokenizer
+        ids = {t: tokenizer.convert_tokens_to_ids(t) for t in ("<mask>", "</mask>", "<break>")}
+        settings = CM3Settings(
+            mask_token_id=ids["<mask>"],
+            num_mask_tokens=ids["</mask>"] - ids["<mask>"],
+            mask_end_token_id=ids["</mask>"],
+            boundary_token_ids=(ids["<break>"], tokenizer.bos_token_id, tokenizer.eos_token_id),
+            image_token_range=self.image_token_range,
+            mean_spans=0.0,
+            **cm3,
+        )
+        return JamDataCollator(tokenizer.pad_token_id, self.image_token_range[1], settings, seed=self.settings.seed)
+
+    def _model(self) -> Any:
+        s, tokenizer = self.settings, self.tokenizer
+        common = {
+            "vocab_size": self.image_token_range[1],
+            "hidden_size": s.hidden_size,
+            "num_hidden_layers": s.num_layers,
+            "num_attention_heads": s.num_heads,
+            "max_position_embeddings": _MAX_POSITIONS,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "tie_word_embeddings": False,
+        }
+        torch.manual_seed(s.seed)
+        if s.family == "llama":
+            return LlamaForCausalLM(
+                LlamaConfig(
+                    intermediate_size=s.intermediate_size,
+                    num_key_value_heads=s.num_heads,
+                    initializer_range=s.initializer_range,
+                    **common,
+                )
+            )
+        return OPTForCausalLM(  # the paper's architecture: no biases, no LayerNorm parameters, no dropout
+            OPTConfig(
+                ffn_dim=s.intermediate_size,
+                enable_bias=False,
+                layer_norm_elementwise_affine=False,
+                dropout=0.0,
+                activation_function="gelu",
+                init_std=s.initializer_range,
+                **common,
+            )
+        )
+
+    def llm(self) -> Lesson:
+        collator = self._collator(whole_segment_probability=0.0)
+        return Lesson(self._model(), self.documents("texts")["train"], collator, self.tokenizer)
+
+    def image_model(self) -> Lesson:
+        model, documents = self._model(), self.documents("pairs")["train"]
+        std = _CODE_STD * self.settings.initializer_range
+        first = self.image_token_range[0]
+        initialise_image_embeddings(model, self.run.vq(), first, std, documents[:8000]["input_ids"], self.settings.seed)
+        collator = self._collator(whole_segment_probability=0.03, text_segments_only=True)
+        return Lesson(model, documents, collator, self.tokenizer)
+
+    def fuse(self, folder: Path) -> None:
+        llm, image = self.run.need("llm", "train-llm"), self.run.need("image-model", "train-image-model")
+        for mode in self.modes:
+            fuse(llm, image, mode, folder / f"jam-{mode}", vq_model=self.run.path("vq"), seed=self.settings.seed)
+
+
+class UnlikeParents:
+    """A Qwen2 that reads texts, and a Chameleon that draws captions: no size, layer kind, tokenizer or id in common.
+
+    Each parent's documents are in its own ids and its own layout of pictures. The JAM's, in the fused tokenizer's, can only be
+    encoded once the parents are fused.
+    """
+
+    modes = ("cross",)
+    words = (
+        "A text LLM (Qwen2) and an autoregressive image model (Chameleon) of other sizes, each with a tokenizer of its own, "
+        "fused, then trained in two stages."
+    )
+
+    def __init__(self, run: Run):
+        self.run, self.settings = run, run.settings
+
+    # ----- tokenizers -------------------------------------------------------------------------------------------------
+
+    def tokenizer(self, parent: str) -> Any:
+        return AutoTokenizer.from_pretrained(self.run.need("tokenizer", "tokenizer") / parent)
+
+    def make_tokenizers(self, folder: Path) -> None:
+        texts = self.run.data("texts")["train"]["text"][:5000]
+        qwen_like(texts, self.settings.text_vocab_size).save_pretrained(folder / "llm")
+        captions = self.run.data("pairs")["train"]["caption"][:5000]
+        vocab_size, num_codes = self.settings.image_parent.text_vocab_size, self.settings.num_codes
+        chameleon_like(captions, vocab_size, num_codes, self.settings.seed).save_pretrained(folder / "image-model")
+
+    # ----- documents --------------------------------------------------------------------------------------------------
+
+    def _marks(self, config: ChameleonConfig, tokenizer: Any) -> PictureMarks:
+        """The image parent's pictures, by what a fusion finds in its config and tokenizer."""
+        codes = code_ids(config, config.vocab_size, self.settings.num_codes, tokenizer, None, "image parent").numpy()
+        tokens = picture_tokens(config, tokenizer, self.run.vq().config.grid_size, "image parent")
+        placeholder, ends = tokenizer.image_token, (tokens.begin, tokens.end)
+        return PictureMarks(placeholder, tokenizer.convert_tokens_to_ids(placeholder), *ends, codes, reserved=ends)
+
+    def encode(self, folder: Path) -> None:
+        """Each parent's own documents."""
+        vq, tokenizer = self.run.vq(), self.tokenizer("image-model")
+        texts = _encoded(self.run.data("texts"), "texts", tokenizer=self.tokenizer("llm"), marks=NO_PICTURES)
+        texts.save_to_disk(str(folder / "llm" / "texts"))
+        pairs = _encoded(
+            self.run.data("pairs"),
+            "pairs",
+            tokenizer=tokenizer,
+            encode_images=lambda images: encode_images(vq, images),
+            marks=self._marks(self._chameleon_config(tokenizer), tokenizer),
+        )
+        pairs.save_to_disk(str(folder / "image-model" / "pairs"))
+
+    def _encode_for_jam(self, jam: Path, folder: Path) -> None:
+        config, tokenizer = JamConfig.from_pretrained(jam), JamProcessor.from_pretrained(jam).tokenizer
+        vq, image_tokenizer = self.run.vq(), self.tokenizer("image-model")
+        marks = self._marks(self._chameleon_config(image_tokenizer), image_tokenizer)
+        for name in ("texts", "pairs", "howtos"):
+            documents = {}
+            for split, dataset in self.run.data(name).items():
+                if split.startswith("unseen"):
+                    continue
+                encode: EncodeImages = lambda images: encode_images(vq, images)  # noqa: E731
+                if name == "pairs":  # their codes are known already
+                    encode = _codes_again(self.parents_documents("image-model", "pairs")[split], marks)
+                documents[split] = encode_documents(
+                    dataset, tokenizer, encode, config=config, description=f"encoding {name} {split} anew"
+                )
+            DatasetDict(documents).save_to_disk(str(folder / name))
+
+    def parents_documents(self, parent: str, name: str) -> DatasetDict:
+        return load_from_disk(str(self.run.need("encoded", "encode") / parent / name))
+
+    def documents(self, name: str) -> DatasetDict:
+        """The JAM's documents."""
+        return load_from_disk(str(self.run.need("fused", "fuse") / "encoded" / name))
+
+    # ----- models -----------------------------------------------------------------------------------------------------
+
+    def llm(self) -> Lesson:
+        """Biases on queries, keys and values, grouped key/value heads, tied embeddings, a padded vocabulary, no bos."""
+        s, tokenizer = self.settings, self.tokenizer("llm")
+        torch.manual_seed(s.seed)
+        config = Qwen2Config(
+            vocab_size=-(-len(tokenizer) // 64) * 64,
+            hidden_size=s.hidden_size,
+            num_hidden_layers=s.num_layers,
+            num_attention_heads=s.num_heads,
+            num_key_value_heads=s.num_key_value_heads,
+            intermediate_size=s.intermediate_size,
+            max_position_embeddings=_MAX_POSITIONS,
+            initializer_range=s.initializer_range,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        collator = JamDataCollator(tokenizer.pad_token_id, config.vocab_size, seed=s.seed)
+        documents = self.parents_documents("llm", "texts")["train"]
+        return Lesson(Qwen2ForCausalLM(config), documents, collator, tokenizer)
+
+    def _chameleon_config(self, tokenizer: Any) -> ChameleonConfig:
+        s, sizes = self.settings, self.settings.image_parent
+        # Every Chameleon of transformers has a VQ model, without a decoder. The codes here are those of the quickstart's own.
+        vq_config = {
+            "embed_dim": 4,
+            "num_embeddings": s.num_codes,
+            "latent_channels": 4,
+            "resolution": IMAGE_SIZE,
+            "base_channels": 32,
+            "channel_multiplier": [1] * len(s.vq_channels),
+            "num_res_blocks": 1,
+        }
+        return ChameleonConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=sizes.hidden_size,
+            num_hidden_layers=sizes.num_layers,
+            num_attention_heads=sizes.num_heads,
+            num_key_value_heads=sizes.num_heads,
+            intermediate_size=sizes.intermediate_size,
+            max_position_embeddings=_MAX_POSITIONS,
+            initializer_range=s.initializer_range,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            vocabulary_map=tokenizer.get_vocab(),
+            vq_config=vq_config,
+        )
+
+    def image_model(self) -> Lesson:
+        s, tokenizer = self.settings, self.tokenizer("image-model")
+        config = self._chameleon_config(tokenizer)
+        torch.manual_seed(s.seed)
+        model = with_image_logits(ChameleonForConditionalGeneration(config))
+        documents, marks = self.parents_documents("image-model", "pairs")["train"], self._marks(config, tokenizer)
+        codes = torch.from_numpy(marks.codes)
+        std = _CODE_STD * s.initializer_range
+        initialise_image_embeddings(model, self.run.vq(), codes, std, documents[:8000]["input_ids"], s.seed)
+        mask, mask_end = tokenizer.convert_tokens_to_ids(["<mask>", "</mask>"])
+        settings = CM3Settings(  # a masked caption is how it learns to draw without one
+            mask_token_id=mask,
+            num_mask_tokens=1,
+            mask_end_token_id=mask_end,
+            boundary_token_ids=(marks.begin, marks.end, tokenizer.bos_token_id, tokenizer.eos_token_id),
+            image_token_range=(int(codes.min()), int(codes.max()) + 1),
+            mean_spans=0.0,
+            whole_segment_probability=0.03,
+            text_segments_only=True,
+        )
+        return Lesson(
+            model, documents, JamDataCollator(config.pad_token_id, config.vocab_size, settings, seed=s.seed), tokenizer
+        )
+
+    def fuse(self, folder: Path) -> None:
+        """The fusion, its report, and the JAM's documents."""
+        llm, image = self.run.need("llm", "train-llm"), self.run.need("image-model", "train-image-model")
+        plan = plan_fusion(llm, image, "cross", vq_model=self.run.path("vq"), seed=self.settings.seed)
+        run_fusion(plan, folder / "jam-cross")
+        write_whole(folder / "report.txt", plan.describe(tensors=False) + "\n")
+        self._encode_for_jam(folder / "jam-cross", folder / "encoded")
+
+
+def with_image_logits(model: ChameleonForConditionalGeneration) -> ChameleonForConditionalGeneration:
+    """Let a Chameleon's forward keep the logits of image codes, which it sets to minus infinity, for the loss as well.
+
+    The model in memory then draws instead of looking: its own VQ model's codes have no ids any more. Nothing of it is saved.
+    """
+    model.model.vocabulary_mapping.image_tokens = []
+    return model
+
+
+def qwen_like(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE as Qwen2's: `<|endoftext|>` ends and pads, nothing begins a document, nothing marks a picture.
+
+    The chat template may hold pictures; their placeholder is a token of the JAM's.
+    """
+    bpe = byte_level_bpe(texts, vocab_size, ["<|endoftext|>", *ROLES])
+    end = "<|endoftext|>"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, pad_token=end, padding_side="left")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def chameleon_like(captions: list[str], vocab_size: int, num_codes: int, seed: int) -> PreTrainedTokenizerFast:
+    """A tokenizer with Chameleon's names: `<racm3:break>` codes `<eoss>`, code 17 being `IMGIMGBHZ`, in no order.
+
+    vocab_size: bytes and what was learned; markup and codes come on top.
+    """
+    names = [f"IMGIMG{''.join(chr(ord('A') + int(digit)) for digit in str(code))}Z" for code in range(num_codes)]
+    shuffled = [names[i] for i in np.random.default_rng(seed).permutation(num_codes)]
+    markup = ["<racm3:break>", "<eoss>", "<image>", "<mask>", "</mask>"]
+    specials = ["<s>", "<pad>", "</s>", "<unk>", *shuffled, *markup]
+    bpe = byte_level_bpe(captions, vocab_size + len(specials), specials)
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        padding_side="left",
+        extra_special_tokens={"boi_token": "<racm3:break>", "eoi_token": "<eoss>", "image_token": "<image>"},
+    )
+
+
+def _codes_again(documents: Dataset, marks: PictureMarks) -> EncodeImages:
+    """The raw codes of documents of one picture each, in their order: what `encode_images` found when they were encoded."""
+    code_of = np.full(int(marks.codes.max()) + 1, -1)
+    code_of[marks.codes] = np.arange(len(marks.codes))
+    rows = iter(documents["input_ids"])
+
+    def encode(images: Any) -> np.ndarray:
+        ids = [np.asarray(next(rows)) for _ in images]
+        return np.stack([code_of[row[marks.are_codes(row)]] for row in ids])
+
+    return encode
