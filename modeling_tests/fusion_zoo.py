@@ -1,4 +1,4 @@
-"""Small parents of the real classes, with tokenizers of their own kind, and what each parent itself says of a document.
+"""Small parents of the real classes, with tokenizers of their own kind, and what each parent itself says of documents.
 
 Text parents: Llama and Mistral with SentencePiece-like tokenizers, Qwen2, Qwen3 and OPT with byte-level ones. Image parents: a
 plain causal LM whose vocabulary ends in codes, Chameleon, Emu3, Janus. No tokenizer is another's; no two vocabularies agree,
@@ -57,6 +57,10 @@ SAME_ARITHMETIC = {
     "qwen3": {"qwen3-lm"},
     "opt": {"opt-lm"},
 }
+# Settings that rotary families have different defaults for; with these, their decoders are alike.
+EQUAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rms_norm_eps": 1e-5}
+PICTURES = [[(7 * i + 3 * j) % NUM_CODES for i in range(GRID * GRID)] for j in range(2)]
+PROMPTS = ["the small circle is red, ruby", "a sea"]
 SENTENCES = {
     "text": ["a small red circle in the top left of a picture", "a ruby is red and the sky is blue, the sea is deep"],
     "image": ["the large blue square in the centre of the picture", "a red ruby and a deep sea, in the sky"],
@@ -72,7 +76,7 @@ class Sizes:
     ffn: int = 48
 
 
-def randomise(model: torch.nn.Module, seed: int, std: float = 0.2) -> None:
+def randomise(model: torch.nn.Module, seed: int, std: float) -> None:
     """Weights that leave nothing at zero or one, so that no comparison is vacuous."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -176,7 +180,7 @@ def text_parent(
         }
     config_class, model_class = _CAUSAL_LMS[kind]
     model = model_class(config_class(**{"vocab_size": size, **settings, **ids, **changes}))
-    randomise(model, seed)
+    randomise(model, seed, sizes.hidden**-0.5)
     return model.eval(), tokenizer
 
 
@@ -289,7 +293,7 @@ def image_parent(
             **tied,
         )
         model = JanusForConditionalGeneration(config)
-    randomise(model, seed)
+    randomise(model, seed, sizes.hidden**-0.5)
     return model.eval(), tokenizer
 
 
@@ -385,3 +389,61 @@ class ImageParent:
         if isinstance(entry, int):
             return self.model.prepare_embeddings_for_image_generation(torch.tensor([entry]))
         return self.model.get_input_embeddings()(torch.tensor([self.tokenizer.convert_tokens_to_ids(entry)]))
+
+
+def readings(read, documents, pad):
+    """What `read(documents, **kwargs) -> (logits, cache)` says of every token, `[tokens, ...]`: first of all documents at once,
+    padded on the left, then of the longest in pieces, with a cache, the last five tokens one by one."""
+    length = max(map(len, documents))
+    padding = [length - len(document) for document in documents]
+    mask = torch.tensor([[0] * pads + [1] * (length - pads) for pads in padding])
+    together, _ = read([[pad] * pads + document for pads, document in zip(padding, documents)], attention_mask=mask)
+    longest = max(documents, key=len)
+    steps, cache = [], None
+    for piece in [longest[:-5], *([token] for token in longest[-5:])]:
+        logits, cache = read([piece], past_key_values=cache, use_cache=True)
+        steps.append(logits)
+    return torch.cat((together[mask.bool()], torch.cat(steps, dim=1)[0]))
+
+
+def reader(model, first=0, last=None):
+    """`read` of a causal LM; columns `[first, last)` of its logits."""
+
+    def read(rows, **kwargs):
+        with torch.no_grad():
+            output = model(input_ids=torch.tensor(rows), **kwargs)
+        return output.logits[..., first:last], output.past_key_values
+
+    return read
+
+
+def code_reader(model):
+    first = model.config.image_token_offset
+    return reader(model, first, first + NUM_CODES)
+
+
+def common_tokens(jam_tokenizer, image_tokenizer):
+    """Tokens of several letters that both tokenizers have: (the JAM's ids, the image parent's tokens)."""
+
+    def letters(token):
+        return token.replace("\u2581", " ").replace("\u0120", " ")
+
+    ours = {letters(token): index for token, index in jam_tokenizer.get_vocab().items()}
+    theirs = [token for token in sorted(image_tokenizer.get_vocab()) if len(token) > 1 and letters(token).strip().isalpha()]
+    both = [token for token in theirs if letters(token) in ours][:6]
+    assert len(both) == 6
+    return [ours[letters(token)] for token in both], both
+
+
+def image_documents(kind, config, tokenizer, image_tokenizer):
+    """Text alone; and text, picture, text, picture beside text, picture: (the JAM's ids, the parent's entries)."""
+    ours, theirs = common_tokens(tokenizer, image_tokenizer)
+    jams = [jams_picture(config, codes) for codes in PICTURES]
+    parents = [parents_picture(kind, codes) for codes in PICTURES]
+    return (
+        ([ours, ours[:2]], [theirs, theirs[:2]]),
+        (
+            [ours[:3] + jams[0] + ours[2:] + jams[1], ours[1:2] + jams[1]],
+            [theirs[:3] + parents[0] + theirs[2:] + parents[1], theirs[1:2] + parents[1]],
+        ),
+    )

@@ -52,7 +52,10 @@ def vq_model_of(source: Any, image: Decoder, image_size: int | None) -> tuple[Ja
 
 def _parents_own(image: Decoder, image_size: int | None) -> tuple[JamVQModel, list[str]]:
     if image.kind not in _HAVE_VQ:
-        raise ValueError("vq_model is missing: a JAM carries the image tokenizer that made its image parent's codes.")
+        raise ValueError(
+            "vq_model is missing: a JAM carries the image tokenizer that made its image parent's codes, and this parent brings "
+            "none. Pass the folder of a JamVQModel (vq_model=..., --vq); `jam-hf convert-vq` makes one of others."
+        )
     if image.kind == "emu3" and image_size is None:
         raise ValueError(
             f"The VQ model of the image parent {image.parent.name} takes pictures of any size, and a JAM's have one: "

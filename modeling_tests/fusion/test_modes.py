@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fusion_zoo import (
+    EQUAL,
     IMAGE_PARENTS,
     NUM_CODES,
     SAME_ARITHMETIC,
@@ -22,7 +23,6 @@ from jam_hf import JamForCausalLM, JamProcessor
 from jam_hf.fusion.fuse import plan_fusion
 
 
-ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rms_norm_eps": 1e-5}  # alike in all families
 LARGER = Sizes(hidden=48, layers=3, heads=6, kv_heads=3, ffn=40)  # the head size and the depth of SMALL
 OTHER = Sizes(hidden=32, layers=5, heads=8, kv_heads=2, ffn=40)  # the hidden size of SMALL
 SAME = [(text, image) for text in TEXT_KINDS for image in IMAGE_PARENTS if image in SAME_ARITHMETIC[text]]
@@ -38,7 +38,7 @@ def pair():
     made = {}
 
     def make(text_kind, image_name, sizes=SMALL, text_changes=None, image_changes=None):
-        equal = {} if text_kind == "opt" else ROTARY
+        equal = {} if text_kind == "opt" else EQUAL
         entries = (
             ("text", text_parent, {"kind": text_kind, **equal, **(text_changes or {})}),
             ("image", image_parent, {**IMAGE_PARENTS[image_name], "sizes": sizes, **equal, **(image_changes or {})}),

@@ -6,17 +6,22 @@ import json
 import pytest
 import torch
 from fusion_zoo import (
-    GRID,
+    EQUAL,
     IMAGE_PARENTS,
     NUM_CODES,
+    PICTURES,
+    PROMPTS,
     SAME_ARITHMETIC,
     SMALL,
     TEXT_KINDS,
     ImageParent,
     Sizes,
+    code_reader,
+    image_documents,
     image_parent,
     jams_picture,
-    parents_picture,
+    reader,
+    readings,
     save,
     text_parent,
     vq_model,
@@ -31,8 +36,6 @@ from jam_hf.training.tokenizer import train_tokenizer
 
 
 IMAGE_SIZES = Sizes(hidden=48, layers=5, heads=6, kv_heads=3, ffn=40)  # unlike the text parents in every number
-PICTURES = [[(7 * i + 3 * j) % NUM_CODES for i in range(GRID * GRID)] for j in range(2)]
-PROMPTS = ["the small circle is red, ruby", "a sea"]
 
 
 @pytest.fixture(scope="module")
@@ -50,83 +53,29 @@ def zoo(tmp_path_factory):
     return make
 
 
-def readings(read, documents, pad):
-    """What `read(documents, **kwargs) -> (logits, cache)` says of every token, `[tokens, ...]`: first of all documents at once,
-    padded on the left, then of the longest in pieces, with a cache, the last five tokens one by one."""
-    length = max(map(len, documents))
-    padding = [length - len(document) for document in documents]
-    mask = torch.tensor([[0] * pads + [1] * (length - pads) for pads in padding])
-    together, _ = read([[pad] * pads + document for pads, document in zip(padding, documents)], attention_mask=mask)
-    longest = max(documents, key=len)
-    steps, cache = [], None
-    for piece in [longest[:-5], *([token] for token in longest[-5:])]:
-        logits, cache = read([piece], past_key_values=cache, use_cache=True)
-        steps.append(logits)
-    return torch.cat((together[mask.bool()], torch.cat(steps, dim=1)[0]))
+def assert_same(ours, theirs, bound=0.0):
+    """Bit for bit, or within `bound` relative to the largest."""
+    assert ours.shape == theirs.shape
+    if bound:
+        torch.testing.assert_close(ours, theirs, rtol=0.0, atol=bound * theirs.abs().max().item())
+    else:
+        assert torch.equal(ours, theirs)
 
 
-def reader(model, first=0, last=None):
-    """`read` of a causal LM; columns `[first, last)` of its logits."""
-
-    def read(rows, **kwargs):
-        with torch.no_grad():
-            output = model(input_ids=torch.tensor(rows), **kwargs)
-        return output.logits[..., first:last], output.past_key_values
-
-    return read
-
-
-def code_reader(model):
-    first = model.config.image_token_offset
-    return reader(model, first, first + NUM_CODES)
-
-
-def common_tokens(jam_tokenizer, image_tokenizer):
-    """Tokens of several letters that both tokenizers have: (the JAM's ids, the image parent's tokens)."""
-
-    def letters(token):
-        return token.replace("\u2581", " ").replace("\u0120", " ")
-
-    ours = {letters(token): index for token, index in jam_tokenizer.get_vocab().items()}
-    theirs = [token for token in sorted(image_tokenizer.get_vocab()) if len(token) > 1 and letters(token).strip().isalpha()]
-    both = [token for token in theirs if letters(token) in ours][:6]
-    assert len(both) == 6
-    return [ours[letters(token)] for token in both], both
-
-
-def assert_preserves_text(model, text, text_tokenizer, tokenizer):
+def assert_preserves_text(model, text, text_tokenizer, tokenizer, bound=0.0):
     prompts = [text_tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     assert [tokenizer(prompt)["input_ids"] for prompt in PROMPTS] == prompts
     expected = readings(reader(text), prompts, text_tokenizer.pad_token_id or 0)
-    ours = readings(reader(model, 0, expected.shape[-1]), prompts, model.config.pad_token_id)
-    assert torch.equal(ours, expected)
+    assert_same(readings(reader(model, 0, expected.shape[-1]), prompts, model.config.pad_token_id), expected, bound)
 
 
-def image_documents(kind, config, tokenizer, image_tokenizer):
-    """Text alone; and text, picture, text, picture beside text, picture: (the JAM's ids, the parent's entries)."""
-    ours, theirs = common_tokens(tokenizer, image_tokenizer)
-    jams = [jams_picture(config, codes) for codes in PICTURES]
-    parents = [parents_picture(kind, codes) for codes in PICTURES]
-    return (
-        ([ours, ours[:2]], [theirs, theirs[:2]]),
-        (
-            [ours[:3] + jams[0] + ours[2:] + jams[1], ours[1:2] + jams[1]],
-            [theirs[:3] + parents[0] + theirs[2:] + parents[1], theirs[1:2] + parents[1]],
-        ),
-    )
-
-
-def assert_preserves_image(model, image, tokenizer, bound=0.0):
-    """`bound`: relative, for documents with codes."""
+def assert_preserves_image(model, image, tokenizer, bound=0.0, text_bound=0.0):
+    """bound: for documents with codes. text_bound: for text alone."""
     documents = image_documents(image.kind, model.config, tokenizer, image.tokenizer)
-    for (ours, theirs), limit in zip(documents, (0.0, bound)):
-        found = readings(code_reader(model), ours, model.config.pad_token_id)
+    for (ours, theirs), limit in zip(documents, (text_bound, bound)):
         expected = readings(image.logits, theirs, image.tokenizer.pad_token)
-        assert found.shape == expected.shape and found.shape[-1] == NUM_CODES
-        if limit:
-            torch.testing.assert_close(found, expected, rtol=limit, atol=limit * expected.abs().max().item())
-        else:
-            assert torch.equal(found, expected)
+        assert expected.shape[-1] == NUM_CODES
+        assert_same(readings(code_reader(model), ours, model.config.pad_token_id), expected, limit)
 
 
 def load(folder):
@@ -241,9 +190,9 @@ def test_bfloat16_parents(text_kind, image_name, zoo, tmp_path):
     jam_hf.fuse(*sources, "cross", tmp_path / "jam", vq_model=vq_model())
     model, tokenizer = load(tmp_path / "jam")
     assert model.lm_head.weight.dtype == torch.bfloat16
-    assert_preserves_text(model, *parents[0], tokenizer)
-    image = ImageParent(settings["kind"], *parents[1])
-    assert_preserves_image(model, image, tokenizer, 2**-6 if image.kind == "janus" else 0.0)
+    # CPUs have several kernels for bfloat16, and choose by the size of the head.
+    assert_preserves_text(model, *parents[0], tokenizer, 2**-6)
+    assert_preserves_image(model, ImageParent(settings["kind"], *parents[1]), tokenizer, 2**-6, 2**-6)
 
 
 @pytest.mark.parametrize("image_name", ["chameleon", "emu3", "janus"])
@@ -294,7 +243,6 @@ def test_pairs_that_cannot_be_one_decoder_are_refused_with_the_reason(text_kind,
             plan_fusion(text, image, "cross", "paper", **arguments)
 
 
-EQUAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rms_norm_eps": 1e-5}
 DIFFERENCES = [  # family, change of the image parent, (mode, init) that refuse it
     ("llama", {"hidden_size": 40, "head_dim": 8}, "uniform copy average"),
     ("llama", {"intermediate_size": 40}, "uniform copy average"),
