@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2Tokenizer,
 )
 
 from ..files import write_whole
@@ -350,14 +351,15 @@ def with_image_logits(model: ChameleonForConditionalGeneration) -> ChameleonForC
     return model
 
 
-def qwen_like(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE as Qwen2's: `<|endoftext|>` ends and pads, nothing begins a document, nothing marks a picture.
+def qwen_like(texts: list[str], vocab_size: int) -> Qwen2Tokenizer:
+    """Qwen2's own tokenizer over other words: `<|endoftext|>` ends and pads, nothing begins a document or marks a picture.
 
-    The chat template may hold pictures; their placeholder is a token of the JAM's.
+    The chat template may hold pictures; their placeholder is a token of the JAM's. The class is Qwen2's, since transformers
+    takes no other for a Qwen2: beside its config, another tokenizer's splitting of words would be replaced without a word.
     """
-    bpe = byte_level_bpe(texts, vocab_size, ["<|endoftext|>", *ROLES])
-    end = "<|endoftext|>"
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, pad_token=end, padding_side="left")
+    tokenizer = Qwen2Tokenizer(padding_side="left").train_new_from_iterator(
+        texts, vocab_size, new_special_tokens=list(ROLES), show_progress=False
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 

@@ -124,6 +124,9 @@ def test_the_jams_documents_hold_the_same_captions_and_codes(run, fused, chamele
         expected = [image.bos_token_id, *image(caption, add_special_tokens=False)["input_ids"], *picture, image.eos_token_id]
         assert theirs["validation"][index]["input_ids"] == expected
     assert config.image_end_token_id != config.break_token_id and config.bos_token_id is None
+    texts, own = run.parents.documents("texts"), run.parents.parents_documents("llm", "texts")
+    assert any("1" in text for text in run.data("texts")["train"]["text"])
+    assert all(texts[split]["input_ids"] == own[split]["input_ids"] for split in own)  # numbers are split alike, too
     howto = run.parents.documents("howtos")["train"][0]["input_ids"]
     assert howto.count(config.break_token_id) == howto.count(config.image_end_token_id) > 1
     assert jam.convert_ids_to_tokens(howto[0]) == "<|user|>" and "<|assistant|>" in jam.convert_ids_to_tokens(howto)
