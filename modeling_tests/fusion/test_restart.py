@@ -336,7 +336,15 @@ def test_leftovers_of_changed_inputs_are_not_used(what, parents, vq, written, tm
     assert len(written) == len(list((tmp_path / "jam").glob("*.safetensors")))
 
 
-def test_ctrl_c_in_the_middle_of_a_shard_keeps_the_shards_before_it(parents, vq, written, tmp_path, monkeypatch):
+@pytest.fixture
+def ctrl_c():
+    """A shell's background jobs ignore Ctrl-C, and what they start inherits that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_in_the_middle_of_a_shard_keeps_the_shards_before_it(ctrl_c, parents, vq, written, tmp_path, monkeypatch):
     original = TensorFileWriter.write
 
     def write(self, *arguments):
