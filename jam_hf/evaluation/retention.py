@@ -6,10 +6,8 @@ Shape suffixes: B documents, T tokens, V ids of a model, K image codes, N codes 
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,34 +18,25 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    ChameleonForConditionalGeneration,
-    Emu3ForConditionalGeneration,
-    JanusForConditionalGeneration,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from ..files import write_whole
-from ..fusion.parents import code_ids, picture_tokens
 from ..fusion.recipe import FusionRecipe
-from ..fusion.vocabulary import differing_tokens
 from ..model.configuration_jam import JamConfig
 from ..model.modeling_jam import JamForCausalLM
 from ..model.processing_jam import JamProcessor
 from ..version import __version__
+from .measured_documents import captions_of, read_pairs, read_texts
 from .perplexity import batches, compare_logits, padded
+from .picture_views import MULTIMODAL, PictureView, image_parent_view, jam_view, positions_of
 
 
 SECTION_START = "<!-- jam-hf certify: start -->"
 SECTION_END = "<!-- jam-hf certify: end -->"
 DEFAULT_MAX_TOKENS = 1024
 _LETTERS_PER_TOKEN = 100  # no text has more on average; what is behind need not be tokenised to be cut off
-
-_MULTIMODAL = {
-    "chameleon": ChameleonForConditionalGeneration,
-    "emu3": Emu3ForConditionalGeneration,
-    "janus": JanusForConditionalGeneration,
-}
 
 
 # ----- the result -----------------------------------------------------------------------------------------------------
@@ -225,7 +214,7 @@ def _measure_texts(
     parent = _load_parent(source, "text parent").to(device)
     columns = shared_ids(jam.config, parent.config.get_text_config().vocab_size, names[0])
     _check_same_ids(tokenizer, source, names[0])
-    positions = min(_positions(jam), _positions(parent))
+    positions = min(positions_of(jam), positions_of(parent))
     if max_tokens is None:
         max_tokens = min(DEFAULT_MAX_TOKENS, positions)
     elif max_tokens > positions:
@@ -266,7 +255,7 @@ def _measure_pairs(
     batch_size: int,
 ) -> Retained:
     ours = jam_view(jam, processor.tokenizer)
-    for number, caption in enumerate(_captions(pairs)):
+    for number, caption in enumerate(captions_of(pairs)):
         for view in (theirs, ours):
             view.check_length(caption, f"Pair {number} of {names[1]}")
     offset, count = jam.config.image_token_offset, 0
@@ -332,174 +321,6 @@ def shared_ids(config: JamConfig, vocabulary: int, name: str) -> torch.Tensor:
     return ids[(ids < first) | (ids >= last)]
 
 
-# ----- how each class reads a picture ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PictureView:
-    """How one model reads a caption and the picture behind it. Of a model it knows what is needed to predict the codes.
-
-    Args:
-        model: the model. caption: its ids, up to and with what announces the picture.
-        code_ids (int64 `[K]`): the id that stands for code k. Where codes have embeddings of their own (Janus), numbers behind
-            the vocabulary.
-        template: what follows: ids, and -1 in the place of each code (`JamConfig.picture_template`).
-        code_logits: ids and attention mask, int64 `[B, T]` -> logits over the codes, `[B, T, K]`.
-    """
-
-    model: PreTrainedModel
-    caption: Callable[[str], list[int]]
-    code_ids: torch.Tensor
-    template: Sequence[int]
-    code_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-    def check_length(self, caption: str, name: str) -> None:
-        """Raise `ValueError` if a caption and its picture have more tokens than the model has positions."""
-        length, positions = len(self.caption(caption)) + len(self.template), _positions(self.model)
-        if length > positions:
-            raise ValueError(
-                f"{name} has {length} tokens with its picture, more than the {positions} positions of "
-                f"{type(self.model).__name__}. Shorten its caption, or leave it out."
-            )
-
-    def document(self, caption: str, codes: torch.Tensor) -> tuple[list[int], list[int]]:
-        """Ids of the caption and its picture of `codes` (int64 `[N]`, 0..K-1), and the places of the codes among them."""
-        ids, places = list(self.caption(caption)), []
-        left = iter(self.code_ids[codes].tolist())
-        for token in self.template:
-            if token < 0:
-                places.append(len(ids))
-            ids.append(next(left) if token < 0 else token)
-        return ids, places
-
-
-def jam_view(jam: JamForCausalLM, tokenizer: PreTrainedTokenizerBase) -> PictureView:
-    """The JAM's own way: the caption, `<break>`, the codes in the layout of its config."""
-    config = jam.config
-    first = config.image_token_offset
-    codes = torch.arange(first, first + config.num_image_tokens)
-    caption = _caption(tokenizer, config.break_token_id)
-    return PictureView(jam, caption, codes, config.picture_template, _plain_logits(jam, codes))
-
-
-def image_parent_view(
-    parent: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    jam_tokenizer: PreTrainedTokenizerBase,
-    config: JamConfig,
-    name: str,
-    image_token_offset: int | None = None,
-    recipe: FusionRecipe | None = None,
-) -> PictureView:
-    """The parent's way, by its class; code k of the JAM is code k of the parent.
-
-    Args:
-        tokenizer: the parent's; `None` where it brings none. config: the JAM's. name: how messages call the parent.
-        image_token_offset: id of code 0, for plain causal LMs. recipe: the JAM's, which may say it too.
-    Raises:
-        ValueError: if it has another number of codes, or marks and codes cannot be found.
-    """
-    kind, vocabulary = parent.config.model_type, parent.get_input_embeddings().weight.shape[0]
-    if kind not in _MULTIMODAL:
-        return _plain_view(parent, tokenizer, jam_tokenizer, config, name, image_token_offset, recipe)
-    if tokenizer is None:
-        raise ValueError(f"The image parent {name} brings no tokenizer to read captions with. Pass image_tokenizer=...")
-    codes = code_ids(parent.config, vocabulary, config.num_image_tokens, tokenizer, image_token_offset, name)
-    marks = picture_tokens(parent.config, tokenizer, config.grid_size, name)
-
-    def chameleon_logits(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        # The class's own forward forbids image codes; the weights do predict them.
-        states = parent.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return parent.lm_head(states)[..., codes.to(ids.device)]
-
-    def janus_logits(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        is_code = (ids >= vocabulary)[..., None]
-        text = parent.get_input_embeddings()(ids.clamp(max=vocabulary - 1))
-        pictures = parent.prepare_embeddings_for_image_generation((ids - vocabulary).clamp(min=0))
-        embeds = torch.where(is_code, pictures, text)
-        outputs = parent.model.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
-        return parent.model.generation_head(outputs.last_hidden_state)
-
-    logits = {"chameleon": chameleon_logits, "emu3": _plain_logits(parent, codes), "janus": janus_logits}[kind]
-    caption = _caption(tokenizer, marks.begin, begin=kind == "emu3")
-    return PictureView(parent, caption, codes, marks.template(config.grid_size), logits)
-
-
-def _plain_view(
-    parent: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    jam_tokenizer: PreTrainedTokenizerBase,
-    config: JamConfig,
-    name: str,
-    offset: int | None,
-    recipe: FusionRecipe | None,
-) -> PictureView:
-    """A causal LM whose vocabulary holds the codes: over the JAM's own ids, or with a tokenizer that names the marks.
-
-    Its pictures have the layout of the JAM's.
-    """
-    size = parent.get_input_embeddings().weight.shape[0]
-    first, count, template = config.image_token_offset, config.num_image_tokens, config.picture_template
-    same_ids = size == config.vocab_size and (tokenizer is None or not differing_tokens(jam_tokenizer, tokenizer))
-    if same_ids:
-        codes = code_ids(parent.config, size, count, tokenizer, first if offset is None else offset, name)
-        if int(codes[0]) != first:
-            raise ValueError(
-                f"The image parent {name} has the JAM's vocabulary, in which code 0 is id {first}, not {int(codes[0])}. Leave "
-                "image_token_offset out."
-            )
-        return PictureView(
-            parent, _caption(tokenizer or jam_tokenizer, config.break_token_id), codes, template, _plain_logits(parent, codes)
-        )
-    if tokenizer is None:
-        raise ValueError(
-            f"The image parent {name} has a vocabulary of {size} ids, the JAM one of {config.vocab_size}, and it brings no "
-            "tokenizer to say what they mean. Pass image_tokenizer=..."
-        )
-    known = tokenizer.get_vocab()
-    if offset is None and "<img:0>" not in known:
-        if recipe is None:
-            raise ValueError(
-                f"Where the image codes of the image parent {name} are is not known: its tokenizer names no <img:0>, and the "
-                "JAM's folder has no recipe (fusion.yaml). Say what its code 0 is: image_token_offset=..."
-            )
-        offset = recipe.image_token_offset
-    codes = code_ids(parent.config, size, count, tokenizer, offset, name)
-    declared = recipe.special_tokens if recipe is not None else {}
-    begin = picture_tokens(parent.config, tokenizer, config.grid_size, name).begin
-
-    def own(token: int) -> int:
-        string = jam_tokenizer.convert_ids_to_tokens(token)
-        if string not in declared and token == config.break_token_id and begin is not None:
-            return begin
-        string = declared.get(string, string)
-        if string not in known:
-            raise ValueError(f"The vocabulary of the image parent {name} has no {string}, which its pictures need.")
-        return known[string]
-
-    caption = _caption(tokenizer, own(config.break_token_id))
-    template = [token if token < 0 else own(token) for token in template]
-    return PictureView(parent, caption, codes, template, _plain_logits(parent, codes))
-
-
-def _plain_logits(model: PreTrainedModel, codes: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    def code_logits(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[..., codes.to(ids.device)]
-
-    return code_logits
-
-
-def _caption(tokenizer: PreTrainedTokenizerBase, mark: int, begin: bool = False) -> Callable[[str], list[int]]:
-    """Caption to ids, `mark` behind it. begin: the tokenizer leaves the begin of the document to its processor."""
-
-    def encode(caption: str) -> list[int]:
-        ids = tokenizer(caption)["input_ids"]
-        first = [tokenizer.bos_token_id] if begin and ids[:1] != [tokenizer.bos_token_id] else []
-        return [*first, *ids, mark]
-
-    return encode
-
-
 # ----- models ---------------------------------------------------------------------------------------------------------
 
 
@@ -521,7 +342,7 @@ def _load_jam(model: str | os.PathLike) -> JamForCausalLM:
 
 def _load_parent(source: str | os.PathLike, role: str) -> PreTrainedModel:
     kind = _config(source, role).model_type
-    return _whole(_MULTIMODAL.get(kind, AutoModelForCausalLM) if role == "image parent" else AutoModelForCausalLM, source, role)
+    return _whole(MULTIMODAL.get(kind, AutoModelForCausalLM) if role == "image parent" else AutoModelForCausalLM, source, role)
 
 
 def _config(source: str | os.PathLike, role: str) -> Any:
@@ -572,123 +393,6 @@ def _check_same_ids(tokenizer: PreTrainedTokenizerBase, source: str | os.PathLik
             f"The JAM's tokenizer gives {len(differing)} tokens of the text parent {name} other ids, e.g. {token!r}: "
             f"{ours.get(token)} and {theirs.get_vocab()[token]}. This is not the JAM's text parent."
         )
-
-
-def _positions(model: PreTrainedModel) -> int:
-    """Tokens that the model can read; where its config names no limit, none is known."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**63
-
-
-# ----- documents ------------------------------------------------------------------------------------------------------
-
-
-def read_texts(path: str | os.PathLike, max_documents: int | None = None) -> list[str]:
-    """Documents of a UTF-8 text file: its paragraphs, which blank lines divide.
-
-    Raises:
-        ValueError: if there is no such file, it is not UTF-8, or it holds nothing but blanks.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"There is no text file '{path}'.")
-    documents = list(itertools.islice(_paragraphs(_lines(path)), max_documents))
-    if not documents:
-        raise ValueError(f"'{path}' is empty. Expected documents, with blank lines between them.")
-    return documents
-
-
-def _lines(path: str | os.PathLike) -> Iterator[str]:
-    """The lines of a UTF-8 file without their ends, whichever those are; without a byte order mark."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # by which the line can be named
-        for number, line in enumerate(file, start=1):
-            try:
-                line.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"'{path}' is not UTF-8: line {number} holds the byte 0x{ord(line[error.start]) & 0xFF:02X} at character "
-                    f"{error.start + 1}. Save it as UTF-8."
-                ) from error
-            yield line.rstrip("\n")
-
-
-def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
-    paragraph: list[str] = []
-    for line in lines:
-        if line.strip():
-            paragraph.append(line)
-        elif paragraph:
-            yield "\n".join(paragraph)
-            paragraph = []
-    if paragraph:
-        yield "\n".join(paragraph)
-
-
-def read_pairs(folder: str | os.PathLike, max_documents: int | None = None) -> Sequence[dict[str, Any]]:
-    """Pictures and captions, `{"image": path or PIL picture, "text": caption}` each; pictures are opened when they are needed.
-
-    Raises:
-        ValueError: if the folder is neither of the two kinds that `certify` names, is empty, or lacks pictures or captions.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"There is no folder '{folder}' with pictures and captions.")
-    metadata = folder / "metadata.jsonl"
-    if (folder / "dataset_dict.json").is_file():
-        raise ValueError(f"'{folder}' holds several splits. Give the folder of one of them.")
-    if metadata.is_file():
-        pairs: Sequence[dict[str, Any]] = _metadata_pairs(folder, metadata, max_documents)
-    elif (folder / "dataset_info.json").is_file():
-        from datasets import load_from_disk
-
-        try:
-            dataset = load_from_disk(str(folder))
-        except Exception as error:  # a damaged one; one without rows is an IndexError
-            raise ValueError(f"The dataset '{folder}' is empty or damaged ({type(error).__name__}: {error}).") from error
-        lacking = {"image", "text"} - set(dataset.column_names)
-        if lacking:
-            raise ValueError(
-                f"The dataset '{folder}' has no column {' and '.join(sorted(lacking))}; it has "
-                f"{', '.join(dataset.column_names)}. Expected the columns image and text."
-            )
-        pairs = dataset.select_columns(["image", "text"])
-        pairs = pairs.select(range(min(len(pairs), max_documents or len(pairs))))
-        bad = next((i for i, text in enumerate(_captions(pairs)) if not isinstance(text, str)), None)
-        if bad is not None:
-            raise ValueError(f"Row {bad} of the dataset '{folder}' has no text. Expected a caption for each picture.")
-    else:
-        raise ValueError(
-            f"'{folder}' holds no pairs: expected a folder with pictures and a metadata.jsonl ('file_name' and 'text' in each "
-            "line), or one that datasets' save_to_disk wrote, with the columns image and text."
-        )
-    if not len(pairs):
-        raise ValueError(f"'{folder}' is empty. Expected pictures and captions.")
-    return pairs
-
-
-def _captions(pairs: Sequence[dict[str, Any]]) -> list[str]:
-    """All captions; no picture is opened for it."""
-    return [row["text"] for row in pairs] if isinstance(pairs, list) else list(pairs["text"])
-
-
-def _metadata_pairs(folder: Path, metadata: Path, max_documents: int | None) -> list[dict[str, Any]]:
-    pairs: list[dict[str, Any]] = []
-    for number, line in enumerate(_lines(metadata), start=1):
-        if not line.strip():
-            continue
-        if len(pairs) == max_documents:
-            break
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{metadata}, line {number} is no JSON: {error}.") from error
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("file_name", "text")):
-            raise ValueError(f"{metadata}, line {number}: expected the strings 'file_name' and 'text', got {line:.80}")
-        if any("\ud800" <= letter <= "\udfff" for letter in row["text"]):
-            raise ValueError(f"{metadata}, line {number}: the caption has half of a UTF-16 pair (\\uD800 to \\uDFFF) alone.")
-        pairs.append({"image": str(folder / row["file_name"]), "text": row["text"]})
-    missing = [pair["image"] for pair in pairs if not Path(pair["image"]).is_file()]
-    if missing:
-        raise ValueError(f"{metadata} names files that are not there: {len(missing)} of {len(pairs)}, e.g. {missing[0]}.")
-    return pairs
 
 
 # ----- arguments and the card -----------------------------------------------------------------------------------------

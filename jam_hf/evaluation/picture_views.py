@@ -1,0 +1,202 @@
+"""How a JAM and each class of image parents read a caption and a picture, and what they say of its codes.
+
+It knows models, tokenizers and layouts of pictures; what is measured with them is retention.py.
+Shape suffixes: B documents, T tokens, K image codes, N codes of a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    ChameleonForConditionalGeneration,
+    Emu3ForConditionalGeneration,
+    JanusForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..fusion.parents import code_ids, picture_tokens
+from ..fusion.recipe import FusionRecipe
+from ..fusion.vocabulary import differing_tokens
+from ..model.configuration_jam import JamConfig
+from ..model.modeling_jam import JamForCausalLM
+
+
+MULTIMODAL = {
+    "chameleon": ChameleonForConditionalGeneration,
+    "emu3": Emu3ForConditionalGeneration,
+    "janus": JanusForConditionalGeneration,
+}
+
+
+@dataclass(frozen=True)
+class PictureView:
+    """How one model reads a caption and the picture behind it. Of a model it knows what is needed to predict the codes.
+
+    Args:
+        model: the model. caption: its ids, up to and with what announces the picture.
+        code_ids (int64 `[K]`): the id that stands for code k. Where codes have embeddings of their own (Janus), numbers behind
+            the vocabulary.
+        template: what follows: ids, and -1 in the place of each code (`JamConfig.picture_template`).
+        code_logits: ids and attention mask, int64 `[B, T]` -> logits over the codes, `[B, T, K]`.
+    """
+
+    model: PreTrainedModel
+    caption: Callable[[str], list[int]]
+    code_ids: torch.Tensor
+    template: Sequence[int]
+    code_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+    def check_length(self, caption: str, name: str) -> None:
+        """Raise `ValueError` if a caption and its picture have more tokens than the model has positions."""
+        length, positions = len(self.caption(caption)) + len(self.template), positions_of(self.model)
+        if length > positions:
+            raise ValueError(
+                f"{name} has {length} tokens with its picture, more than the {positions} positions of "
+                f"{type(self.model).__name__}. Shorten its caption, or leave it out."
+            )
+
+    def document(self, caption: str, codes: torch.Tensor) -> tuple[list[int], list[int]]:
+        """Ids of the caption and its picture of `codes` (int64 `[N]`, 0..K-1), and the places of the codes among them."""
+        ids, places = list(self.caption(caption)), []
+        left = iter(self.code_ids[codes].tolist())
+        for token in self.template:
+            if token < 0:
+                places.append(len(ids))
+            ids.append(next(left) if token < 0 else token)
+        return ids, places
+
+
+def jam_view(jam: JamForCausalLM, tokenizer: PreTrainedTokenizerBase) -> PictureView:
+    """The JAM's own way: the caption, `<break>`, the codes in the layout of its config."""
+    config = jam.config
+    first = config.image_token_offset
+    codes = torch.arange(first, first + config.num_image_tokens)
+    caption = _caption(tokenizer, config.break_token_id)
+    return PictureView(jam, caption, codes, config.picture_template, _plain_logits(jam, codes))
+
+
+def image_parent_view(
+    parent: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    jam_tokenizer: PreTrainedTokenizerBase,
+    config: JamConfig,
+    name: str,
+    image_token_offset: int | None = None,
+    recipe: FusionRecipe | None = None,
+) -> PictureView:
+    """The parent's way, by its class; code k of the JAM is code k of the parent.
+
+    Args:
+        tokenizer: the parent's; `None` where it brings none. config: the JAM's. name: how messages call the parent.
+        image_token_offset: id of code 0, for plain causal LMs. recipe: the JAM's, which may say it too.
+    Raises:
+        ValueError: if it has another number of codes, or marks and codes cannot be found.
+    """
+    kind, vocabulary = parent.config.model_type, parent.get_input_embeddings().weight.shape[0]
+    if kind not in MULTIMODAL:
+        return _plain_view(parent, tokenizer, jam_tokenizer, config, name, image_token_offset, recipe)
+    if tokenizer is None:
+        raise ValueError(f"The image parent {name} brings no tokenizer to read captions with. Pass image_tokenizer=...")
+    codes = code_ids(parent.config, vocabulary, config.num_image_tokens, tokenizer, image_token_offset, name)
+    marks = picture_tokens(parent.config, tokenizer, config.grid_size, name)
+
+    def chameleon_logits(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        # The class's own forward forbids image codes; the weights do predict them.
+        states = parent.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return parent.lm_head(states)[..., codes.to(ids.device)]
+
+    def janus_logits(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        is_code = (ids >= vocabulary)[..., None]
+        text = parent.get_input_embeddings()(ids.clamp(max=vocabulary - 1))
+        pictures = parent.prepare_embeddings_for_image_generation((ids - vocabulary).clamp(min=0))
+        embeds = torch.where(is_code, pictures, text)
+        outputs = parent.model.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
+        return parent.model.generation_head(outputs.last_hidden_state)
+
+    logits = {"chameleon": chameleon_logits, "emu3": _plain_logits(parent, codes), "janus": janus_logits}[kind]
+    caption = _caption(tokenizer, marks.begin, begin=kind == "emu3")
+    return PictureView(parent, caption, codes, marks.template(config.grid_size), logits)
+
+
+def _plain_view(
+    parent: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    jam_tokenizer: PreTrainedTokenizerBase,
+    config: JamConfig,
+    name: str,
+    offset: int | None,
+    recipe: FusionRecipe | None,
+) -> PictureView:
+    """A causal LM whose vocabulary holds the codes: over the JAM's own ids, or with a tokenizer that names the marks.
+
+    Its pictures have the layout of the JAM's.
+    """
+    size = parent.get_input_embeddings().weight.shape[0]
+    first, count, template = config.image_token_offset, config.num_image_tokens, config.picture_template
+    same_ids = size == config.vocab_size and (tokenizer is None or not differing_tokens(jam_tokenizer, tokenizer))
+    if same_ids:
+        codes = code_ids(parent.config, size, count, tokenizer, first if offset is None else offset, name)
+        if int(codes[0]) != first:
+            raise ValueError(
+                f"The image parent {name} has the JAM's vocabulary, in which code 0 is id {first}, not {int(codes[0])}. Leave "
+                "image_token_offset out."
+            )
+        return PictureView(
+            parent, _caption(tokenizer or jam_tokenizer, config.break_token_id), codes, template, _plain_logits(parent, codes)
+        )
+    if tokenizer is None:
+        raise ValueError(
+            f"The image parent {name} has a vocabulary of {size} ids, the JAM one of {config.vocab_size}, and it brings no "
+            "tokenizer to say what they mean. Pass image_tokenizer=..."
+        )
+    known = tokenizer.get_vocab()
+    if offset is None and "<img:0>" not in known:
+        if recipe is None:
+            raise ValueError(
+                f"Where the image codes of the image parent {name} are is not known: its tokenizer names no <img:0>, and the "
+                "JAM's folder has no recipe (fusion.yaml). Say what its code 0 is: image_token_offset=..."
+            )
+        offset = recipe.image_token_offset
+    codes = code_ids(parent.config, size, count, tokenizer, offset, name)
+    declared = recipe.special_tokens if recipe is not None else {}
+    begin = picture_tokens(parent.config, tokenizer, config.grid_size, name).begin
+
+    def own(token: int) -> int:
+        string = jam_tokenizer.convert_ids_to_tokens(token)
+        if string not in declared and token == config.break_token_id and begin is not None:
+            return begin
+        string = declared.get(string, string)
+        if string not in known:
+            raise ValueError(f"The vocabulary of the image parent {name} has no {string}, which its pictures need.")
+        return known[string]
+
+    caption = _caption(tokenizer, own(config.break_token_id))
+    template = [token if token < 0 else own(token) for token in template]
+    return PictureView(parent, caption, codes, template, _plain_logits(parent, codes))
+
+
+def _plain_logits(model: PreTrainedModel, codes: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def code_logits(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[..., codes.to(ids.device)]
+
+    return code_logits
+
+
+def _caption(tokenizer: PreTrainedTokenizerBase, mark: int, begin: bool = False) -> Callable[[str], list[int]]:
+    """Caption to ids, `mark` behind it. begin: the tokenizer leaves the begin of the document to its processor."""
+
+    def encode(caption: str) -> list[int]:
+        ids = tokenizer(caption)["input_ids"]
+        first = [tokenizer.bos_token_id] if begin and ids[:1] != [tokenizer.bos_token_id] else []
+        return [*first, *ids, mark]
+
+    return encode
+
+
+def positions_of(model: PreTrainedModel) -> int:
+    """Tokens that the model can read; where its config names no limit, none is known."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**63
