@@ -214,7 +214,7 @@ def _tokenised(texts: list[bytes], tokenizer: PreTrainedTokenizerBase, known: li
             again.append(position)
     for position, ids in zip(again, encode(["\n" + readable[position] for position in again])):
         for skip in range(1, len(ids)):
-            if (before := spelled(ids[:skip])) is not None and not before.strip() and spelled(ids[skip:]) == texts[position]:
+            if spelled(ids[skip:]) == texts[position]:
                 found[position] = tuple(ids[skip:])
                 break
     return found

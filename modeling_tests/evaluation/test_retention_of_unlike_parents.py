@@ -17,7 +17,7 @@ from fusion_zoo import (
     SENTENCES,
     Sizes,
     byte_level_tokenizer,
-    code_rows,
+    code_names,
     image_parent,
     randomise,
     save,
@@ -88,7 +88,8 @@ def kl(parent, fusion):
 @torch.no_grad()
 def parents_logits(kind, model, tokenizer, caption, codes):
     """What the parent says of each code, `[16, K]`: one document, written out as its class has it."""
-    ids, rows = tokenizer.convert_tokens_to_ids, code_rows(kind, tokenizer)
+    ids, names = tokenizer.convert_tokens_to_ids, code_names(kind)
+    rows = None if names is None else torch.tensor(ids(names))
     prompt = tokenizer(caption)["input_ids"]
     if kind == "janus":
         prompt = [*prompt, ids("<begin_of_image>")]
@@ -201,7 +202,7 @@ def nameless(tmp_path_factory):
         max_position_embeddings=128,
     )
     image = LlamaForCausalLM(config).eval()
-    randomise(image, seed=6)
+    randomise(image, seed=6, std=0.2)
     folders = save(text, text_tokenizer, root / "text"), save(image, tokenizer, root / "image")
     jams = {
         name: jam_hf.fuse(*folders, "cross", root / name, vq_model=vq_model(), image_token_offset=offset, **settings)

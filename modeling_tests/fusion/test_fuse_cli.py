@@ -311,7 +311,15 @@ def test_damage_is_one_line_and_leaves_nothing(inputs, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_ctrl_c_and_then_another_process_goes_on_to_the_same_bytes(inputs, tmp_path, capfd, monkeypatch):
+@pytest.fixture
+def ctrl_c():
+    """A shell's background jobs ignore Ctrl-C, and what they start inherits that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_and_then_another_process_goes_on_to_the_same_bytes(ctrl_c, inputs, tmp_path, capfd, monkeypatch):
     """The second is the command as a user runs it: with another hash seed, and offline."""
     arguments = [*inputs, "--mode", "cross", "--max-shard-size", "60KB", "--output"]
     close = TensorFileWriter.close

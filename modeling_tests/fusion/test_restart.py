@@ -23,6 +23,7 @@ import pytest
 import torch
 from conftest import parent_model
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 from transformers import AutoConfig
 
 import jam_hf
@@ -43,6 +44,9 @@ STEPS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"
 def _answer(channel, function, arguments):
     try:
         torch.set_num_threads(1)
+        # tqdm's own lock is one for all processes: a child that is killed while it holds it would stop the others.
+        tqdm.set_lock(threading.RLock())
+        tqdm.monitor_interval = 0
         channel.send((True, function(*arguments)))
     except BaseException:  # the test shows it in full
         channel.send((False, traceback.format_exc()))
@@ -332,7 +336,15 @@ def test_leftovers_of_changed_inputs_are_not_used(what, parents, vq, written, tm
     assert len(written) == len(list((tmp_path / "jam").glob("*.safetensors")))
 
 
-def test_ctrl_c_in_the_middle_of_a_shard_keeps_the_shards_before_it(parents, vq, written, tmp_path, monkeypatch):
+@pytest.fixture
+def ctrl_c():
+    """A shell's background jobs ignore Ctrl-C, and what they start inherits that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_in_the_middle_of_a_shard_keeps_the_shards_before_it(ctrl_c, parents, vq, written, tmp_path, monkeypatch):
     original = TensorFileWriter.write
 
     def write(self, *arguments):
