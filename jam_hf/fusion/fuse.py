@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 
@@ -174,6 +175,8 @@ def plan_fusion(
     warnings += vq_warnings
     tokenizer = _tokenizer(tokenizer, text.parent)
     image_tokenizer = _image_tokenizer(image_tokenizer, image.parent)
+    warnings += _read_otherwise(tokenizer, "text parent", "tokenizer")
+    warnings += _read_otherwise(image_tokenizer, "image parent", "image_tokenizer")
     codes = image_codes(image, vq.config.num_vq_embeddings, recipe.image_token_offset, image_tokenizer or tokenizer)
     vocabulary = _vocabulary(tokenizer, image_tokenizer, text, image, codes.rows, vq, recipe)
     config = jam_config(
@@ -347,6 +350,29 @@ def _read_tokenizer(source: str | os.PathLike, argument: str) -> PreTrainedToken
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(f"No tokenizer can be read from '{source}' ({error}). Pass {argument}=... .") from error
+
+
+# Where tokenizers of one vocabulary differ: numbers, apostrophes, blanks and line feeds.
+_PROBE = "In 2024, isn't Step 12 done?\n\n  Yes: one  two\tthree."
+
+
+def _read_otherwise(tokenizer: PreTrainedTokenizerBase | None, role: str, argument: str) -> list[str]:
+    """A warning where transformers splits text otherwise than the tokenizer.json that it read.
+
+    For some families it makes the tokenizer anew, by the model's type, and takes only the vocabulary from the file.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    path = Path(getattr(tokenizer, "name_or_path", None) or "") / "tokenizer.json"
+    if backend is None or not path.is_file():
+        return []
+    written, read = (t.encode(_PROBE, add_special_tokens=False).ids for t in (Tokenizer.from_file(str(path)), backend))
+    if written == read:
+        return []
+    return [
+        f"transformers reads the tokenizer of the {role} as a {type(tokenizer).__name__}, which splits text otherwise than its "
+        f"tokenizer.json says. If the parent was trained with the latter, pass {argument}=PreTrainedTokenizerFast."
+        "from_pretrained(...)."
+    ]
 
 
 def _named_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

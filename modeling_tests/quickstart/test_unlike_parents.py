@@ -8,16 +8,24 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, ChameleonForConditionalGeneration, Qwen2ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    ChameleonForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen2ForCausalLM,
+)
 
 import jam_hf.quickstart.parents as parents
 from jam_hf import JamForCausalLM, JamProcessor
 from jam_hf.cli import main
+from jam_hf.fusion.fuse import plan_fusion
 from jam_hf.fusion.parents import code_ids
 from jam_hf.quickstart.evaluation import draw_with_chameleon
 from jam_hf.quickstart.page import verdicts
 from jam_hf.quickstart.parents import with_image_logits
 from jam_hf.quickstart.stages import STAGES, QuickstartSettings, Run, run_all, run_stage
+from jam_hf.training.tokenizer import byte_level_bpe
 from jam_hf.training.vq import encode_images
 
 
@@ -232,3 +240,25 @@ def test_with_image_logits_saves_nothing_of_its_own(run, tmp_path):
     model.save_pretrained(tmp_path)
     again = ChameleonForConditionalGeneration.from_pretrained(tmp_path)
     assert len(again.model.vocabulary_mapping.image_tokens) == run.settings.num_codes
+
+
+def test_a_tokenizer_that_transformers_reads_otherwise_is_warned_of(run, tmp_path):
+    """Beside the config of a Qwen2, numbers are split as Qwen2 splits them, whatever tokenizer.json says."""
+    folder = tmp_path / "llm"
+    shutil.copytree(run.path("llm"), folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    texts = run.data("texts")["train"]["text"]
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level_bpe(texts, 400, ["<|endoftext|>"]), eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+    own.save_pretrained(folder)
+    settings = {"mode": "cross", "vq_model": run.path("vq")}
+
+    def warnings(text, **more):
+        plan = plan_fusion(text, run.path("image-model"), **settings, **more)
+        return [warning for warning in plan.warnings if "splits text otherwise" in warning]
+
+    assert not warnings(run.path("llm"))
+    (found,) = warnings(folder)
+    assert "tokenizer of the text parent as a Qwen2Tokenizer" in found and "pass tokenizer=" in found
+    again = PreTrainedTokenizerFast.from_pretrained(folder)
+    assert again("Step 12")["input_ids"] == own("Step 12")["input_ids"] and not warnings(folder, tokenizer=again)
