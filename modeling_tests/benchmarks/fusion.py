@@ -4,7 +4,7 @@
 
 Two bf16 Llamas of 1.1B parameters (random weights, made once in the work folder, 4.1 GiB) are fused as uniform, width and cross
 by `jam-hf fuse`, each a process of its own, start and imports included; mergekit likewise, in whatever environment its command
-lies. Copies of each output are made by `cp`. Rounds are interleaved; medians. It ends with one line of JSON: seconds, peak
+lies. Copies are made by `cp`, and sync. Rounds are interleaved; medians. It ends with one line of JSON: seconds, peak
 resident MiB, ratios to mergekit and to the copies. Without --mergekit there is nothing of it. The outputs are removed.
 """
 
@@ -104,7 +104,10 @@ def main() -> None:
             seconds.setdefault(name, []).append(took)
             peaks.setdefault(name, []).append(peak)
             os.sync()
-            seconds.setdefault(f"copy of {name}", []).append(timed(["cp", "-r", str(out), str(copy)])[0])
+            start = time.perf_counter()
+            timed(["cp", "-r", str(out), str(copy)])
+            os.sync()  # a fusion's files lie on the disk when it ends, too
+            seconds.setdefault(f"copy of {name}", []).append(time.perf_counter() - start)
             print(f"round {index + 1}: {name} {took:.1f} s, {peak:.0f} MiB; copy {seconds[f'copy of {name}'][-1]:.1f} s")
     for folder in (out, copy):
         shutil.rmtree(folder, ignore_errors=True)
