@@ -17,7 +17,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 
 @contextlib.contextmanager
@@ -108,6 +108,17 @@ def check_free(output_dir: str | os.PathLike, overwrite: bool = False) -> None:
         raise FileExistsError(f"'{output_dir}' is a mount point, which cannot be replaced. Choose a folder inside it.")
     if not _unfinished(target)[1].exists():
         _refuse_full(target, overwrite)
+
+
+def check_apart(output_dir: str | os.PathLike, *sources: Any, called: str = "an input") -> None:
+    """Raise a `ValueError` if the output folder is, or holds, a source; what is no path, or does not exist, is passed over."""
+    target = Path(output_dir).resolve()
+    for source in sources:
+        if isinstance(source, (str, os.PathLike)) and Path(source).exists():
+            source = Path(source).resolve()
+            if source == target or target in source.parents:
+                what = f"is also {called}" if source == target else f"holds the input '{source}'"
+                raise ValueError(f"output_dir '{output_dir}' {what}; choose another folder.")
 
 
 def _refuse_full(target: Path, overwrite: bool) -> None:

@@ -42,8 +42,8 @@ def names_parents(args: argparse.Namespace) -> bool:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..files import check_free
-    from ..fusion.fuse import check_output, plan_recipe, run_fusion
+    from ..files import check_apart, check_free
+    from ..fusion.fuse import plan_recipe, run_fusion
     from ..fusion.recipe import FusionRecipe
 
     if args.force:
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--output is missing (or --dry-run, to see what it would be).")
     if writes:
         inputs = (recipe.text, recipe.image, recipe.vq, recipe.tokenizer, recipe.image_tokenizer, args.recipe)
-        check_output(args.output, *inputs)
+        check_apart(args.output, *inputs)
         check_free(args.output, args.overwrite)
     plan = plan_recipe(recipe, headers_only=not writes)
     if args.explain:

@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from ..files import write_whole
-from ..fusion.recipe import FusionRecipe
+from ..fusion.recipe import FusionRecipe, public_name
+from ..fusion.vocabulary import differing_tokens
 from ..model.configuration_jam import JamConfig
 from ..model.modeling_jam import JamForCausalLM
 from ..model.processing_jam import JamProcessor
@@ -180,10 +181,10 @@ def certify(
     processor = JamProcessor.from_pretrained(model)
     text = image = None
     if text_parent is not None:
-        names = _name(text_parent), _name(texts)
+        names = public_name(text_parent), public_name(texts)
         text = _measure_texts(jam, processor.tokenizer, text_parent, documents, names, batch_size, max_tokens, device)
     if image_parent is not None:
-        names = _name(image_parent), _name(pairs)
+        names = public_name(image_parent), public_name(pairs)
         parent = _load_parent(image_parent, "image parent").to(device)
         theirs = image_parent_view(
             parent,
@@ -385,13 +386,12 @@ def _check_same_ids(tokenizer: PreTrainedTokenizerBase, source: str | os.PathLik
     theirs = _tokenizer_of(source)
     if theirs is None:
         return
-    ours = tokenizer.get_vocab()
-    differing = [token for token, index in theirs.get_vocab().items() if ours.get(token) != index]
+    differing = differing_tokens(theirs, tokenizer)
     if differing:
         token = differing[0]
         raise ValueError(
             f"The JAM's tokenizer gives {len(differing)} tokens of the text parent {name} other ids, e.g. {token!r}: "
-            f"{ours.get(token)} and {theirs.get_vocab()[token]}. This is not the JAM's text parent."
+            f"{tokenizer.get_vocab().get(token)} and {theirs.get_vocab()[token]}. This is not the JAM's text parent."
         )
 
 
@@ -431,12 +431,6 @@ def _check_arguments(
         raise ValueError(
             f"certify: '{model}' is not a folder, so there is no model card to write to. Give the folder, or write=False."
         )
-
-
-def _name(source: str | os.PathLike) -> str:
-    """A Hub id as it is; of a path its last part, as where it lay on this machine is nobody else's business."""
-    path = Path(source)
-    return path.resolve().name if path.exists() else str(source)
 
 
 def _read_card(card: Path) -> str:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -112,9 +112,8 @@ class Parent:
     def check_finite(self, key: str) -> None:
         """Raise a `ValueError` that names file and tensor if it holds NaN or infinity."""
         spec = self.require(key)
-        size = max(1, BLOCK_BYTES // max(1, spec.row_numel * spec.dtype.itemsize))
-        for first in range(0, spec.rows, size):
-            if not all_finite(self.read(key, first, min(first + size, spec.rows))):
+        for block in row_blocks(spec, spec.rows):
+            if not all_finite(self.read(key, *block)):
                 raise ValueError(f"Tensor '{key}' of the {self.role}, in {self.where(key)}, holds NaN or infinity.")
 
     def get(self, key: str) -> torch.Tensor:
@@ -153,6 +152,19 @@ class Parent:
             if spec.rows:
                 digest.update(self.read(key, 0, 1).reshape(-1)[:64].view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def specs_of(model: PreTrainedModel) -> dict[str, TensorSpec]:
+    """Shape and dtype of every tensor that a checkpoint of the model holds: of tied ones, the first alone."""
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    state = model.state_dict()
+    return {key: TensorSpec(tuple(value.shape), value.dtype) for key, value in state.items() if key not in tied}
+
+
+def row_blocks(spec: TensorSpec, rows: int) -> Iterator[tuple[int, int]]:
+    """`[first, last)` of blocks of about `BLOCK_BYTES`, for so many rows of a tensor."""
+    size = max(1, BLOCK_BYTES // max(1, spec.row_numel * spec.dtype.itemsize))
+    return ((first, min(first + size, rows)) for first in range(0, rows, size))
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
@@ -314,15 +326,13 @@ class TensorPlan:
     bands: tuple[Band, ...]
     what: str = ""
     inputs: tuple[tuple[Parent, str], ...] = ()
-    loads: int = field(default=0)  # bytes that its sources keep in memory while it is made
+    loads: int = 0  # bytes that its sources keep in memory while it is made
 
     def blocks(self) -> Iterator[tuple[int, int, Callable[[], torch.Tensor]]]:
         """(first row, number of rows, function that makes them) for blocks of about `BLOCK_BYTES`."""
-        size = max(1, BLOCK_BYTES // max(1, self.spec.row_numel * self.spec.dtype.itemsize))
         start = 0
         for band in self.bands:
-            for first in range(0, band.rows, size):
-                last = min(first + size, band.rows)
+            for first, last in row_blocks(self.spec, band.rows):
                 yield start + first, last - first, lambda band=band, first=first, last=last: _make(band, first, last)
             start += band.rows
 

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, OPTConfig, OPTForCausalLM
 
-from ..files import whole_folder
-from .checkpoint import Band, TensorPlan, write_plans
-from .tensor_files import TensorSpec
+from ..files import check_apart, whole_folder
+from .checkpoint import Band, TensorPlan, specs_of, write_plans
+from .tensor_files import TensorSpec, named_dtype
 
 
 ROWS, COLUMNS, SAME = "rows", "columns", "same"  # how parts join: on dim 0, on dim 1, or each part has all of it
@@ -167,20 +167,17 @@ def convert_metaseq(
             in use.
     """
     files = find_files(source)
-    for file in files:
-        if Path(output_dir).resolve() in file.resolve().parents:
-            raise ValueError(f"output_dir '{output_dir}' holds the input '{file}'; choose another folder.")
+    check_apart(output_dir, *files)
     checkpoint = MetaseqCheckpoint(files)
     config = _config(checkpoint, num_attention_heads, activation_function, post_norm, vocab_size, dtype)
     with torch.device("meta"):
         model = OPTForCausalLM(config)
-    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
-    shapes = {key: tensor.to(config.dtype) for key, tensor in model.state_dict().items() if key not in tied}
-    sources = _sources(checkpoint, shapes, post_norm)
+    specs = specs_of(model.to(config.dtype))
+    sources = _sources(checkpoint, specs, post_norm)
 
     plans = {}
-    for key, tensor in shapes.items():
-        spec, rows = TensorSpec(tuple(tensor.shape), tensor.dtype), _JoinedRows(checkpoint, sources[key])
+    for key, spec in specs.items():
+        rows = _JoinedRows(checkpoint, sources[key])
         plans[key] = TensorPlan(spec, (Band(spec.rows, (rows,), lambda made: made),), f"metaseq's '{sources[key].key}'")
     with whole_folder(output_dir, overwrite) as folder:
         write_plans(folder, plans, max_shard_size)
@@ -336,9 +333,7 @@ def _is_tied(checkpoint: MetaseqCheckpoint) -> bool:
 
 
 def _dtype(checkpoint: MetaseqCheckpoint, dtype: str | torch.dtype | None) -> torch.dtype:
-    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
-        raise ValueError(f"dtype must be a float type such as 'bfloat16' or torch.bfloat16, got {dtype!r}.")
+    named = named_dtype(dtype)
     expected = checkpoint.parts[0][_EMBED].dtype
     for file, part in zip(checkpoint.files, checkpoint.parts):
         for key, tensor in part.items():
@@ -350,10 +345,10 @@ def _dtype(checkpoint: MetaseqCheckpoint, dtype: str | torch.dtype | None) -> to
     return named or expected
 
 
-def _sources(checkpoint: MetaseqCheckpoint, shapes: dict[str, torch.Tensor], post_norm: bool) -> dict[str, _Source]:
+def _sources(checkpoint: MetaseqCheckpoint, specs: dict[str, TensorSpec], post_norm: bool) -> dict[str, _Source]:
     """For every tensor of OPT its source, checked: none missing, none left over, all of the right shape."""
     keys = checkpoint.keys()
-    sources = {key: _source(key, keys) for key in shapes}
+    sources = {key: _source(key, keys) for key in specs}
     if "lm_head.weight" in sources and checkpoint.parts[0][_OUTPUT].shape[0] == checkpoint.shape(_Source(_EMBED, ROWS))[0]:
         sources["lm_head.weight"] = _Source(_OUTPUT, SAME)  # not cut over the parts, unlike the embedding
     missing = sorted({source.key for source in sources.values()} - keys)
@@ -370,7 +365,7 @@ def _sources(checkpoint: MetaseqCheckpoint, shapes: dict[str, torch.Tensor], pos
         )
     rows = checkpoint.shape(_Source(_EMBED, ROWS))[0]
     for key, source in sources.items():
-        expected = list(shapes[key].shape)
+        expected = list(specs[key].shape)
         if source.key in (_EMBED, _OUTPUT):
             expected[0] = rows
         found = checkpoint.shape(source)

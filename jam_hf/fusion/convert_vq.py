@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import JanusVQVAEConfig, PreTrainedConfig
 
-from ..files import whole_folder
+from ..files import check_apart, whole_folder
 from ..model.configuration_jam import JamVQConfig
 from ..model.modeling_jam_vq import JamVQModel
 from .checkpoint import Parent
@@ -79,7 +79,7 @@ def convert_vq(
     """
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}.")
-    _check_folders(source, output_dir)
+    check_apart(output_dir, source, called="the input")
     model, layout = _converted(_open(source, allow_pickle), layout, sample_size, codebook_l2_norm)
     config = model.config
     with whole_folder(output_dir, overwrite) as folder:
@@ -95,8 +95,7 @@ def convert_vq(
 
 def vq_model_from(parent: Parent, sample_size: int | None = None, say: Callable[[str], None] = print) -> JamVQModel:
     """The VQ model inside a checkpoint of transformers' Chameleon, Janus or Emu3; see [`convert_vq`]. `say` gets remarks."""
-    origin = Source(parent.name, parent.keys(), parent.get, _vq_config(parent))
-    return _converted(origin, None, sample_size, None, say)[0]
+    return _converted(_inside(parent), None, sample_size, None, say)[0]
 
 
 def _converted(
@@ -134,19 +133,10 @@ def _converted(
 # ----- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _check_folders(source: str | os.PathLike, output_dir: str | os.PathLike) -> None:
-    if Path(source).exists():
-        path, target = Path(source).resolve(), Path(output_dir).resolve()
-        if path == target or target in path.parents:
-            what = "is also the input" if path == target else f"holds the input '{source}'"
-            raise ValueError(f"output_dir '{output_dir}' {what}; choose another folder.")
-
-
 def _open(source: str | os.PathLike, allow_pickle: bool) -> Source:
     path = Path(source)
     if not path.is_file():
-        parent = Parent(source, "VQ model")
-        return Source(parent.name, parent.keys(), parent.get, _vq_config(parent))
+        return _inside(Parent(source, "VQ model"))
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     if path.suffix not in OLD_FILES:
@@ -157,6 +147,10 @@ def _open(source: str | os.PathLike, allow_pickle: bool) -> Source:
             "allow_pickle=True, or --allow-old-files on the command line (it is read with weights_only=True all the same)."
         )
     return _open_pickle(path)
+
+
+def _inside(parent: Parent) -> Source:
+    return Source(parent.name, parent.keys(), parent.get, _vq_config(parent))
 
 
 def _vq_config(parent: Parent) -> PreTrainedConfig:

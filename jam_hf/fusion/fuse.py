@@ -20,19 +20,19 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 
-from ..files import check_free, resumable_folder, whole_folder
+from ..files import check_apart, check_free, resumable_folder, whole_folder
 from ..model.configuration_jam import FUSION_MODES, JamConfig
 from ..model.image_processing_jam import JamImageProcessor
 from ..model.modeling_jam import JamForCausalLM
 from ..model.modeling_jam_vq import JamVQModel
 from ..model.processing_jam import JamProcessor
 from . import report, tables
-from .checkpoint import BLOCK_BYTES, Parent, TensorPlan, plan_shards, write_plans
+from .checkpoint import BLOCK_BYTES, Parent, TensorPlan, plan_shards, specs_of, write_plans
 from .model_card import model_card
-from .parents import IMAGE_PARENTS, TEXT_PARENTS, Decoder, head_specs, image_codes, picture_tokens
+from .parents import IMAGE_PARENTS, TEXT_PARENTS, Decoder, image_codes, picture_tokens
 from .recipe import FusionRecipe
 from .shapes import check_parents, jam_config
-from .tensor_files import TensorSpec
+from .tensor_files import TensorSpec, named_dtype
 from .vocabulary import TokenNames, Vocabulary, differing_tokens, joined_vocabulary, shared_vocabulary
 from .vq_source import vq_model_of
 
@@ -116,7 +116,7 @@ def fuse(
         ValueError: if the parents do not fit; the message names both. FileExistsError: if `output_dir` is in use. OSError: if
             the disk has no room.
     """
-    check_output(output_dir, text_model, image_model, vq_model, tokenizer, settings.get("image_tokenizer"))
+    check_apart(output_dir, text_model, image_model, vq_model, tokenizer, settings.get("image_tokenizer"))
     check_free(output_dir, overwrite)  # before anything large is read or fetched
     plan = plan_fusion(text_model, image_model, mode, init, vq_model, tokenizer, **settings)
     return run_fusion(plan, output_dir, overwrite)
@@ -140,7 +140,7 @@ def plan_fusion(
         headers_only: fetch no weights of parents on the Hub, only the headers of their files. The plan can be described and
             explained, not run.
     """
-    named_dtype = _named_dtype(dtype)
+    wanted = named_dtype(dtype)
     names = {
         "text": text_model,
         "image": image_model,
@@ -153,7 +153,7 @@ def plan_fusion(
             **{key: _written(value) for key, value in names.items()},
             "mode": mode,
             "init": init,
-            "dtype": str(named_dtype).removeprefix("torch.") if named_dtype else None,
+            "dtype": str(wanted).removeprefix("torch.") if wanted else None,
             **settings,
         },
         "fuse",
@@ -188,11 +188,10 @@ def plan_fusion(
         recipe.cross_attention_interval,
         {"vocab_size": vocabulary.size, **vocabulary.ids, **codes.head_config},
     )
-    config.dtype = named_dtype or _dtype(text, image)
+    config.dtype = wanted or _dtype(text, image)
     config.architectures = ["JamForCausalLM"]
     vq_state = {key: tensor if tensor.is_meta else tensor.cpu() for key, tensor in vq.state_dict().items()}
     parts = tables.Ingredients(config, text, image, codes, vocabulary.text_map, vocabulary.image_map, vq_state, recipe.seed)
-    head_specs(codes, image.parent)
     tensors = tables.plan_tensors(_specs(config), tables.table(mode, init, config), parts)
     tables.check_all_used(parts, mode)
     warnings += report.warnings(text, image, config, vocabulary, mode, init)
@@ -221,7 +220,7 @@ def run_fusion(plan: FusionPlan, output_dir: str | os.PathLike, overwrite: bool 
     if plan.digest is None:
         raise ValueError("A plan of headers alone cannot be run; plan with headers_only=False.")
     for decoder in (plan.text, plan.image):  # a parent's files may be links into the output folder
-        check_output(output_dir, *decoder.parent.files())
+        check_apart(output_dir, *decoder.parent.files())
     folder_context: AbstractContextManager[Path | None]
     if plan.fingerprint is None:
         folder_context = whole_folder(output_dir, overwrite)
@@ -276,9 +275,7 @@ def _specs(config: JamConfig) -> dict[str, TensorSpec]:
         skeleton = JamForCausalLM(config)
     skeleton.to(config.dtype or torch.float32)
     skeleton.model.vq_model.to(torch.float32)
-    tied = set(skeleton.all_tied_weights_keys) if config.tie_word_embeddings else set()
-    state = skeleton.state_dict()
-    return {key: TensorSpec(tuple(value.shape), value.dtype) for key, value in state.items() if key not in tied}
+    return specs_of(skeleton)
 
 
 def _vocabulary(
@@ -307,16 +304,6 @@ def _vocabulary(
         )
     pictures = picture_tokens(image.parent.config, image_tokenizer, vq.config.grid_size, image.parent.name)
     return joined_vocabulary(tokenizer, text.vocab_size, image_tokenizer, codes, pictures, names, recipe.special_tokens)
-
-
-def check_output(output_dir: str | os.PathLike, *sources: Any) -> None:
-    """Raise a `ValueError` if the output folder is, or holds, an input."""
-    for source in sources:
-        if isinstance(source, (str, os.PathLike)) and Path(source).exists():
-            source, target = Path(source).resolve(), Path(output_dir).resolve()
-            if source == target or target in source.parents:
-                what = "is also an input" if source == target else f"holds the input '{source}'"
-                raise ValueError(f"output_dir '{output_dir}' {what}; choose another folder.")
 
 
 def _written(source: Any) -> str | None:
@@ -375,15 +362,6 @@ def _read_otherwise(tokenizer: PreTrainedTokenizerBase | None, role: str, argume
     ]
 
 
-def _named_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None:
-        return None
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype must be a float type such as 'bfloat16' or torch.bfloat16, got {dtype!r}.")
-    return found
-
-
 def _dtype(text: Decoder, image: Decoder) -> torch.dtype:
     found = [decoder.parent.require(decoder.embedding_key).dtype for decoder in (text, image)]
     if found[0] != found[1]:
@@ -411,5 +389,5 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def plan_recipe(recipe: FusionRecipe, headers_only: bool = False) -> FusionPlan:
     """`plan_fusion` with the settings of a recipe."""
-    settings = {key: value for key, value in vars(replace(recipe)).items() if key not in ("text", "image", "mode", "vq")}
+    settings = {key: value for key, value in vars(recipe).items() if key not in ("text", "image", "mode", "vq")}
     return plan_fusion(recipe.text, recipe.image, recipe.mode, vq_model=recipe.vq, headers_only=headers_only, **settings)

@@ -118,7 +118,7 @@ def model_card(plan: FusionPlan) -> str:
 
 
 def _vocabulary(plan: FusionPlan) -> str:
-    pairs = report.pairing(plan.config)
+    pairs = plan.config.layer_pairs
     lines = []
     if plan.text.config.num_hidden_layers != plan.image.config.num_hidden_layers and pairs:
         listing = ", ".join(f"{text}:{image}" for text, image in pairs)

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from .checkpoint import Parent
-from .tensor_files import TensorSpec
+from .checkpoint import Parent, row_blocks
 
 
 TEXT_PARENTS = ("llama", "mistral", "qwen2", "qwen3", "opt")
@@ -82,19 +81,20 @@ class Decoder:
 
     def tensors(self) -> set[str]:
         """The keys that a fusion must find a place for: all but the embedding, the head and other models' parts."""
-        vocabulary = {self.embedding_key, self.head_key}
-        heads = {key for key in self.parent.specs if key.endswith("lm_head.weight")}
-        return {key for key in self.parent.specs if not _OTHER_PARTS.fullmatch(key)} - vocabulary - heads
+        return {
+            key
+            for key in self.parent.specs
+            if key != self.embedding_key and not key.endswith("lm_head.weight") and not _OTHER_PARTS.fullmatch(key)
+        }
 
 
-def _equal(parent: Parent, one: str, other: str, rows: int = 1 << 10) -> bool:
+def _equal(parent: Parent, one: str, other: str) -> bool:
     spec = parent.specs[one]
     if spec != parent.specs[other]:
         return False
     if parent.headers_only:  # headers do not tell; a config that ties them is believed
         return True
-    blocks = ((first, min(first + rows, spec.rows)) for first in range(0, spec.rows, rows))
-    return all(torch.equal(parent.read(one, *block), parent.read(other, *block)) for block in blocks)
+    return all(torch.equal(parent.read(one, *block), parent.read(other, *block)) for block in row_blocks(spec, spec.rows))
 
 
 @dataclass(frozen=True)
@@ -311,8 +311,3 @@ def picture_tokens(
             suffix=(find("eof_token", "<|extra_201|>"),),
         )
     return PictureTokens(ids.get("<break>"))
-
-
-def head_specs(codes: ImageCodes, parent: Parent) -> dict[str, TensorSpec]:
-    """Shapes of the tensors of the codes' own head, by their names in `JanusVQVAEHead`."""
-    return {name: parent.require(key) for name, key in codes.head.items()}

@@ -105,8 +105,7 @@ class FusionRecipe:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def public_name(source: str | None) -> str | None:
-    """A Hub id as it is; of a folder its name, since where it lies is nobody else's business."""
-    if source is None:
-        return None
-    return Path(source).resolve().name if Path(source).exists() or source.startswith((".", "/", "~")) else source
+def public_name(source: str | os.PathLike) -> str:
+    """A Hub id as it is; of a path its last part, since where it lies is nobody else's business."""
+    is_path = Path(source).exists() or str(source).startswith((".", "/", "~"))
+    return Path(source).resolve().name if is_path else str(source)

@@ -36,14 +36,6 @@ def peak_memory(plan: FusionPlan) -> int:
     return _BASE_BYTES + vq + max((t.loads for t in plan.tensors.values()), default=0)
 
 
-def pairing(config: JamConfig) -> list[tuple[int, int]]:
-    """(text layer, image layer) for every depth at which a JAM-Cross has both."""
-    if config.fusion_mode != "cross":
-        return []
-    image = {depth: layer for layer, depth in enumerate(config.image_layer_depths)}
-    return [(layer, image[depth]) for layer, depth in enumerate(config.text_layer_depths) if depth in image]
-
-
 def preserved(mode: str, init: str) -> str:
     """What a fusion keeps of its parents, in one sentence."""
     if mode == "cross" and init == "preserving":
@@ -111,10 +103,10 @@ def describe(plan: FusionPlan, tensors: bool = True) -> str:
         f"  disk: {size(plan.num_bytes)} in {len(shards)} file(s)",
         f"  peak memory: about {size(peak_memory(plan))}",
     ]
-    pairs = pairing(config)
+    pairs = config.layer_pairs
     if pairs:
         crossed = set(config.cross_attention_layers)
-        depths = list(config.text_layer_depths)
+        depths = config.text_layer_depths
         listing = " ".join(f"{t}:{i}{'x' if depths[t] in crossed else ''}" for t, i in pairs)
         lines.append(f"  layers side by side (text:image, x: cross blocks follow): {listing}")
     if plan.vocabulary.coverage is not None:

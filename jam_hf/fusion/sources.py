@@ -13,6 +13,7 @@ import torch
 from . import inits
 from .checkpoint import Parent
 from .parents import Decoder, ImageCodes
+from .tensor_files import TensorSpec
 from .vocabulary import RowMap
 
 
@@ -20,11 +21,13 @@ _ROWS = 1 << 10  # of a vocabulary read at a time
 
 
 class ParentRows:
-    """A parent's tensor, row by row."""
+    """A parent's tensor, or its rows `[first, last)`, row by row."""
 
-    def __init__(self, parent: Parent, key: str):
-        self.parent, self.key = parent, key
+    def __init__(self, parent: Parent, key: str, first: int = 0, last: int | None = None):
+        self.parent, self.key, self.first = parent, key, first
         self.spec = parent.require(key)
+        if last is not None:
+            self.spec = TensorSpec((last - first, *self.spec.shape[1:]), self.spec.dtype)
         if not self.spec.dtype.is_floating_point:
             raise ValueError(
                 f"Tensor '{key}' of the {parent.role}, in {parent.where(key)}, is {self.spec.dtype}; expected floats. If it is "
@@ -34,7 +37,7 @@ class ParentRows:
         self.loads = 0
 
     def read(self, first: int, last: int) -> torch.Tensor:
-        return self.parent.read(self.key, first, last)
+        return self.parent.read(self.key, self.first + first, self.first + last)
 
     def release(self) -> None:
         pass

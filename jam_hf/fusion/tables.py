@@ -58,12 +58,7 @@ class Ingredients:
             return VocabularyRows(self.image, key, self.image_map, self.codes)
         # Codes have a head of their own; in this one, their rows mean nothing.
         first = self.config.image_token_offset
-        last = first + len(self.codes)
-        known = self.image_map.offsets.clone()
-        known[first : last + 1] = known[first]
-        known[last + 1 :] -= len(self.codes)
-        rows = torch.cat((self.image_map.rows[: known[first]], self.image_map.rows[known[first] + len(self.codes) :]))
-        return VocabularyRows(self.image, self.image.head_key, RowMap(known, rows, min(self.image_map.identity, first)))
+        return VocabularyRows(self.image, self.image.head_key, self.image_map.without(first, first + len(self.codes)))
 
 
 # Sources and function of an output tensor: (ingredients, key, match, spec) -> bands.
@@ -214,26 +209,11 @@ def _text_head(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec) 
 
 
 def _code_head(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec) -> tuple[Band, ...]:
-    code_map = RowMap.of((int(row),) for row in parts.codes.rows)
-    first = int(parts.codes.rows[0])
-    if torch.equal(parts.codes.rows, torch.arange(first, first + len(parts.codes))):
-        source = ParentRows(parts.image.parent, parts.image.head_key)
-        return (Band(spec.rows, (_Shifted(source, first),), _as_it_is),)
-    return _whole(VocabularyRows(parts.image, parts.image.head_key, code_map), spec)
-
-
-class _Shifted:
-    """Rows of a source from `first` on."""
-
-    def __init__(self, source: ParentRows, first: int):
-        self.source, self.first = source, first
-        self.inputs, self.loads = source.inputs, 0
-
-    def read(self, first: int, last: int) -> torch.Tensor:
-        return self.source.read(self.first + first, self.first + last)
-
-    def release(self) -> None:
-        pass
+    key, rows = parts.image.head_key, parts.codes.rows
+    first, last = int(rows[0]), int(rows[0]) + len(rows)
+    if torch.equal(rows, torch.arange(first, last)):
+        return _whole(ParentRows(parts.image.parent, key, first, last), spec)
+    return _whole(VocabularyRows(parts.image, key, RowMap.of((row,) for row in rows.tolist())), spec)
 
 
 def _shared_vocabulary(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec, head: bool = False) -> tuple[Band, ...]:

@@ -202,6 +202,16 @@ class TensorFileWriter:
             os.close(self._descriptor)
 
 
+def named_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A float type by itself or by its name, `None` as it is. Raises `ValueError` for anything else."""
+    if dtype is None:
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must be a float type such as 'bfloat16' or torch.bfloat16, got {dtype!r}.")
+    return found
+
+
 def no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """For `json.loads`: a key that stands twice is a `ValueError`, not the later of the two."""
     found = dict(pairs)

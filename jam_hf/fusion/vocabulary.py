@@ -49,6 +49,14 @@ class RowMap:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def without(self, first: int, last: int) -> RowMap:
+        """The map of a tensor in which the parent has nothing to say of the tokens `[first, last)`."""
+        counts = self.offsets.diff()
+        counts[first:last] = 0
+        offsets = torch.cat((torch.zeros(1, dtype=torch.long), counts.cumsum(0)))
+        rows = torch.cat((self.rows[: self.offsets[first]], self.rows[self.offsets[last] :]))
+        return replace(self, offsets=offsets, rows=rows, identity=min(self.identity, first))
+
     @property
     def present(self) -> torch.Tensor:
         """bool `[V]`: whether the parent knows the token."""

@@ -48,6 +48,14 @@ def _half(dataset: Dataset) -> Dataset:
     return dataset.select(range(-(-len(dataset) // 2)))
 
 
+def _shares(scores: list[Any]) -> dict[str, float]:
+    return {
+        "correct": sum(s.correct for s in scores) / len(scores),
+        "exact": sum(s.exact for s in scores) / len(scores),
+        "count": len(scores),
+    }
+
+
 class _Measurements:
     """What is measured of every run."""
 
@@ -108,11 +116,7 @@ class _Measurements:
         codes = torch.from_numpy(encode_images(vq, images))
         decoded = [picture for part in codes.split(100) for picture in processor.postprocess(vq.decode(part))]
         scores = [score_picture(image, picture) for image, picture in zip(decoded, expected)]
-        return {
-            "correct": sum(s.correct for s in scores) / len(scores),
-            "exact": sum(s.exact for s in scores) / len(scores),
-            "count": len(scores),
-        }
+        return _shares(scores)
 
 
 class _SharedParents(_Measurements):
@@ -210,11 +214,7 @@ class _UnlikeParents(_Measurements):
             expected = [Picture.from_json(text) for text in pairs[split]["picture"]]
             images = draw_with_chameleon(model, tokenizer, vq, list(pairs[split]["caption"]))
             scores = [score_picture(image, picture) for image, picture in zip(images, expected)]
-            results[f"{split}_plain"] = {
-                "correct": sum(s.correct for s in scores) / len(scores),
-                "exact": sum(s.exact for s in scores) / len(scores),
-                "count": len(scores),
-            }
+            results[f"{split}_plain"] = _shares(scores)
         return results
 
 
