@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    DynamicCache,
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
@@ -27,6 +28,7 @@ from transformers import (
 )
 from transformers.utils.generic import is_flash_attention_requested
 
+from .caching_jam import JamBlockCache
 from .grammar_jam import GENERATION_MODES, DocumentRules, PictureGrammar, PictureReader
 from .guidance_jam import (
     BranchContexts,
@@ -300,7 +302,7 @@ class JamGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> None:
-        """As in `GenerationMixin`, with room for guidance in a static cache."""
+        """As in `GenerationMixin`, with room for guidance in a static cache; the one that grows does so in blocks."""
         generation_config._rows_follow = generation_mode in ("greedy_search", "sample") and not generation_config._own_loop
         if generation_config.cache_implementation == "static":
             settings = self._guidance_settings(generation_config)
@@ -312,6 +314,9 @@ class JamGenerationMixin(GenerationMixin):
             # Alone among the caches it counts `num_hidden_layers`; a cross JAM has more attentions than that.
             missing = len(self.config.per_layer_config) - len(cache.layers)
             cache.layers += [copy.deepcopy(cache.layers[0]) for _ in range(missing)]
+        made_here = type(cache) is DynamicCache and not getattr(cache, "_is_user_defined", False) and not cache.offloading
+        if made_here and generation_config._rows_follow:  # beams would make it copy all at every step
+            model_kwargs["past_key_values"] = JamBlockCache(config=self.config)
 
     def prepare_inputs_for_generation(
         self,

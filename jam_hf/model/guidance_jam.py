@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache, LogitsProcessor
+from transformers import DynamicCache, LogitsProcessor, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from .caching_jam import JamBlockCache, JamBlockLayer
 from .grammar_jam import PictureGrammar, PictureReader
 
 
@@ -245,9 +246,9 @@ class PackedGuidance(Guidance):
     def serves(model: Any, cache: Any, beside: int, max_length: int) -> bool:
         """Whether columns may be laid into this cache under this model's attention, `beside` of them beyond `max_length`."""
         layers = getattr(cache, "layers", None)
-        if not layers or type(cache).__name__ not in ("DynamicCache", "StaticCache") or cache.offloading:
+        if not layers or type(cache) not in (DynamicCache, StaticCache, JamBlockCache) or cache.offloading:
             return False
-        if not all(type(layer) in (DynamicLayer, StaticLayer) or hasattr(layer, "select_columns") for layer in layers):
+        if not all(type(layer) in (DynamicLayer, StaticLayer, JamBlockLayer) for layer in layers):  # none that slides
             return False
         if any(isinstance(layer, StaticLayer) and layer.max_cache_len < max_length - 1 + beside for layer in layers):
             return False
@@ -430,9 +431,6 @@ class PackedGuidance(Guidance):
         rank = torch.where(self.of_document, 0, torch.where(self.owner > DOCUMENT, 1, 2))
         index_BC = rank.argsort(dim=1, stable=True)[:, : self.length + beside]
         for layer in self.cache.layers:
-            if hasattr(layer, "select_columns"):
-                layer.select_columns(index_BC.to(layer.keys.device))
-                continue
             index = index_BC.to(layer.keys.device)[:, None, :, None]
             for name in ("keys", "values"):
                 states = getattr(layer, name)
