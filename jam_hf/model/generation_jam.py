@@ -15,17 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    DynamicCache,
-    GenerationMixin,
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    QuantizedCache,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache, GenerationMixin, LogitsProcessorList, QuantizedCache
 from transformers.utils.generic import is_flash_attention_requested
 
 from .caching_jam import JamBlockCache
@@ -33,10 +23,16 @@ from .grammar_jam import GENERATION_MODES, DocumentRules, PictureGrammar, Pictur
 from .guidance_jam import (
     BranchContexts,
     GuidanceSettings,
-    PackedGuidance,
     PictureGuidanceLogitsProcessor,
     SeparateGuidance,
 )
+from .logits_process_jam import (
+    WARPER_CLASSES,
+    PictureGrammarGuardLogitsProcessor,
+    PictureGrammarLogitsProcessor,
+    warp_by_modality,
+)
+from .packed_guidance_jam import PackedGuidance
 
 
 # What `generate()` and the generation config take beyond transformers' own.
@@ -54,64 +50,6 @@ JAM_SETTINGS = (
     "image_after_token_ids",
     "image_positions",
 )
-# The settings by modality: transformers' warpers, in the order in which it applies them.
-WARPERS = {
-    "temperature": TemperatureLogitsWarper,
-    "top_k": TopKLogitsWarper,
-    "top_p": TopPLogitsWarper,
-    "min_p": MinPLogitsWarper,
-}
-
-
-class PictureGrammarLogitsProcessor(LogitsProcessor):
-    """Sets the scores of ids that the grammar does not allow to minus infinity."""
-
-    def __init__(self, reader: PictureReader, rules: DocumentRules):
-        self.reader, self.rules = reader, rules
-        self.last_scores: torch.FloatTensor | None = None
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        grammar = self.reader.grammar
-        kinds = grammar.kinds(self.reader(input_ids), self.rules)
-        allowed = grammar.sets(scores.shape[-1], scores.device)[kinds]
-        self.last_scores = scores.masked_fill(~allowed, float("-inf"))
-        return self.last_scores
-
-
-class PictureGrammarGuardLogitsProcessor(LogitsProcessor):
-    """The last word is the grammar's: where the processors after it left a row none of its ids, its scores come back.
-
-    `no_repeat_ngram_size`, `suppress_tokens` and `min_new_tokens` may forbid the one id that can follow (a closing `<break>`,
-    an `<eos>`); without this the row would go on with id 0.
-    """
-
-    def __init__(self, first: PictureGrammarLogitsProcessor):
-        self.first = first
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        allowed_scores = self.first.last_scores
-        scores = scores.masked_fill(allowed_scores == float("-inf"), float("-inf"))
-        empty_B1 = (scores == float("-inf")).all(-1, keepdim=True)
-        return torch.where(empty_B1, allowed_scores, scores)
-
-
-class PictureWarperLogitsProcessor(LogitsProcessor):
-    """One setting by modality: `text` warps the scores of rows in text, `image` those of rows where a code comes next.
-
-    Either may be None: no warping there. Codes are warped among themselves, so that top-k of 8,192 codes sorts no more.
-    """
-
-    def __init__(self, reader: PictureReader, text: LogitsProcessor | None, image: LogitsProcessor | None):
-        self.reader, self.text, self.image = reader, text, image
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        grammar = self.reader.grammar
-        codes = slice(grammar.first_code, grammar.last_code + 1)
-        for_codes = scores.clone()
-        if self.image is not None:
-            for_codes[:, codes] = self.image(input_ids, scores[:, codes])
-        for_text = scores if self.text is None else self.text(input_ids, scores)
-        return torch.where(grammar.awaits_code(self.reader(input_ids))[:, None], for_codes, for_text)
 
 
 class PictureSteps:
@@ -416,10 +354,10 @@ class JamGenerationMixin(GenerationMixin):
         if rules is not None:  # after guidance: minus infinity minus minus infinity is not a number
             self._check_room(grammar, rules, encoder_input_ids if not embedded else None, room)
             ours.append(PictureGrammarLogitsProcessor(reader, rules))
-            if any(not isinstance(processor, tuple(WARPERS.values())) for processor in processors):
+            if any(not isinstance(processor, WARPER_CLASSES) for processor in processors):
                 processors.append(PictureGrammarGuardLogitsProcessor(ours[-1]))
         if generation_config.do_sample:
-            self._warp_by_modality(processors, generation_config, reader)
+            warp_by_modality(processors, generation_config, reader)
         codes_alone = rules is not None and follows and not generation_config.output_logits and self._has_image_rows()
         if cache is not None and (packed is not None or codes_alone):
             cache.picture_steps = PictureSteps(reader, packed, codes_alone)
@@ -461,28 +399,6 @@ class JamGenerationMixin(GenerationMixin):
                 f"max_length, and the model's {self.config.max_position_embeddings} positions)."
             )
 
-    @staticmethod
-    def _warp_by_modality(processors: LogitsProcessorList, generation_config: Any, reader: PictureReader) -> None:
-        """Put `image_temperature` and so on beside transformers' own warpers, each where it stands or would stand."""
-        place = next((p for p, processor in enumerate(processors) if isinstance(processor, tuple(WARPERS.values()))), None)
-        place = len(processors) if place is None else place
-        for name, warper in WARPERS.items():
-            stands = place < len(processors) and isinstance(processors[place], warper)
-            value = getattr(generation_config, f"image_{name}")
-            if value is not None:
-                idle = 0 if name in ("top_k", "min_p") else 1
-                try:
-                    image = None if value == idle else warper(value)
-                except ValueError as error:
-                    raise ValueError(f"image_{name}={value!r}: {error}") from error
-                by_modality = PictureWarperLogitsProcessor(reader, processors[place] if stands else None, image)
-                if stands:
-                    processors[place] = by_modality
-                else:
-                    processors.insert(place, by_modality)
-                stands = True
-            place += stands
-
     def _has_image_rows(self) -> bool:
         """Whether the logits of codes can be had without those of text."""
         head = self.lm_head
@@ -490,11 +406,4 @@ class JamGenerationMixin(GenerationMixin):
         return self.image_head is not None or (plain and not head._forward_hooks and not head._forward_pre_hooks)
 
 
-__all__ = [
-    "JAM_SETTINGS",
-    "JamGenerationMixin",
-    "PictureGrammarGuardLogitsProcessor",
-    "PictureGrammarLogitsProcessor",
-    "PictureSteps",
-    "PictureWarperLogitsProcessor",
-]
+__all__ = ["JAM_SETTINGS", "JamGenerationMixin", "PictureSteps"]

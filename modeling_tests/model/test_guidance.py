@@ -12,7 +12,8 @@ from transformers import MistralConfig
 
 from jam_hf import JamConfig, JamForCausalLM
 from jam_hf.model.grammar_jam import DocumentRules, PictureGrammar
-from jam_hf.model.guidance_jam import GuidanceSettings, PackedGuidance, SeparateGuidance
+from jam_hf.model.guidance_jam import GuidanceSettings, SeparateGuidance
+from jam_hf.model.packed_guidance_jam import PackedGuidance
 
 
 N, BOS, EOS, BREAK = 16, 1, 2, 3

@@ -24,10 +24,10 @@ from jam_hf.model.grammar_jam import PictureGrammar, PictureReader
 from jam_hf.model.guidance_jam import (
     BranchContexts,
     GuidanceSettings,
-    PackedGuidance,
     PictureGuidanceLogitsProcessor,
     SeparateGuidance,
 )
+from jam_hf.model.packed_guidance_jam import PackedGuidance
 from jam_hf.training.cm3 import CM3Settings, apply_spans, draw_spans, segments, unmask
 from jam_hf.training.collator import JamDataCollator
 from jam_hf.training.documents import encode_documents
