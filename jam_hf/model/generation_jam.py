@@ -107,7 +107,7 @@ class JamGenerationMixin(GenerationMixin):
             min_new_images, max_new_images (`int`, *optional*): pictures to finish in "interleaved" mode, one that is half-drawn
                 in the prompt included.
             image_after_token_ids (`list[int]`, *optional*): a picture follows each of these ids of written text, and stands
-                nowhere else (`processor.sentence_end_token_ids` for one after each sentence).
+                nowhere else (`processor.sentence_end_token_ids()` for one after each sentence).
             image_positions (`list[int]`, *optional*): pictures stand after so many ids of written text, and nowhere else.
             guidance_scale (`float`, *optional*): classifier-free guidance inside pictures [P]; 1.0 or `None`: none.
             negative_prompt_ids (int64 `[B or 1, T]`, *optional*), negative_prompt_attention_mask: what guidance turns away
