@@ -16,6 +16,8 @@ from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
+from .documents_jam import load_json, save_html, save_json, save_markdown
+from .generation_jam import PictureGrammar
 from .infilling_jam import JamInfill
 from .masking_jam import masked_documents
 from .remote_code_jam import AUTO_MAP  # noqa: F401  (its file brings all the others along)
@@ -43,6 +45,12 @@ class JamProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = JamProcessorKwargs
+
+    # What post_process_interleaved returns, as files, see documents_jam.py.
+    save_html = staticmethod(save_html)
+    save_markdown = staticmethod(save_markdown)
+    save_json = staticmethod(save_json)
+    load_json = staticmethod(load_json)
 
     def __init__(
         self,
@@ -224,17 +232,30 @@ class JamProcessor(ProcessorMixin):
         Args:
             generated: int64 `[B, T]` as `generate()` returns it, or its output object with `.sequences`.
             model: the JAM that wrote them; it decodes the codes.
-            prompt_length (`int`, defaults to 0): leading ids to leave out, e.g. `inputs["input_ids"].shape[1]`.
-            skip_special_tokens (`bool`, defaults to True): leave markup such as `<s>` out of the text.
+            prompt_length (`int`, defaults to 0): leading ids to leave out, e.g. `inputs["input_ids"].shape[1]`. A picture that
+                was begun there and went on behind comes whole.
+            skip_special_tokens (`bool`, defaults to True): leave markup such as `<s>` out of the text. Padding and the marks
+                of pictures are always left out.
         Returns:
             one list per row: `{"type": "text", "text": str}` or `{"type": "image", "image": PIL.Image}`, in order. A
             picture that was not finished is `{"type": "image", "image": None, "image_tokens": [...]}` with the codes that it
-            has. What the layout of pictures has beside the codes (prefix, row ends, suffix) is in neither.
+            has. What the layout of pictures has beside the codes (prefix, row ends, suffix) is in neither, and text that is
+            only white space is no segment.
+        Raises:
+            ValueError: if `generated` is not `[B, T]`, the prompt is longer than that, or the model's pictures have another
+                number of codes than the processor's.
         """
         sequences = torch.as_tensor(getattr(generated, "sequences", generated))
         if sequences.ndim != 2:
             raise ValueError(f"post_process_interleaved: expected ids [B, T], got the shape {list(sequences.shape)}.")
-        return self._segments(sequences[:, prompt_length:].tolist(), model, skip_special_tokens)
+        if not 0 <= prompt_length <= sequences.shape[1]:
+            raise ValueError(
+                f"post_process_interleaved: prompt_length is {prompt_length}, but the rows have {sequences.shape[1]} ids; "
+                "expected the length of the padded prompts."
+            )
+        begun = PictureGrammar(model.config).state(sequences[:, :prompt_length]).position.tolist()
+        rows = [ids[prompt_length - count :] for ids, count in zip(sequences.tolist(), begun)]
+        return self._segments(rows, model, skip_special_tokens)
 
     def infill(
         self,
@@ -285,16 +306,22 @@ class JamProcessor(ProcessorMixin):
 
     def _segments(self, rows: list[list[int]], model: JamForCausalLM, skip_special_tokens: bool) -> list[list[dict[str, Any]]]:
         config = model.config
+        if config.image_seq_length != self.image_seq_length:
+            raise ValueError(
+                f"JamProcessor: its pictures have {self.image_seq_length} codes, the model's {config.image_seq_length}. Load "
+                "both from one folder, or set processor.image_seq_length."
+            )
         first, last = config.image_token_offset, config.image_token_offset + config.num_image_tokens
         marks = {config.break_token_id, config.picture_end_token_id}
-        structure = set(config.picture_structure_token_ids)
+        left_out = set(config.picture_structure_token_ids)
+        left_out |= {config.pad_token_id} - {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id}
         documents: list[list[dict[str, Any]]] = []
         pictures: list[tuple[dict[str, Any], list[int]]] = []
         for ids in rows:
             segments: list[dict[str, Any]] = []
             run: list[int] = []
             in_picture = False
-            for token in [*(t for t in ids if t not in structure), None]:
+            for token in [*(t for t in ids if t not in left_out), None]:
                 is_code = token is not None and first <= token < last
                 if run and (token is None or is_code != in_picture or (in_picture and len(run) == self.image_seq_length)):
                     if in_picture:

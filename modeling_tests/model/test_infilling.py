@@ -1,4 +1,7 @@
-"""Infilling: prompts against the training objective, the grammar against a hand-made one, greedy filling against a slow loop."""
+"""Infilling: prompts against the training objective, the grammar against a hand-made one, greedy filling against a slow loop.
+
+The documents come from `test_picture_layout.py`, in all layouts.
+"""
 
 from types import SimpleNamespace
 
