@@ -193,6 +193,53 @@ def test_text_stays_text_in_markdown_and_links_find_their_pictures(tmp_path_fact
                 assert part == wanted
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "~~gone~~",
+            "~~~\ncode\n~~~",
+            "```\ncode\n```",
+            "- item",
+            "+ item",
+            "* item",
+            "1. item",
+            "12) item",
+            "# head",
+            "> quote",
+        ),
+        *(
+            "head\n---",
+            "head\n===",
+            "---",
+            "***",
+            "___",
+            "    code",
+            "\tcode",
+            "a  \nb",
+            "a\\\nb",
+            "<b>bold</b>",
+            "<!-- gone -->",
+        ),
+        *(
+            "a | b\n--|--\n1 | 2",
+            "| a |\n|:-:|\n| 1 |",
+            "a\n|-|\n1",
+            "[a](b)",
+            "![a](b)",
+            "[a]: b",
+            "[a][b]",
+            "<http://a.b>",
+            "&amp; &#42;",
+        ),
+        *("**a** _b_ `c`", "\\*", "a\n# b\n- c\n1. d\n> e", "\n\n  a \n\n\n b\t\n \nc\n", "\u00a0a\u2003"),
+    ],
+)
+def test_markup_in_a_text_is_shown_and_not_obeyed(text, tmp_path):
+    document = [{"type": "text", "text": text}]
+    assert rendered(save_markdown([document], tmp_path / "a.md").read_text(encoding="utf-8")) == [expected_markdown(document)]
+
+
 # ----- JSON -----------------------------------------------------------------------------------------------------------
 
 

@@ -126,6 +126,13 @@ def test_a_half_drawn_picture_of_a_prompt_is_finished_and_shown(layout_jam, layo
     assert [s for s in whole if s["type"] == "image"][0]["image"] == segments[0]["image"]
 
 
+def test_codes_that_no_grammar_parted_are_cut_into_pictures(layout_jam, layout_tokenizer):  # noqa: F811
+    model, processor = layout_jam("plain"), layout_processor(layout_tokenizer, "plain")
+    codes = [*range(FIRST, LAST)]
+    (segments,) = processor.post_process_interleaved(torch.tensor([[BOS, *codes, *codes, *codes[:3], EOS]]), model)
+    assert matches(segments, [codes, codes, codes[:3]], model, processor)
+
+
 def test_bad_input_is_answered(layout_jam, layout_tokenizer):  # noqa: F811
     model, processor = layout_jam("plain"), layout_processor(layout_tokenizer, "plain")
     ids = torch.ones(1, 5, dtype=torch.int64)
