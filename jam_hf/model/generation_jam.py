@@ -26,6 +26,7 @@ from .guidance_jam import (
     PictureGuidanceLogitsProcessor,
     SeparateGuidance,
 )
+from .infilling_jam import InfillLogitsProcessor
 from .logits_process_jam import (
     WARPER_CLASSES,
     PictureGrammarGuardLogitsProcessor,
@@ -334,6 +335,11 @@ class JamGenerationMixin(GenerationMixin):
         ours, packed = LogitsProcessorList(), None
         settings = self._guidance_settings(generation_config)
         if settings is not None:
+            if any(isinstance(processor, InfillLogitsProcessor) for processor in kwargs.get("logits_processor") or ()):
+                raise ValueError(
+                    "Infills are not guided: there is no unconditional branch for a part of a picture. Leave guidance_scale, "
+                    "image_guidance_scale, contrastive_alpha and negative_prompt_ids out."
+                )
             negative, rows = generation_config._negative_prompt, None if encoder_input_ids is None else len(encoder_input_ids)
             if negative is not None and rows is not None and len(negative) not in (1, rows):
                 raise ValueError(

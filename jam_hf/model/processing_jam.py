@@ -17,7 +17,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .documents_jam import load_json, save_html, save_json, save_markdown
-from .generation_jam import PictureGrammar
+from .grammar_jam import PictureGrammar
 from .infilling_jam import JamInfill
 from .masking_jam import masked_documents
 from .remote_code_jam import AUTO_MAP  # noqa: F401  (its file brings all the others along)
