@@ -671,6 +671,15 @@ class JamConfig(PreTrainedConfig):
             raise ValueError("JamConfig: per-layer overrides are not supported; set them in text_config or image_config.")
 
     @property
+    def layer_types(self) -> list[str]:
+        """ "full_attention" or "sliding_attention" for each cached attention, in the order of `per_layer_config`."""
+        slides = [getattr(config, "sliding_window", None) is not None for config in self.per_layer_config]
+        return ["sliding_attention" if sliding else "full_attention" for sliding in slides]
+
+    def validate_layer_type(self) -> None:
+        """Nothing to check here: a cross JAM has more attentions than depths, and the decoders' configs check their own."""
+
+    @property
     def base_model_tp_plan(self) -> dict[str, str]:
         """Tensor parallel styles by the names of a [`JamModel`]'s modules, see sharding_jam.py."""
         return tensor_parallel_plan(self)

@@ -19,6 +19,7 @@ from transformers import DynamicCache, GenerationMixin, LogitsProcessorList, Qua
 from transformers.utils.generic import is_flash_attention_requested
 
 from .caching_jam import JamBlockCache
+from .continuous_batching_jam import JamContinuousBatchingMixin, PictureGrammarContinuousLogitsProcessor
 from .grammar_jam import GENERATION_MODES, DocumentRules, PictureGrammar, PictureReader
 from .guidance_jam import (
     BranchContexts,
@@ -93,7 +94,7 @@ class PictureSteps:
             self.packed.settle()
 
 
-class JamGenerationMixin(GenerationMixin):
+class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
     """`generate()` with pictures: everything of `GenerationMixin`, plus the settings of `JAM_SETTINGS`."""
 
     output_modalities = ("image", "text")
@@ -315,6 +316,8 @@ class JamGenerationMixin(GenerationMixin):
             )
         finally:
             generation_config.guidance_scale = scale
+        if input_ids_seq_length is None:  # continuous batching, where each request has a length of its own
+            return LogitsProcessorList([*self._continuous_grammar(generation_config), *processors])
         model_kwargs = model_kwargs or {}
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
@@ -368,6 +371,22 @@ class JamGenerationMixin(GenerationMixin):
         if cache is not None and (packed is not None or codes_alone):
             cache.picture_steps = PictureSteps(reader, packed, codes_alone)
         return LogitsProcessorList([*ours, *processors])
+
+    def _continuous_config(self, generation_config: Any) -> Any:
+        """A copy for continuous batching, which asks the model's own config for nothing; `generate()` does."""
+        config = copy.copy(self.generation_config if generation_config is None else generation_config)
+        for name in ("guidance_scale", *JAM_SETTINGS):
+            setattr(config, name, self._setting(name, config, {}))
+        return config
+
+    def _continuous_grammar(self, generation_config: Any) -> list[PictureGrammarContinuousLogitsProcessor]:
+        """None, or the one of the grammar, where this is not a call of `generate()`."""
+        rules, eos = self._document_rules(generation_config), generation_config.eos_token_id
+        if rules is None:
+            return []
+        ends = [i for i in (eos if isinstance(eos, list) else [eos]) if i is not None and i >= 0]
+        grammar = PictureGrammar(self.config, ends)
+        return [PictureGrammarContinuousLogitsProcessor(grammar, rules, self.config.max_position_embeddings)]
 
     @staticmethod
     def _document_rules(generation_config: Any) -> DocumentRules | None:

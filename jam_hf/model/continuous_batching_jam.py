@@ -1,0 +1,161 @@
+"""Pictures under transformers' continuous batching (`generate_batch`): the grammar, request by request.
+
+There a processor sees the last id of each request only. The grammar's states are kept on the host beside the requests, and each
+step tells the device one number a request: the kind of set its next id comes from. What continuous batching cannot do for a JAM
+is refused here with the reason: it has no branch beside a request, so nothing is guided.
+
+Shape suffixes: R requests with a new id, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import ContinuousBatchingConfig
+from transformers.generation.continuous_batching import ContinuousMixin
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
+
+from .grammar_jam import DocumentRules, PictureGrammar, PictureState
+
+
+if TYPE_CHECKING:
+    from .configuration_jam import JamConfig
+
+
+class PictureGrammarContinuousLogitsProcessor(ContinuousBatchingLogitsProcessor):
+    """`PictureGrammarLogitsProcessor` for a batch whose requests come and go, each with a length of its own."""
+
+    supported_kwargs: dict[str, type] = {}
+    ignored_kwargs: tuple[str, ...] = ()
+
+    def __init__(self, grammar: PictureGrammar, rules: DocumentRules, max_positions: int):
+        """`max_positions`: ids that the model can read, beyond which no picture may reach."""
+        self.grammar, self.rules, self.max_positions = grammar, rules, max_positions
+        self._read: tuple[list[tuple[str, int]], PictureState] | None = None  # requests and lengths, and their states [R]
+
+    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> torch.Tensor:
+        """int32 `[R]`: the kind of set from which each request's next id comes (`PictureGrammar.kinds`)."""
+        requests = [future.state for future in requests_with_new_token]
+        if not requests:
+            return torch.zeros(0, dtype=torch.int32)
+        read = [(r.request_id, len(r.initial_tokens) + len(r.generated_tokens)) for r in requests]
+        if self._read is not None and read == [(name, length + 1) for name, length in self._read[0]]:
+            last = torch.tensor([(r.generated_tokens or r.initial_tokens)[-1] for r in requests])
+            state = self.grammar.advance(self._read[1], last)
+        else:
+            state = PictureState(*map(torch.cat, zip(*map(self._state, requests))))
+        self._read = (read, state)
+        return self.grammar.kinds(state, self.rules).to(torch.int32)
+
+    def _state(self, request: Any) -> PictureState:
+        """Of one request, `[1]`, from all its ids. One that was set back has its first ids in `initial_tokens`."""
+        ids = [*request.initial_tokens, *request.generated_tokens]
+        room = self.max_positions - len(ids)
+        if request.max_new_tokens is not None:
+            room = min(room, request.max_new_tokens - len(request.generated_tokens))
+        prompt_length = request._true_initial_tokens or len(request.initial_tokens)
+        return self.grammar.state(torch.tensor([ids], dtype=torch.int64), prompt_length, room)
+
+    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+        """float `[R, V]` and int32 `[R or more]` -> float `[R, V]`."""
+        sets = self.grammar.sets(scores.shape[-1], scores.device)
+        return scores.masked_fill(~sets[tensor_arg[: scores.shape[0]].to(torch.int64)], float("-inf"))
+
+
+class JamContinuousBatchingMixin(ContinuousMixin):
+    """`generate_batch` and its like: text, and pictures without guidance."""
+
+    def generate_batch(self, inputs: list[list[int]], generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in `ContinuousMixin`; a JAM's settings stand in `generation_config`, or in the model's own.
+
+        Raises:
+            ValueError: on arguments that would be passed over, placeholders `<image>`, and what is not served (see
+                `init_continuous_batching`).
+        """
+        known = ("continuous_batching_config", "record_timestamps", "progress_bar", "persistent_manager", "warmup")
+        if unknown := set(kwargs) - {*known, "max_new_tokens"}:
+            raise ValueError(
+                f"generate_batch does not take {', '.join(sorted(unknown))}. Settings of generation go into generation_config="
+                "GenerationConfig(...)."
+            )
+        if any(self.config.image_token_id in ids for ids in inputs):
+            raise ValueError(
+                "The prompts have placeholders <image>, and generate_batch takes ids only. Put the codes of the pictures in "
+                "their place: model.model.insert_image_tokens(input_ids, pixel_values)."
+            )
+        config = self._continuous_config(generation_config)
+        budget = kwargs.get("max_new_tokens") or config.max_new_tokens
+        if config.generation_mode == "image":
+            rest = [self.config.max_position_embeddings - len(ids) for ids in inputs]
+            room = min(rest if budget is None else [*rest, budget], default=0)
+            if inputs and room < self.config.picture_length + 2:
+                raise ValueError(
+                    f"generation_mode='image' needs room for a picture of {self.config.image_seq_length} codes and what stands "
+                    f"around: max_new_tokens={self.config.picture_length + 2}; got room for {room} (max_new_tokens, and the "
+                    f"model's {self.config.max_position_embeddings} positions)."
+                )
+        return super().generate_batch(inputs, config, *args, **kwargs)
+
+    def init_continuous_batching(
+        self, generation_config: Any = None, continuous_batching_config: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in `ContinuousMixin`.
+
+        Raises:
+            ValueError: on guidance, settings by modality, windows, streams with unlike heads, and asynchronous batching of
+                pictures, none of which are served.
+        """
+        config = self._continuous_config(generation_config)
+        _check_served(self.config, config)
+        if config.generation_mode is not None:
+            # Asynchronous batches are prepared before the ids of the last one are known.
+            continuous_batching_config = copy.copy(continuous_batching_config or ContinuousBatchingConfig())
+            if continuous_batching_config.use_async_batching:
+                raise ValueError("generation_mode needs each id before the next step: set use_async_batching=False, or None.")
+            continuous_batching_config.use_async_batching = False
+        manager = super().init_continuous_batching(config, continuous_batching_config, *args, **kwargs)
+        # transformers counts the processors that it has made itself from others; each gets a row of numbers.
+        processors = manager.logit_processor
+        processors.tensors_required = sum(
+            isinstance(processor, ContinuousBatchingLogitsProcessor) for processor in processors.logits_processor
+        )
+        return manager
+
+
+def _check_served(config: JamConfig, settings: Any) -> None:
+    guided = [name for name in ("image_guidance_scale", "contrastive_alpha") if getattr(settings, name, None) is not None]
+    guided += ["guidance_scale"] if settings.guidance_scale not in (None, 1) else []
+    if guided:
+        raise ValueError(
+            f"Continuous batching does not guide pictures ({', '.join(guided)}): it runs each request by itself, without the "
+            "branch that guidance compares with. Use generate(), or leave guidance out."
+        )
+    names = ("image_temperature", "image_top_k", "image_top_p", "image_min_p")
+    if apart := [name for name in names if getattr(settings, name, None) is not None]:
+        raise ValueError(
+            f"Continuous batching has no settings by modality ({', '.join(apart)}). Use generate(), or temperature, top_k and "
+            "top_p, which hold for text and codes."
+        )
+    if "sliding_attention" in config.layer_types:
+        raise ValueError(
+            "Continuous batching builds one mask for all layers of a JAM, and some of them have a sliding window. Use "
+            "generate()."
+        )
+    heads = set()
+    for decoder in config.decoder_configs:
+        count = getattr(decoder, "num_key_value_heads", None) or decoder.num_attention_heads
+        size = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
+        heads.add((count, size))
+    if len(heads) > 1:
+        raise ValueError(
+            "Continuous batching keeps pages of one shape, and the streams have different key/value heads (number, size): "
+            f"{sorted(heads)}. Use generate()."
+        )
+
+
+__all__ = ["JamContinuousBatchingMixin", "PictureGrammarContinuousLogitsProcessor"]
