@@ -19,7 +19,7 @@ OPTIONS = {
     "convert-vq": ["--source", "--layout"],
     "convert-metaseq": ["--source", "--num-attention-heads"],
     "certify": ["--texts", "--pairs", "--image-token-offset"],
-    "generate": ["--guidance-scale", "--output"],
+    "generate": ["--guidance-scale", "--picture-after-sentence", "--output"],
 }
 
 
