@@ -80,7 +80,8 @@ class PictureSteps:
             self.packed.take(outputs)
         if self.vocab_size is not None:
             grammar, codes_BTK = self.reader.grammar, outputs.logits
-            outputs.logits = codes_BTK.new_full((*codes_BTK.shape[:-1], self.vocab_size), float("-inf"))
+            # Least, not minus infinity: a row that a stopping criterion has ended meanwhile must have something to choose from.
+            outputs.logits = codes_BTK.new_full((*codes_BTK.shape[:-1], self.vocab_size), torch.finfo(codes_BTK.dtype).min)
             outputs.logits[..., grammar.first_code : grammar.last_code + 1] = codes_BTK
             self.vocab_size = None
 
@@ -254,7 +255,8 @@ class JamGenerationMixin(GenerationMixin):
             missing = len(self.config.per_layer_config) - len(cache.layers)
             cache.layers += [copy.deepcopy(cache.layers[0]) for _ in range(missing)]
         made_here = type(cache) is DynamicCache and not getattr(cache, "_is_user_defined", False) and not cache.offloading
-        if made_here and generation_config._rows_follow:  # beams would make it copy all at every step
+        as_usual = generation_config.cache_implementation in (None, "dynamic")
+        if made_here and as_usual and generation_config._rows_follow:  # beams would make it copy all at every step
             model_kwargs["past_key_values"] = JamBlockCache(config=self.config)
 
     def prepare_inputs_for_generation(
