@@ -19,6 +19,8 @@ import torch
 from transformers import DynamicCache, GenerationMixin, LogitsProcessor, LogitsProcessorList, QuantizedCache
 from transformers.utils.generic import is_flash_attention_requested
 
+from .memory_jam import generate_with_memory
+
 
 if TYPE_CHECKING:
     from .configuration_jam import JamConfig
@@ -277,6 +279,8 @@ class JamGenerationMixin(GenerationMixin):
                 set in the generation config): plain next-token generation without a grammar.
             guidance_scale (`float`, *optional*): classifier-free guidance inside pictures; 1.0 or `None`: none.
             pixel_values (float `[P, 3, H, W]`, *optional*): pictures of the prompt, as the processor makes them.
+            memory (`Memory`, *optional*): documents found for each prompt are put before it (memory_jam.py); they are in none
+                of the sequences that come back.
 
             Everything else as in `GenerationMixin.generate`. Pictures of the prompt come back as their codes. Where neither
             `max_new_tokens` nor `max_length` is set, a document may fill the model's positions; "image" mode makes its picture.
@@ -288,6 +292,8 @@ class JamGenerationMixin(GenerationMixin):
             ValueError: on an unknown mode or guidance scale, placeholders without pictures, or no room for a picture in
                 "image" mode.
         """
+        if (memory := kwargs.pop("memory", None)) is not None:
+            return generate_with_memory(self, memory, inputs, generation_config, kwargs)
         defaults = self.generation_config
         if not hasattr(defaults, "generation_mode"):
             defaults.generation_mode = None
