@@ -10,10 +10,12 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from datasets import Dataset, load_from_disk
 
 from ..model.memory_jam import AugmentedPrompts, MemoryDocument, MemoryQuery, augment_prompts
@@ -233,8 +235,9 @@ class MemoryIndex:
         texts: list[str | None] = []
         pictures: list[list[Any]] = []
         for ids, pixel_values in queries:
-            kept = ids[ids != model.config.image_token_id]
-            (segments,) = self.processor.post_process_interleaved(kept[None], model)
+            holes = groupby(ids.tolist(), key=lambda token: token == model.config.image_token_id)
+            pieces = [torch.tensor([list(run)]) for is_hole, run in holes if not is_hole]
+            segments = [s for piece in pieces for s in self.processor.post_process_interleaved(piece, model)[0]]
             texts.append(" ".join(s["text"].strip() for s in segments if s["type"] == "text") or None)
             decoded = [s["image"] for s in segments if s["type"] == "image" and s["image"] is not None]
             given = self.processor.image_processor.postprocess(pixel_values) if len(pixel_values) else []
