@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,7 @@ def caption_ids(processor: JamProcessor, captions: Sequence[str]) -> list[list[i
         return []
     tokenizer = processor.tokenizer
     text = "".join(caption + processor.image_token for caption in captions)
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+    special = _special_ids(tokenizer, len(tokenizer))
     rows: list[list[int]] = [[]]
     for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
         if token == processor.image_token_id:
@@ -114,3 +115,10 @@ def caption_ids(processor: JamProcessor, captions: Sequence[str]) -> list[list[i
             f"A caption of {list(captions)!r:.200} has {processor.image_token} itself. Take it out of the caption."
         )
     return rows
+
+
+@lru_cache(maxsize=4)
+def _special_ids(tokenizer: Any, size: int) -> frozenset[int]:
+    """Kept, as a JAM's tokenizer has thousands of them: the image codes."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(added.union(tokenizer.all_special_ids))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
 
 
 DEFAULT_EMBEDDER = "openai/clip-vit-base-patch32"  # CLIP ViT-B/32 [C]
@@ -53,7 +53,14 @@ class ClipEmbedder:
     def __init__(self, name: str = DEFAULT_EMBEDDER, revision: str | None = None, device: Any = None):
         self.name = os.fspath(name)
         try:
-            self.model = CLIPModel.from_pretrained(self.name, revision=revision, use_safetensors=True)
+            config = AutoConfig.from_pretrained(self.name, revision=revision)
+            if not isinstance(config, CLIPConfig):
+                raise ValueError(f"it is a '{config.model_type}'.")
+            self.model, found = CLIPModel.from_pretrained(
+                self.name, revision=revision, use_safetensors=True, output_loading_info=True
+            )
+            if found["missing_keys"]:
+                raise ValueError(f"it has no weights {sorted(found['missing_keys'])[0]}.")
             self.tokenizer = AutoTokenizer.from_pretrained(self.name, revision=revision)
             self.image_processor = AutoImageProcessor.from_pretrained(self.name, revision=revision, backend="pil")
         except Exception as error:  # of the file system, the Hub, safetensors or json

@@ -177,39 +177,42 @@ class MemoryIndex:
         return [self._named(found) for found in self.search(self.embedder.embed(texts, seen))]
 
     def search(
-        self, queries: np.ndarray, num_documents: int | None = None, left_out: Sequence[Sequence[int]] | None = None
+        self,
+        queries: np.ndarray,
+        num_documents: Sequence[int] | None = None,
+        left_out: Sequence[Sequence[int]] | None = None,
     ) -> list[list[tuple[float, int]]]:
         """Maximum inner product search [C], without near-duplicates.
 
         Args:
             queries: float32 `[B, D]`, of length 1.
-            num_documents: in place of that of the settings.
+            num_documents: for each query, in place of that of the settings.
             left_out: for each query the rows that are not to be taken.
         Returns:
             for each query the scores and rows of its documents, the most similar first.
         """
-        wanted = self.settings.num_documents if num_documents is None else num_documents
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        return [
-            self._search_one(query, wanted, set() if left_out is None else set(left_out[i])) for i, query in enumerate(queries)
-        ]
-
-    def _search_one(self, query: np.ndarray, wanted: int, left_out: set[int]) -> list[tuple[float, int]]:
-        total = len(self.documents)
-        candidates = min(total, 4 * wanted + len(left_out))
-        while True:  # the first round is most often the last
-            scores, rows = self.documents.search("embedding", query, k=max(candidates, 1))
-            best = sorted(zip((-scores.clip(-1, 1)).tolist(), rows.tolist()))  # rounding makes a 1 a little more
-            ranked = [(-negative, row) for negative, row in best if row not in left_out]
-            vectors = self._embeddings([row for _, row in ranked])
-            kept = without_near_duplicates([score for score, _ in ranked], vectors, wanted, self.settings.max_score)
-            if len(kept) == wanted or candidates == total:
-                return [ranked[i] for i in kept]
-            candidates = min(total, 2 * candidates)
+        wanted = [self.settings.num_documents] * len(queries) if num_documents is None else num_documents
+        left_out = [()] * len(queries) if left_out is None else left_out
+        answers: dict[int, list[tuple[float, int]]] = {i: [] for i, count in enumerate(wanted) if count == 0}
+        total, candidates = len(self), 4 * max(wanted, default=0) + max(map(len, left_out), default=0)
+        while rest := [i for i in range(len(queries)) if i not in answers]:  # most often one round is enough
+            candidates = min(total, candidates)
+            scores_RC, rows_RC = self.documents.search_batch("embedding", queries[rest], k=candidates)
+            for i, scores, rows in zip(rest, scores_RC, rows_RC):
+                best = sorted(zip((-scores.clip(-1, 1)).tolist(), rows.tolist()))  # rounding makes a 1 a little more
+                ranked = [(-negative, row) for negative, row in best if row not in left_out[i]]
+                vectors = self._embeddings([row for _, row in ranked])
+                kept = without_near_duplicates([score for score, _ in ranked], vectors, wanted[i], self.settings.max_score)
+                if len(kept) == wanted[i] or candidates == total:
+                    answers[i] = [ranked[k] for k in kept]
+            candidates *= 2
+        return [answers[i] for i in range(len(queries))]
 
     def _embeddings(self, rows: Sequence[int]) -> np.ndarray:
-        """float32 `[len(rows), D]`"""
-        return np.asarray(self.documents.with_format("numpy", columns=["embedding"])[list(rows)]["embedding"], dtype=np.float32)
+        """float32 `[len(rows), D]`, as FAISS keeps them: another view of the dataset would be a copy of its index too."""
+        vectors = self.documents.get_index("embedding").faiss_index
+        return vectors.reconstruct_batch(np.array(rows, dtype=np.int64))
 
     def _named(self, found: list[tuple[float, int]]) -> list[RetrievedDocument]:
         rows = [self.documents[row] for _, row in found]

@@ -54,7 +54,7 @@ def documents_with_memory(
     if isinstance(most, bool) or not isinstance(most, int) or most < 0:
         raise ValueError(f"documents_with_memory: max_documents must be a whole number, 0 or more, got {max_documents!r}.")
     index.check_codes(model.model.vq_model)
-    dataset = index.documents.with_format(None) if pairs is None else as_pairs(pairs)
+    dataset = index.documents if pairs is None else as_pairs(pairs)
     by_caption: dict[str, list[int]] = defaultdict(list)
     for row, text in enumerate(index.documents["text"]):
         by_caption[text].append(row)
@@ -68,10 +68,12 @@ def documents_with_memory(
         else:
             codes, pictures = codes_and_pictures(batch, model.model.vq_model, index.processor)
             queries = index.embedder.embed(texts, [[picture] for picture in pictures])
-        for number, (text, own, query) in enumerate(zip(texts, codes, queries), start=start):
-            wanted = int(np.random.default_rng([seed, number]).integers(most + 1))
-            itself = [row for row in by_caption[text] if np.array_equal(index.documents[row]["codes"], own)]
-            (found,) = index.search(query[None], wanted, [itself])
+        wanted = [int(np.random.default_rng([seed, start + i]).integers(most + 1)) for i in range(len(texts))]
+        itself = [
+            [row for row in by_caption.get(text, ()) if np.array_equal(index.documents[row]["codes"], own)]
+            for text, own in zip(texts, codes)
+        ]
+        for text, own, found in zip(texts, codes, index.search(queries, wanted, itself)):
             rows.append(_document(index, model, [index.documents[row] for _, row in found], text, own, max_length))
     features = Features(text=Value("string"), images=List(List(Value("int32"))), memory_ids=List(Value("string")))
     return Dataset.from_list(rows, features=features)
@@ -95,6 +97,6 @@ def _document(
         retrieved = retrieved[: how_many_fit(lengths, max_length - own - len(around))]
     return {
         "text": "".join(caption + processor.image_token for caption in (*(d["text"] for d in retrieved), text)),
-        "images": [*(document["codes"] for document in retrieved), codes.tolist()],
+        "images": [np.asarray(own, dtype=np.int32) for own in (*(d["codes"] for d in retrieved), codes)],
         "memory_ids": [document["id"] for document in retrieved],
     }

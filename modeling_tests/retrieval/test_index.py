@@ -91,6 +91,10 @@ def test_a_text_longer_than_clip_reads_is_cut(clip_folder):
 def test_what_is_no_clip_or_no_query_is_refused(tmp_path, clip_folder):
     with pytest.raises(ValueError, match="cannot be read as a CLIP model"):
         ClipEmbedder(str(tmp_path))
+    half = CLIPModel.from_pretrained(clip_folder)
+    half.save_pretrained(tmp_path / "half", state_dict=half.text_model.state_dict())
+    with pytest.raises(ValueError, match="it has no weights"):
+        ClipEmbedder(tmp_path / "half")
     embedder = ClipEmbedder(clip_folder)
     with pytest.raises(ValueError, match="Nothing to embed in number 1"):
         embedder.embed(["a", " "], [[], []])
@@ -141,10 +145,10 @@ def test_search_against_brute_force(wanted, limit, table_index, monkeypatch):
 
 
 def test_rows_left_out_are_not_found_and_stand_in_nobodys_way(table_index):
-    (query,) = TableEmbedder().embed(["red"], [[]])
-    ((best, second, third),) = table_index.search(query[None], 3)
-    ((first, after),) = table_index.search(query[None], 2, [[best[1], third[1]]])
-    assert first == second and after not in (best, third)
+    queries = TableEmbedder().embed(["red", "blue"], [[]] * 2)
+    (best, second, third), blue = table_index.search(queries, [3, 1])
+    (first, after), none, same = table_index.search(queries[[0, 0, 1]], [2, 0, 1], [[best[1], third[1]], [], []])
+    assert first == second and after not in (best, third) and none == [] and same == blue
 
 
 def test_queries_of_text_pictures_and_both(clip_folder, tmp_path, model, jam_processor):
