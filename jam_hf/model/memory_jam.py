@@ -240,8 +240,9 @@ def generate_with_memory(
         model, memory, input_ids, kwargs.pop("attention_mask", None), kwargs.pop("pixel_values", None), new_tokens
     )
     added = prompts.input_ids.shape[1] - input_ids.shape[1]
-    for name in ("max_length", "min_length"):
-        if (value := _setting(model, name, generation_config, kwargs)) is not None:
+    for name, stronger in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        value, new = (_setting(model, n, generation_config, kwargs) for n in (name, stronger))
+        if value is not None and new is None:
             kwargs[name] = value + added
     if kwargs.get("streamer") is not None:
         kwargs["streamer"] = _PromptWithoutDocuments(kwargs["streamer"], prompts.prompt_ids)
