@@ -1,310 +1,148 @@
-"""Writing interleaved documents: the grammar of pictures in a token sequence, guidance, and `generate()` for both.
+"""`generate()` with pictures: the grammar, guidance and settings by modality as citizens of transformers' generation.
 
-It knows token ids only. The grammar is a plain object, tested without a model; its state is read off the ids themselves, so
-it holds for each row of a batch on its own, whatever reorders or repeats the rows (beams, several return sequences).
+The grammar is in grammar_jam.py and what guides pictures in guidance_jam.py; here they become logits processors and steps of
+`GenerationMixin`, whose loops (greedy, sampling, beams, drafts) are used as they are.
 
-Shape suffixes: B rows, T positions, V vocabulary, N codes a picture, L tokens of a picture (N where it is codes alone), R rows
-inside a picture.
+Shape suffixes: B rows, T positions, V vocabulary, K codes of the codebook.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationMixin, LogitsProcessor, LogitsProcessorList, QuantizedCache
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, LogitsProcessorList, QuantizedCache
 from transformers.utils.generic import is_flash_attention_requested
 
+from .caching_jam import JamBlockCache
+from .grammar_jam import GENERATION_MODES, DocumentRules, PictureGrammar, PictureReader
+from .guidance_jam import (
+    BranchContexts,
+    GuidanceSettings,
+    PictureGuidanceLogitsProcessor,
+    SeparateGuidance,
+)
+from .infilling_jam import InfillLogitsProcessor
+from .logits_process_jam import (
+    WARPER_CLASSES,
+    PictureGrammarGuardLogitsProcessor,
+    PictureGrammarLogitsProcessor,
+    warp_by_modality,
+)
 from .memory_jam import generate_with_memory
+from .packed_guidance_jam import PackedGuidance
 
 
-if TYPE_CHECKING:
-    from .configuration_jam import JamConfig
+# What `generate()` and the generation config take beyond transformers' own.
+JAM_SETTINGS = (
+    "generation_mode",
+    "image_guidance_scale",
+    "contrastive_alpha",
+    "contrastive_k",
+    "image_temperature",
+    "image_top_k",
+    "image_top_p",
+    "image_min_p",
+    "min_new_images",
+    "max_new_images",
+    "image_after_token_ids",
+    "image_positions",
+)
 
-GENERATION_MODES = ("interleaved", "text", "image")
 
+class PictureSteps:
+    """What a call of `generate()` changes in single steps of the loop; it sits on the cache, which is passed from step to step.
 
-class PictureState(NamedTuple):
-    """Where each row stands; all `[B]`.
-
-    in_picture (bool): after an opening token, before the closing one. position (int64): tokens of that picture so far, which
-    is its codes so far where a picture is codes alone. closed (bool): the last token closes a picture.
+    Inside pictures, branches of guidance are packed beside the document, and where every row awaits a code, the image rows of
+    the head alone are computed.
     """
 
-    in_picture: torch.Tensor
-    position: torch.Tensor
-    closed: torch.Tensor
+    def __init__(self, reader: PictureReader, packed: PackedGuidance | None, codes_alone: bool):
+        self.reader, self.packed, self.codes_alone = reader, packed, codes_alone
+        self.vocab_size: int | None = None  # to which logits of codes alone are widened again
 
+    def prepare(self, input_ids: torch.LongTensor, model_inputs: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+        self.vocab_size = None
+        if self.packed is not None:
+            model_inputs = self.packed.prepare(input_ids, model_inputs)
+        if self.codes_alone:
+            next_ids = self.reader.grammar.next_ids
+            if all(p >= 0 and next_ids[min(p, len(next_ids) - 1)] < 0 for p in self.reader.host_positions(input_ids)):
+                self.vocab_size = vocab_size
+                model_inputs = model_inputs | {"image_logits_only": True}
+        return model_inputs
 
-class PictureGrammar:
-    """`text* (<break> N codes <break> text*)* <eos>`, row by row (paper, Decoding: one image of exactly N tokens).
+    def take(self, outputs: Any) -> None:
+        if self.packed is not None:
+            self.packed.take(outputs)
+        if self.vocab_size is not None:
+            grammar, codes_BTK = self.reader.grammar, outputs.logits
+            outputs.logits = codes_BTK.new_full((*codes_BTK.shape[:-1], self.vocab_size), float("-inf"))
+            outputs.logits[..., grammar.first_code : grammar.last_code + 1] = codes_BTK
+            self.vocab_size = None
 
-    A `<break>` opens a picture unless a picture's token stands before it; then it closes one. Where the config's layout says
-    more, `config.picture_template` stands in place of the N codes, and a closing token of its own leaves `<break>` to open.
-    """
+    def reorder(self, rows: torch.LongTensor) -> None:
+        if self.packed is not None:
+            self.packed.reorder(rows)
 
-    def __init__(self, config: JamConfig, eos_token_ids: list[int] | None = None):
-        """`eos_token_ids`: what ends a document; the config's where `None`."""
-        self.break_token_id = config.break_token_id
-        self.image_token_id = config.image_token_id
-        self.first_code = config.image_token_offset
-        self.last_code = config.image_token_offset + config.num_image_tokens - 1
-        self.end_token_id = config.picture_end_token_id
-        self.template, self.structure = config.picture_template, config.picture_structure_token_ids
-        self.picture_length = config.picture_length
-        self._tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
-        if eos_token_ids is None:
-            eos_token_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        self.eos_token_ids = [i for i in eos_token_ids if i is not None]
-        reserved = [config.image_token_id, config.mask_end_token_id, config.pad_token_id]
-        reserved += [config.mask_token_id + i for i in range(config.num_mask_tokens)]
-        reserved += [*self.structure, config.image_end_token_id]
-        self.reserved = [i for i in reserved if i is not None and i not in self.eos_token_ids]
-
-    def _tables_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[L + 1]` and `[S]`: what stands at each position (-1: a code), the closing token last; the structure's ids.
-
-        They are copied to a device once, not at every step.
-        """
-        if device not in self._tables:
-            tables = ([*self.template, self.end_token_id], list(self.structure))
-            self._tables[device] = tuple(torch.tensor(ids, dtype=torch.int64, device=device) for ids in tables)
-        return self._tables[device]
-
-    def is_picture_token(self, input_ids: torch.LongTensor) -> torch.Tensor:
-        """What stands between an opening and a closing token: image codes, their placeholders, the layout's own tokens."""
-        tokens = (input_ids >= self.first_code) & (input_ids <= self.last_code)
-        tokens = tokens | (input_ids == self.image_token_id)
-        return tokens | torch.isin(input_ids, self._tables_on(input_ids.device)[1]) if self.structure else tokens
-
-    def state(self, input_ids: torch.LongTensor) -> PictureState:
-        """Read the state off the last L + 2 ids of each row; `input_ids` is int64 `[B, T]`.
-
-        T is 0 where the prompt came as `inputs_embeds`, which say nothing of pictures: such a row stands in text.
-        """
-        if not input_ids.shape[1]:
-            nothing = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-            return PictureState(nothing, nothing.long(), nothing)
-        inside_BT = self.is_picture_token(input_ids[:, -(self.picture_length + 2) :])
-        position = inside_BT.flip(1).to(torch.int64).cumprod(1).sum(1)
-        opens, closes = input_ids[:, -1] == self.break_token_id, input_ids[:, -1] == self.end_token_id
-        if self.end_token_id == self.break_token_id:
-            after_picture = inside_BT[:, -2] if inside_BT.shape[1] > 1 else torch.zeros_like(opens)
-            opens, closes = opens & ~after_picture, closes & after_picture
-        return PictureState((position > 0) | opens, position, closes)
-
-    def next_in_picture(self, state: PictureState) -> torch.LongTensor:
-        """int64 `[B]`: the one id that may come next inside a picture, -1 for any code; of no meaning for rows in text."""
-        return self._tables_on(state.position.device)[0][state.position.clamp(max=self.picture_length)]
-
-    def last_pictures(self, sequences: torch.LongTensor) -> torch.LongTensor:
-        """The codes of the last complete picture of each row: int64 `[B, T]`, as `generate()` returns it, to int64 `[B, N]`.
-
-        Raises:
-            ValueError: if a row has no complete picture (`<break>`, N codes, `<break>`, in the config's layout).
-        """
-        size, pictures = self.picture_length, []
-        template_L = self._tables_on(sequences.device)[0][:-1]
-        of_codes_L = template_L < 0
-        codes_BT = (sequences >= self.first_code) & (sequences <= self.last_code)
-        breaks_BT, ends_BT = sequences == self.break_token_id, sequences == self.end_token_id
-        for row in range(sequences.shape[0]):
-            for end in reversed(ends_BT[row].nonzero().flatten().tolist()):
-                start = end - size
-                if start <= 0 or not breaks_BT[row, start - 1]:
-                    continue
-                picture = sequences[row, start:end]
-                if bool(torch.where(of_codes_L, codes_BT[row, start:end], picture == template_L).all()):
-                    pictures.append(picture[of_codes_L])
-                    break
-            else:
-                what = f"<break>, {int(of_codes_L.sum())} codes" + (" in their layout" if self.structure else "")
-                end = "<break>" if self.end_token_id == self.break_token_id else f"the closing token {self.end_token_id}"
-                raise ValueError(
-                    f"Row {row} of the written ids has no complete picture ({what}, {end}). Expected what "
-                    "generate(generation_mode='image') returns; post_process_interleaved takes documents of any kind apart."
-                )
-        return torch.stack(pictures)
-
-    def allowed(
-        self, input_ids: torch.LongTensor, vocab_size: int, mode: str, prompt_length: int, max_length: int
-    ) -> torch.Tensor:
-        """Which ids may come next.
-
-        Args:
-            input_ids: int64 `[B, T]`, prompt and what was written so far.
-            mode: "interleaved" (pictures wherever the model opens one), "text" (none), "image" (one picture, at once).
-            prompt_length, max_length: in tokens; a picture that could not be closed within `max_length` is not begun.
-        Returns:
-            bool `[B, V]`.
-        """
-        state = self.state(input_ids)
-        length, device = input_ids.shape[1], input_ids.device
-        text_V = torch.ones(vocab_size, dtype=torch.bool, device=device)
-        text_V[self.first_code : self.last_code + 1] = False
-        text_V[self.reserved] = False
-        room = length + 2 + self.picture_length <= max_length
-        text_V[self.break_token_id] = mode == "interleaved" and room
-        codes_V = torch.zeros_like(text_V)
-        codes_V[self.first_code : self.last_code + 1] = True
-        break_V = torch.zeros_like(text_V)
-        break_V[self.break_token_id] = True
-        next_B1 = self.next_in_picture(state)[:, None]
-        inside_BV = torch.where(next_B1 < 0, codes_V, torch.arange(vocab_size, device=device) == next_B1)
-        if mode == "image":
-            end_V = torch.zeros_like(text_V)
-            end_V[self.eos_token_ids] = True
-            done = state.closed & (length > prompt_length)
-            if self.eos_token_ids and length:  # once closed, only the end is left; without an <eos>, max_length ends the row
-                done = done | torch.isin(input_ids[:, -1], torch.tensor(self.eos_token_ids, device=device))
-                outside_BV = torch.where(done[:, None], end_V, break_V)
-            else:
-                outside_BV = torch.where(done[:, None], text_V, break_V)
-        else:
-            outside_BV = text_V.expand(input_ids.shape[0], -1)
-        return torch.where(state.in_picture[:, None], inside_BV, outside_BV)
-
-
-class PictureGrammarLogitsProcessor(LogitsProcessor):
-    """Sets the scores of ids that the grammar does not allow to minus infinity."""
-
-    def __init__(self, grammar: PictureGrammar, mode: str, prompt_length: int, max_length: int):
-        self.grammar, self.mode = grammar, mode
-        self.prompt_length, self.max_length = prompt_length, max_length
-        self.last_scores: torch.FloatTensor | None = None
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        allowed = self.grammar.allowed(input_ids, scores.shape[-1], self.mode, self.prompt_length, self.max_length)
-        self.last_scores = scores.masked_fill(~allowed, float("-inf"))
-        return self.last_scores
-
-
-class PictureGrammarGuardLogitsProcessor(LogitsProcessor):
-    """The last word is the grammar's: where the processors after it left a row none of its ids, its scores come back.
-
-    `no_repeat_ngram_size`, `suppress_tokens` and `min_new_tokens` may forbid the one id that can follow (a closing `<break>`,
-    an `<eos>`); without this the row would go on with id 0.
-    """
-
-    def __init__(self, first: PictureGrammarLogitsProcessor):
-        self.first = first
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        allowed_scores = self.first.last_scores
-        scores = scores.masked_fill(allowed_scores == float("-inf"), float("-inf"))
-        empty_B1 = (scores == float("-inf")).all(-1, keepdim=True)
-        return torch.where(empty_B1, allowed_scores, scores)
-
-
-class PictureGuidanceLogitsProcessor(LogitsProcessor):
-    """Classifier-free guidance for codes of a picture: `uncond + scale * (cond - uncond)` [P].
-
-    Guided scores are log probabilities, so that beam search may add them to those of rows in text and of other pictures.
-    The unconditional branch sees `<bos> <mask> <break>` and the picture so far [A], nothing of the prompt, with a cache of its
-    own. The cache is used while the branch grows by one token per call, and rebuilt when other rows enter, leave or move; so
-    the branch also runs where the layout, not the model, says what comes next, though nothing is guided there.
-    """
-
-    def __init__(self, model: Any, grammar: PictureGrammar, scale: float):
-        self.model, self.grammar, self.scale = model, grammar, scale
-        config = model.config
-        prefix = [config.bos_token_id, config.mask_token_id, config.break_token_id]
-        self.prefix = [i for i in prefix if i is not None]
-        self.pad = config.pad_token_id if config.pad_token_id is not None else config.break_token_id
-        self.cache: DynamicCache | None = None
-        self.cached_ids: torch.LongTensor | None = None
-
-    def branch(self, input_ids: torch.LongTensor, position: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """Ids and mask, both int64 `[R, P + max position]`, left-padded, of the unconditional branch of rows `[R, T]`."""
-        longest = int(position.max())
-        prefix = torch.tensor(self.prefix, device=input_ids.device)
-        ids = torch.full((input_ids.shape[0], len(prefix) + longest), self.pad, device=input_ids.device)
-        mask = torch.zeros_like(ids)
-        for row, count in enumerate(position.tolist()):
-            start = longest - count
-            mask[row, start:] = 1
-            ids[row, start : start + len(prefix)] = prefix
-            if count:
-                ids[row, start + len(prefix) :] = input_ids[row, -count:]
-        return ids, mask
-
-    @torch.no_grad()
-    def unconditional_logits(self, ids: torch.LongTensor, mask: torch.LongTensor) -> torch.FloatTensor:
-        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-        grown = self.cached_ids is not None and torch.equal(ids[:, :-1], self.cached_ids)
-        if not grown:
-            self.cache = DynamicCache(config=self.model.config)
-        new = 1 if grown else ids.shape[1]
-        logits = self.model(
-            input_ids=ids[:, -new:],
-            attention_mask=mask,
-            position_ids=position_ids[:, -new:],
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        self.cached_ids = ids
-        return logits[:, -1]
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        state = self.grammar.state(input_ids)
-        rows = (state.in_picture & (state.position < self.grammar.picture_length)).nonzero().flatten()
-        if rows.numel() == 0:
-            self.cache = self.cached_ids = None
-            return scores
-        ids, mask = self.branch(input_ids[rows], state.position[rows])
-        uncond = self.unconditional_logits(ids, mask).to(scores)
-        guided = (uncond + self.scale * (scores[rows] - uncond)).log_softmax(-1)
-        if self.grammar.structure:
-            a_code_comes_R1 = (self.grammar.next_in_picture(state)[rows] < 0)[:, None]
-            guided = torch.where(a_code_comes_R1, guided, scores[rows])
-        return scores.index_copy(0, rows, guided)
+    def close(self) -> None:
+        if self.packed is not None:
+            self.packed.settle()
 
 
 class JamGenerationMixin(GenerationMixin):
-    """`generate()` with pictures: everything of `GenerationMixin`, plus `generation_mode` and guidance inside pictures."""
+    """`generate()` with pictures: everything of `GenerationMixin`, plus the settings of `JAM_SETTINGS`."""
 
     output_modalities = ("image", "text")
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
-        """Write text, pictures, or both.
+        """Write text, pictures, or both. The settings below may also stand in the generation config.
 
         Args:
             generation_mode (`str`, *optional*): "interleaved", "text" or "image" (one picture, at once). `None` (and not
                 set in the generation config): plain next-token generation without a grammar.
-            guidance_scale (`float`, *optional*): classifier-free guidance inside pictures; 1.0 or `None`: none.
+            min_new_images, max_new_images (`int`, *optional*): pictures to finish in "interleaved" mode, one that is half-drawn
+                in the prompt included.
+            image_after_token_ids (`list[int]`, *optional*): a picture follows each of these ids of written text, and stands
+                nowhere else (`processor.sentence_end_token_ids()` for one after each sentence).
+            image_positions (`list[int]`, *optional*): pictures stand after so many ids of written text, and nowhere else.
+            guidance_scale (`float`, *optional*): classifier-free guidance inside pictures [P]; 1.0 or `None`: none.
+            negative_prompt_ids (int64 `[B or 1, T]`, *optional*), negative_prompt_attention_mask: what guidance turns away
+                from, in place of `<mask>`.
+            image_guidance_scale (`float`, *optional*): a scale of its own for the pictures of the context, beside
+                `guidance_scale` for the whole.
+            contrastive_alpha (`float`), contrastive_k (`int`, *optional*): CD-K [C] instead of guidance.
+            image_temperature, image_top_k, image_top_p, image_min_p (*optional*): for codes, where they differ from
+                `temperature` and so on, which hold for both where these are `None`.
             pixel_values (float `[P, 3, H, W]`, *optional*): pictures of the prompt, as the processor makes them.
             memory (`Memory`, *optional*): documents found for each prompt are put before it (memory_jam.py); they are in none
                 of the sequences that come back.
 
             Everything else as in `GenerationMixin.generate`. Pictures of the prompt come back as their codes. Where neither
             `max_new_tokens` nor `max_length` is set, a document may fill the model's positions; "image" mode makes its picture.
-            Inside a picture the grammar outranks other processors that would leave a row nothing to go on with.
+            No picture is begun that the budget or the model's positions would cut off. Inside a picture the grammar outranks
+            other processors that would leave a row nothing to go on with.
 
             Pipelines take the mode from the generation config: where that says "text" they write text only. A picture comes of
             `pipeline("any-to-any")(..., generation_mode="image", max_new_tokens=L + 2)` (L: `config.picture_length`).
         Raises:
-            ValueError: on an unknown mode or guidance scale, placeholders without pictures, or no room for a picture in
-                "image" mode.
+            ValueError: on settings that are unknown, out of range or contradict each other, placeholders without pictures, or
+                no room for the pictures that are asked for.
         """
         if (memory := kwargs.pop("memory", None)) is not None:
             return generate_with_memory(self, memory, inputs, generation_config, kwargs)
-        defaults = self.generation_config
-        if not hasattr(defaults, "generation_mode"):
-            defaults.generation_mode = None
-        mode = kwargs.get("generation_mode", getattr(generation_config, "generation_mode", defaults.generation_mode))
+        mode = self._setting("generation_mode", generation_config, kwargs)
         if mode is not None and mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode must be one of {', '.join(map(repr, GENERATION_MODES))}, got {mode!r}.")
-        if kwargs.get("negative_prompt_ids") is not None:
-            raise ValueError(
-                "negative_prompt_ids are not supported: guidance compares with <mask> in place of the whole context. "
-                "Leave them out."
-            )
+        kwargs["_negative_prompt"] = self._unpadded(
+            kwargs.pop("negative_prompt_ids", None), kwargs.pop("negative_prompt_attention_mask", None)
+        )
+        kwargs["_own_loop"] = kwargs.get("custom_generate") is not None
 
         pixel_values = kwargs.pop("pixel_values", None)
         if inputs is not None and "input_ids" not in kwargs:
@@ -319,20 +157,56 @@ class JamGenerationMixin(GenerationMixin):
                 "The prompt has placeholders <image> but no pixel_values came with it. Pass the picture(s) to the processor "
                 "(images=[...]) and its whole output to generate()."
             )
-        scale = kwargs.get("guidance_scale")
-        if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
-            raise ValueError(f"guidance_scale must be a finite number or None, got {scale!r}.")
         if mode is not None and not any(
-            getattr(source, name, None) if not isinstance(source, dict) else source.get(name)
-            for source in (kwargs, generation_config, defaults)
-            for name in ("max_length", "max_new_tokens")
+            self._setting(name, generation_config, kwargs) for name in ("max_length", "max_new_tokens")
         ):
             if mode == "image":
                 kwargs["max_new_tokens"] = self.config.picture_length + 2
             else:
                 kwargs["max_length"] = self.config.max_position_embeddings
-        with self._flash_attention_declared():
-            return super().generate(inputs=inputs, generation_config=generation_config, **kwargs)
+        output = None
+        try:
+            with self._flash_attention_declared():
+                output = super().generate(inputs=inputs, generation_config=generation_config, **kwargs)
+        finally:  # a cache that outlives the call is left with the document alone
+            for cache in (kwargs.get("past_key_values"), getattr(output, "past_key_values", None)):
+                if getattr(cache, "picture_steps", None) is not None:
+                    cache.picture_steps.close()
+                    cache.picture_steps = None
+        return output
+
+    def _setting(self, name: str, generation_config: Any, kwargs: dict[str, Any]) -> Any:
+        """A setting of this call: from its arguments, the config that came with it, or the model's own."""
+        if name in kwargs:
+            return kwargs[name]
+        if getattr(generation_config, name, None) is not None:
+            return getattr(generation_config, name)
+        return getattr(self.generation_config, name, None)
+
+    def _unpadded(self, ids: Any, mask: Any) -> list[list[int]] | None:
+        """Rows of the negative prompt as lists, without padding."""
+        if ids is None:
+            return None
+        ids = torch.as_tensor(ids)
+        mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
+        if ids.ndim != 2 or ids.is_floating_point() or mask.shape != ids.shape or not bool(mask.any(1).all()):
+            raise ValueError(
+                "negative_prompt_ids must be ids [B or 1, T] with at least one token in each row, and "
+                f"negative_prompt_attention_mask of the same shape; got {list(ids.shape)} and {list(mask.shape)}."
+            )
+        if bool((ids == self.config.image_token_id).any()):
+            raise ValueError("negative_prompt_ids hold placeholders <image>; put the codes of the pictures in their place.")
+        return [[token for token, kept in zip(*pair) if kept] for pair in zip(ids.tolist(), mask.tolist())]
+
+    def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """As in `GenerationMixin`; the settings of `JAM_SETTINGS` go with it, for this call."""
+        ours = {name: kwargs.pop(name) for name in JAM_SETTINGS if name in kwargs}
+        negative, own_loop = kwargs.pop("_negative_prompt", None), kwargs.pop("_own_loop", False)
+        config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        for name in JAM_SETTINGS:
+            setattr(config, name, ours.get(name, getattr(config, name, None)))
+        config._negative_prompt, config._own_loop = negative, own_loop
+        return config, model_kwargs
 
     @contextmanager
     def _flash_attention_declared(self) -> Iterator[None]:
@@ -348,49 +222,199 @@ class JamGenerationMixin(GenerationMixin):
         finally:
             config._attn_implementation_internal = own
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+    def _guidance_settings(self, generation_config: Any) -> GuidanceSettings | None:
+        """None where this call has nothing to guide."""
+        settings = GuidanceSettings(
+            generation_config.guidance_scale,
+            generation_config.image_guidance_scale,
+            generation_config.contrastive_alpha,
+            generation_config.contrastive_k,
+        )
+        if not settings.branches and generation_config._negative_prompt is not None:
+            raise ValueError(
+                "negative_prompt_ids have nothing to act on: set guidance_scale, or contrastive_alpha and contrastive_k."
+            )
+        return settings if settings.branches and generation_config.generation_mode != "text" else None
+
+    def _columns_beside(self, generation_config: Any, settings: GuidanceSettings) -> int:
+        """What guidance adds to the cache, at most. A document's pictures have no bound but the document's own."""
+        longest = max(map(len, generation_config._negative_prompt or [[0, 0]]))
+        if settings.image_scale is not None:
+            longest = max(longest, generation_config.max_length)
+        return PackedGuidance.columns_beside(PictureGrammar(self.config), settings, longest)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_cache_length: int
+    ) -> None:
+        """As in `GenerationMixin`, with room for guidance in a static cache; the one that grows does so in blocks."""
+        generation_config._rows_follow = generation_mode in ("greedy_search", "sample") and not generation_config._own_loop
+        if generation_config.cache_implementation == "static":
+            settings = self._guidance_settings(generation_config)
+            if settings is not None and settings.image_scale is None and not generation_config.is_assistant:
+                max_cache_length += self._columns_beside(generation_config, settings)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, QuantizedCache):
             # Alone among the caches it counts `num_hidden_layers`; a cross JAM has more attentions than that.
             missing = len(self.config.per_layer_config) - len(cache.layers)
             cache.layers += [copy.deepcopy(cache.layers[0]) for _ in range(missing)]
+        made_here = type(cache) is DynamicCache and not getattr(cache, "_is_user_defined", False) and not cache.offloading
+        if made_here and generation_config._rows_follow:  # beams would make it copy all at every step
+            model_kwargs["past_key_values"] = JamBlockCache(config=self.config)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As in `GenerationMixin`; inside pictures, the branches of guidance beside the document."""
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        steps = getattr(model_inputs.get("past_key_values"), "picture_steps", None)
+        if steps is None or is_first_iteration:
+            return model_inputs
+        return steps.prepare(input_ids, model_inputs, self.config.vocab_size)
+
+    def _update_model_kwargs_for_generation(self, outputs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        steps = getattr(outputs.get("past_key_values"), "picture_steps", None)
+        if steps is not None:
+            steps.take(outputs)
+        return super()._update_model_kwargs_for_generation(outputs, *args, **kwargs)
+
+    def _reorder_cache(self, past_key_values: Any, beam_idx: torch.LongTensor) -> Any:
+        past_key_values.reorder_cache(beam_idx)
+        steps = getattr(past_key_values, "picture_steps", None)
+        if steps is not None:
+            steps.reorder(beam_idx)
+        return past_key_values
 
     def _get_logits_processor(
-        self, generation_config: Any, input_ids_seq_length: int | None = None, **kwargs: Any
+        self,
+        generation_config: Any,
+        input_ids_seq_length: int | None = None,
+        encoder_input_ids: torch.Tensor | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> LogitsProcessorList:
         # GenerationMixin would answer `guidance_scale` with a second forward over the whole prompt at every step.
         scale, generation_config.guidance_scale = generation_config.guidance_scale, None
         try:
             processors = super()._get_logits_processor(
-                generation_config=generation_config, input_ids_seq_length=input_ids_seq_length, **kwargs
+                generation_config=generation_config,
+                input_ids_seq_length=input_ids_seq_length,
+                encoder_input_ids=encoder_input_ids,
+                model_kwargs=model_kwargs,
+                **kwargs,
             )
         finally:
             generation_config.guidance_scale = scale
+        model_kwargs = model_kwargs or {}
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            cache.picture_steps = None  # of an earlier call
         if generation_config.is_assistant:  # a draft model: the processors of the model it drafts for come with the call
             return processors
+
         eos = generation_config.eos_token_id
         grammar = PictureGrammar(self.config, eos if isinstance(eos, list) else [eos])
-        mode = getattr(generation_config, "generation_mode", None)
-        ours = LogitsProcessorList()
-        if scale is not None and scale != 1 and mode != "text":
-            ours.append(PictureGuidanceLogitsProcessor(self, grammar, scale))
-        if mode is not None:  # after guidance: minus infinity minus minus infinity is not a number
-            max_length, needed = generation_config.max_length, self.config.picture_length + 1
-            if mode == "image" and max_length - input_ids_seq_length < needed:
+        embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
+        embedded = embeds.shape[1] if embeds is not None and not input_ids_seq_length else 0
+        read = input_ids_seq_length + embedded if mask is None else mask.sum(1)
+        room = generation_config.max_length - input_ids_seq_length
+        room = torch.as_tensor(self.config.max_position_embeddings - read).clamp(max=room)
+        follows = generation_config._rows_follow
+        reader = PictureReader(grammar, input_ids_seq_length, room, follows)
+
+        ours, packed = LogitsProcessorList(), None
+        settings = self._guidance_settings(generation_config)
+        if settings is not None:
+            if any(isinstance(processor, InfillLogitsProcessor) for processor in kwargs.get("logits_processor") or ()):
                 raise ValueError(
-                    f"generation_mode='image' needs room for a picture of {self.config.image_seq_length} codes and what stands "
-                    f"around them: max_new_tokens={needed + 1}; got {max_length - input_ids_seq_length}."
+                    "Infills are not guided: there is no unconditional branch for a part of a picture. Leave guidance_scale, "
+                    "image_guidance_scale, contrastive_alpha and negative_prompt_ids out."
                 )
-            ours.append(PictureGrammarLogitsProcessor(grammar, mode, input_ids_seq_length, max_length))
-            processors.append(PictureGrammarGuardLogitsProcessor(ours[-1]))
+            negative, rows = generation_config._negative_prompt, None if encoder_input_ids is None else len(encoder_input_ids)
+            if negative is not None and rows is not None and len(negative) not in (1, rows):
+                raise ValueError(
+                    f"negative_prompt_ids have {len(negative)} row(s), the prompt {rows}: give one for all or one for each."
+                )
+            contexts = BranchContexts(self.config, grammar, negative)
+            shared = (self, settings, reader, contexts, mask, embedded)
+            beside = self._columns_beside(generation_config, settings)
+            stepwise = follows or generation_config.num_beams > 1
+            if (
+                stepwise
+                and not generation_config.output_attentions
+                and PackedGuidance.serves(self, cache, beside, generation_config.max_length)
+            ):
+                packed = PackedGuidance(*shared, cache=cache, beside=beside)
+            ours.append(PictureGuidanceLogitsProcessor(packed or SeparateGuidance(*shared)))
+        rules = self._document_rules(generation_config)
+        if rules is not None:  # after guidance: minus infinity minus minus infinity is not a number
+            self._check_room(grammar, rules, encoder_input_ids if not embedded else None, room)
+            ours.append(PictureGrammarLogitsProcessor(reader, rules))
+            if any(not isinstance(processor, WARPER_CLASSES) for processor in processors):
+                processors.append(PictureGrammarGuardLogitsProcessor(ours[-1]))
+        if generation_config.do_sample:
+            warp_by_modality(processors, generation_config, reader)
+        codes_alone = rules is not None and follows and not generation_config.output_logits and self._has_image_rows()
+        if cache is not None and (packed is not None or codes_alone):
+            cache.picture_steps = PictureSteps(reader, packed, codes_alone)
         return LogitsProcessorList([*ours, *processors])
 
+    @staticmethod
+    def _document_rules(generation_config: Any) -> DocumentRules | None:
+        """None without a grammar."""
+        names = ("min_new_images", "max_new_images", "image_after_token_ids", "image_positions")
+        least, most, after, places = (getattr(generation_config, name) for name in names)
+        if generation_config.generation_mode is None:
+            if any(setting is not None for setting in (least, most, after, places)):
+                raise ValueError(f"{', '.join(names)} need generation_mode='interleaved'.")
+            return None
+        for name, ids in (("image_after_token_ids", after), ("image_positions", places)):
+            whole = isinstance(ids, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+            if ids is not None and not whole:
+                raise ValueError(f"{name} must be a list of whole numbers, got {ids!r}.")
+        return DocumentRules(
+            generation_config.generation_mode, 0 if least is None else least, most, tuple(after or ()), tuple(places or ())
+        )
 
-__all__ = [
-    "JamGenerationMixin",
-    "PictureGrammar",
-    "PictureGrammarGuardLogitsProcessor",
-    "PictureGrammarLogitsProcessor",
-    "PictureGuidanceLogitsProcessor",
-]
+    def _check_room(
+        self, grammar: PictureGrammar, rules: DocumentRules, input_ids: torch.LongTensor | None, room: torch.Tensor
+    ) -> None:
+        """Whether the pictures that are asked for can be finished."""
+        count = 1 if rules.mode == "image" else rules.min_images
+        if not count:
+            return
+        needed = torch.as_tensor(count * (grammar.picture_length + 2))
+        if input_ids is not None:  # one that is half-drawn in the prompt is the first of them
+            state = grammar.state(input_ids)
+            needed = needed - torch.where(state.in_picture, state.position + 1, 0)
+        if int(room.min()) < int(needed.max()):
+            asked = "generation_mode='image'" if rules.mode == "image" else f"min_new_images={rules.min_images}"
+            raise ValueError(
+                f"{asked} needs room for {count} picture(s) of {self.config.image_seq_length} codes and what stands around: "
+                f"max_new_tokens={count * (grammar.picture_length + 2)}; got room for {int(room.min())} (max_new_tokens or "
+                f"max_length, and the model's {self.config.max_position_embeddings} positions)."
+            )
+
+    def _has_image_rows(self) -> bool:
+        """Whether the logits of codes can be had without those of text."""
+        head = self.lm_head
+        plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hasattr(head, "_hf_hook")
+        return self.image_head is not None or (plain and not head._forward_hooks and not head._forward_pre_hooks)
+
+
+__all__ = ["JAM_SETTINGS", "JamGenerationMixin", "PictureSteps"]

@@ -241,7 +241,7 @@ def generate_with_memory(
     )
     added = prompts.input_ids.shape[1] - input_ids.shape[1]
     for name, stronger in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        value, new = (_setting(model, n, generation_config, kwargs) for n in (name, stronger))
+        value, new = (model._setting(n, generation_config, kwargs) for n in (name, stronger))
         if value is not None and new is None:
             kwargs[name] = value + added
     if kwargs.get("streamer") is not None:
@@ -258,17 +258,11 @@ def generate_with_memory(
     return output
 
 
-def _setting(model: JamForCausalLM, name: str, generation_config: Any, kwargs: dict[str, Any]) -> Any:
-    """A setting of `generate()`, from where it is set first."""
-    given = [getattr(source, name, None) for source in (generation_config, model.generation_config)]
-    return next((value for value in (kwargs.get(name), *given) if value is not None), None)
-
-
 def _new_tokens(
     model: JamForCausalLM, input_ids: torch.Tensor | None, generation_config: Any, kwargs: dict[str, Any]
 ) -> int | None:
     """How many tokens the user asked for; `None`: no number of them."""
-    new_tokens, max_length = (_setting(model, name, generation_config, kwargs) for name in ("max_new_tokens", "max_length"))
+    new_tokens, max_length = (model._setting(name, generation_config, kwargs) for name in ("max_new_tokens", "max_length"))
     if new_tokens is not None or max_length is None or not torch.is_tensor(input_ids):
         return new_tokens
     if max_length <= input_ids.shape[-1]:

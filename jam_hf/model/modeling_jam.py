@@ -22,7 +22,8 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging, to
 from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
 
 from .configuration_jam import JamConfig
-from .generation_jam import JamGenerationMixin, PictureGrammar
+from .generation_jam import JamGenerationMixin
+from .grammar_jam import PictureGrammar
 from .modeling_jam_cross import JamCrossDecoder, JamModelOutputWithPast, JamPreTrainedModel
 from .modeling_jam_families import FAMILIES, family_of
 from .modeling_jam_vq import JamVQModel
@@ -253,6 +254,20 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
             self._check_that_no_picture_is_missing(input_ids)
         return input_ids, labels
 
+    def head_logits(self, states_BTD: torch.Tensor, image_states_BTD: torch.Tensor, codes_alone: bool) -> torch.Tensor:
+        """Logits `[B, T, V]` of both heads, or `[B, T, K]` of the codes alone."""
+        first = self.config.image_token_offset
+        last = first + self.config.num_image_tokens
+        if self.image_head is None:
+            return (
+                nn.functional.linear(states_BTD, self.lm_head.weight[first:last]) if codes_alone else self.lm_head(states_BTD)
+            )
+        image_logits_BTK = self.image_head(image_states_BTD)
+        if codes_alone:
+            return image_logits_BTK
+        logits_BTV = self.lm_head(states_BTD)
+        return torch.cat((logits_BTV[..., :first], image_logits_BTK.to(logits_BTV.device), logits_BTV[..., last:]), dim=-1)
+
     def __setattr__(self, name: str, value: Any) -> None:
         """As in `nn.Module`; what trl's trainers put in place of `forward` gets a JAM's logits (see trl_jam.py)."""
         if name == "forward" and is_trl_forward(value):
@@ -271,6 +286,7 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
         pixel_values: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        image_logits_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> JamCausalLMOutputWithPast:
         """See [`JamModel.forward`].
@@ -278,6 +294,7 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
         Args:
             labels (int64 `[B, T]`): ids to predict, -100 to ignore; they are shifted here. Where `pixel_values` are given,
                 placeholders `<image>` in the labels become the codes, so that image tokens are trained on.
+            image_logits_only: return the logits of the K codes alone, `[B, T, K]`; no loss then.
         Returns:
             `JamCausalLMOutputWithPast` with logits `[B, T, V]`; `hidden_states` and `attentions` are the text stream's.
         """
@@ -294,17 +311,13 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits_BTV = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        if self.image_head is not None:
-            image_states = outputs.image_last_hidden_state
-            if image_states is None:  # one last state for both heads: uniform, width and the paper's cross form
-                image_states = outputs.last_hidden_state
-            image_logits_BTK = self.image_head(slice_logits_to_keep(image_states, logits_to_keep)).to(logits_BTV.device)
-            first = self.config.image_token_offset
-            last = first + self.config.num_image_tokens
-            logits_BTV = torch.cat((logits_BTV[..., :first], image_logits_BTK, logits_BTV[..., last:]), dim=-1)
+        states_BTD = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        image_states_BTD = states_BTD  # one last state for both heads: uniform, width and the paper's cross form
+        if outputs.image_last_hidden_state is not None:
+            image_states_BTD = slice_logits_to_keep(outputs.image_last_hidden_state, logits_to_keep)
+        logits_BTV = self.head_logits(states_BTD, image_states_BTD, image_logits_only)
         loss = None
-        if labels is not None:
+        if labels is not None and not image_logits_only:
             loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return JamCausalLMOutputWithPast(
             loss=loss,

@@ -16,11 +16,19 @@ from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
+from .documents_jam import load_json, save_html, save_json, save_markdown
+from .grammar_jam import PictureGrammar
+from .infilling_jam import JamInfill
+from .masking_jam import masked_documents
 from .remote_code_jam import AUTO_MAP  # noqa: F401  (its file brings all the others along)
 
 
 if TYPE_CHECKING:
     from .modeling_jam import JamForCausalLM
+
+
+SENTENCE_ENDS = (".", "!", "?", "…", "。", "！", "？")
+CLOSING_MARKS = " \n\"')]»”’」』"
 
 
 class JamProcessorKwargs(ProcessingKwargs, total=False):
@@ -41,6 +49,12 @@ class JamProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = JamProcessorKwargs
+
+    # What post_process_interleaved returns, as files, see documents_jam.py.
+    save_html = staticmethod(save_html)
+    save_markdown = staticmethod(save_markdown)
+    save_json = staticmethod(save_json)
+    load_json = staticmethod(load_json)
 
     def __init__(
         self,
@@ -90,6 +104,15 @@ class JamProcessor(ProcessorMixin):
                 "JamProcessor: image_row_end_token needs a picture of G x G codes, but image_seq_length is "
                 f"{self.image_seq_length}, which is no square."
             )
+
+    def sentence_end_token_ids(self) -> list[int]:
+        """Ids whose text ends a sentence: `generate(image_after_token_ids=...)` then puts a picture after each sentence.
+
+        What ends in a full stop ends a sentence here, an abbreviation too. The whole vocabulary is read for it.
+        """
+        ids = sorted(set(range(len(self.tokenizer))) - set(self.tokenizer.all_special_ids))
+        texts = self.tokenizer.batch_decode([[i] for i in ids])
+        return [i for i, text in zip(ids, texts) if text.rstrip(CLOSING_MARKS).endswith(SENTENCE_ENDS)]
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """As in `ProcessorMixin`; the folder carries the code that it needs (remote_code_jam.py).
@@ -222,27 +245,96 @@ class JamProcessor(ProcessorMixin):
         Args:
             generated: int64 `[B, T]` as `generate()` returns it, or its output object with `.sequences`.
             model: the JAM that wrote them; it decodes the codes.
-            prompt_length (`int`, defaults to 0): leading ids to leave out, e.g. `inputs["input_ids"].shape[1]`.
-            skip_special_tokens (`bool`, defaults to True): leave markup such as `<s>` out of the text.
+            prompt_length (`int`, defaults to 0): leading ids to leave out, e.g. `inputs["input_ids"].shape[1]`. A picture that
+                was begun there and went on behind comes whole.
+            skip_special_tokens (`bool`, defaults to True): leave markup such as `<s>` out of the text. Padding and the marks
+                of pictures are always left out.
         Returns:
             one list per row: `{"type": "text", "text": str}` or `{"type": "image", "image": PIL.Image}`, in order. A
             picture that was not finished is `{"type": "image", "image": None, "image_tokens": [...]}` with the codes that it
-            has. What the layout of pictures has beside the codes (prefix, row ends, suffix) is in neither.
+            has. What the layout of pictures has beside the codes (prefix, row ends, suffix) is in neither, and text that is
+            only white space is no segment.
+        Raises:
+            ValueError: if `generated` is not `[B, T]`, the prompt is longer than that, or the model's pictures have another
+                number of codes than the processor's.
         """
         sequences = torch.as_tensor(getattr(generated, "sequences", generated))
         if sequences.ndim != 2:
             raise ValueError(f"post_process_interleaved: expected ids [B, T], got the shape {list(sequences.shape)}.")
+        if not 0 <= prompt_length <= sequences.shape[1]:
+            raise ValueError(
+                f"post_process_interleaved: prompt_length is {prompt_length}, but the rows have {sequences.shape[1]} ids; "
+                "expected the length of the padded prompts."
+            )
+        begun = PictureGrammar(model.config).state(sequences[:, :prompt_length]).position.tolist()
+        rows = [ids[prompt_length - count :] for ids, count in zip(sequences.tolist(), begun)]
+        return self._segments(rows, model, skip_special_tokens)
+
+    def infill(
+        self,
+        text: str | Sequence[str],
+        images: Sequence[Any] | None = None,
+        image_masks: Sequence[Any] | None = None,
+        *,
+        model: JamForCausalLM,
+        max_text_tokens: int = 64,
+    ) -> JamInfill:
+        """Documents with gaps to what `generate` needs to fill them: `model.generate(**processor.infill(...))`.
+
+        Args:
+            text (`str` or `list[str]`): documents; `<mask>` (the tokenizer's name of `config.mask_token_id`) marks each gap in
+                the text, and `<image>` the place of each picture. A mark stands for whole tokens, which in most tokenizers
+                bring the space before a word along: `"a small<mask> circle"`.
+            images: for one document a list with each of its pictures, in order, for several a list of such lists. A picture
+                is what the image processor takes, or its codes, int64 `[N]`, as ids. `None` is a picture that is missing.
+            image_masks: beside `images`, which codes of each picture are missing, `None` for none: a list of spans
+                `(start, end)` of codes in reading order and rectangles `(left, upper, right, lower)` in columns and rows of
+                codes, ends exclusive; or bool `[G, G]`. Codes that follow one another in reading order are one gap.
+            model: the JAM that will fill the gaps; it encodes the pictures.
+            max_text_tokens (`int`, defaults to 64): the most that is written into each gap in text.
+        Returns:
+            [`JamInfill`]: keyword arguments of `generate`, the grammar of infills among them. The model fills gaps as it was
+            trained to: one that saw no CM3 objective has no idea of them.
+        Raises:
+            ValueError: if marks, pictures and masks do not fit each other, a region is empty, overlaps another or is not
+                inside the grid, there is no gap, or there are more than sentinels or than positions allow.
+        """
+        if isinstance(max_text_tokens, bool) or not isinstance(max_text_tokens, int) or max_text_tokens < 1:
+            raise ValueError(f"infill: max_text_tokens must be an integer of at least 1, got {max_text_tokens!r}.")
+        documents = masked_documents(self, model, text, images, image_masks)
+        return JamInfill(documents, model.config, max_text_tokens, model.device)
+
+    def post_process_infill(
+        self, generated: Any, infill: JamInfill, model: JamForCausalLM, skip_special_tokens: bool = True
+    ) -> list[list[dict[str, Any]]]:
+        """Filled documents as ordered segments, see `post_process_interleaved`; `infill.restore` has them as ids.
+
+        Args:
+            generated: int64 `[R, T]` as `generate(**infill)` returns it, or its output object.
+            infill: what `infill(...)` returned for them.
+        Raises:
+            ValueError: if these are not the spans of this infill.
+        """
+        return self._segments(infill.restore(generated), model, skip_special_tokens)
+
+    def _segments(self, rows: list[list[int]], model: JamForCausalLM, skip_special_tokens: bool) -> list[list[dict[str, Any]]]:
         config = model.config
+        if config.image_seq_length != self.image_seq_length:
+            raise ValueError(
+                f"JamProcessor: its pictures have {self.image_seq_length} codes, the model's {config.image_seq_length}. Load "
+                "both from one folder, or set processor.image_seq_length."
+            )
         first, last = config.image_token_offset, config.image_token_offset + config.num_image_tokens
         marks = {config.break_token_id, config.picture_end_token_id}
-        structure = set(config.picture_structure_token_ids)
-        rows: list[list[dict[str, Any]]] = []
+        left_out = set(config.picture_structure_token_ids)
+        left_out |= {config.pad_token_id} - {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id}
+        documents: list[list[dict[str, Any]]] = []
         pictures: list[tuple[dict[str, Any], list[int]]] = []
-        for ids in sequences[:, prompt_length:].tolist():
+        for ids in rows:
             segments: list[dict[str, Any]] = []
             run: list[int] = []
             in_picture = False
-            for token in [*(t for t in ids if t not in structure), None]:
+            for token in [*(t for t in ids if t not in left_out), None]:
                 is_code = token is not None and first <= token < last
                 if run and (token is None or is_code != in_picture or (in_picture and len(run) == self.image_seq_length)):
                     if in_picture:
@@ -261,13 +353,13 @@ class JamProcessor(ProcessorMixin):
                 in_picture = is_code
                 if token is not None:
                     run.append(token)
-            rows.append(segments)
+            documents.append(segments)
         if pictures:
             tokens = torch.tensor([run for _, run in pictures])
             images: list[Image.Image] = self.image_processor.postprocess(model.decode_image_tokens(tokens))
             for (segment, _), image in zip(pictures, images):
                 segment["image"] = image
-        return rows
+        return documents
 
 
 JamProcessor.register_for_auto_class()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     # transformers reads these lines (it does not run them) when it copies the file of a class and all that the file needs.
     # Each class that is saved imports this file, so that whichever is saved, all files go together.
+    from .caching_jam import JamBlockCache  # noqa: F401
     from .configuration_jam import JamConfig  # noqa: F401
     from .image_processing_jam import JamImageProcessor  # noqa: F401
     from .modeling_jam import JamForCausalLM  # noqa: F401

@@ -12,7 +12,7 @@ from conftest import VQ_SETTINGS, randomise
 from torch import nn
 
 from jam_hf import JamConfig, JamForCausalLM
-from jam_hf.model.generation_jam import PictureGrammar
+from jam_hf.model.grammar_jam import PictureGrammar
 
 
 BY_MODE = [("llama", "uniform", "average"), ("llama", "width", "copy"), ("llama", "cross", "preserving")]
@@ -82,8 +82,11 @@ def picture_scores(model: nn.Module, prompt_length: int, mode: str, scale: float
                 config.break_token_id,
                 *ids[0, ids.shape[1] - count :].tolist(),
             ]
-            uncond = next_logits(model, torch.tensor([context])).log_softmax(-1)
-            scores = (uncond + scale * (scores.log_softmax(-1) - uncond)).log_softmax(-1)
+            uncond = next_logits(model, torch.tensor([context]))
+            codes = slice(config.image_token_offset, config.image_token_offset + config.num_image_tokens)
+            guided = (uncond + scale * (scores - uncond))[:, codes].log_softmax(-1)
+            scores = torch.full_like(scores, -torch.inf)
+            scores[:, codes] = guided
         allowed = grammar.allowed(ids, scores.shape[-1], mode, prompt_length, max_length)
         return scores.masked_fill(~allowed, float("-inf"))
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jam_hf import JamConfig
-from jam_hf.model.generation_jam import PictureGrammar
+from jam_hf.model.grammar_jam import PictureGrammar
 
 
 N = 16

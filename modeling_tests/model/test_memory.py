@@ -156,6 +156,8 @@ SETTINGS = [
     {"generation_mode": "interleaved", "max_new_tokens": N + 9},
     {"generation_mode": "image", "guidance_scale": 3.0, "max_new_tokens": N + 4},
     {"generation_mode": "image"},
+    {"generation_mode": "image", "guidance_scale": 2.0, "image_guidance_scale": 1.5},  # the documents' pictures are context
+    {"generation_mode": "interleaved", "image_positions": [2], "max_new_tokens": N + 9},
     {"generation_mode": "text", "max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2},
     {"generation_mode": "image", "num_return_sequences": 3, "do_sample": True, "top_k": 8, "max_new_tokens": N + 3},
     {"max_new_tokens": 4},

@@ -20,7 +20,14 @@ from PIL import Image
 
 from jam_hf import JamConfig, JamForCausalLM, JamImageProcessor, JamProcessor
 from jam_hf.evaluation.perplexity import perplexity
-from jam_hf.model.generation_jam import PictureGrammar, PictureGuidanceLogitsProcessor
+from jam_hf.model.grammar_jam import PictureGrammar, PictureReader
+from jam_hf.model.guidance_jam import (
+    BranchContexts,
+    GuidanceSettings,
+    PictureGuidanceLogitsProcessor,
+    SeparateGuidance,
+)
+from jam_hf.model.packed_guidance_jam import PackedGuidance
 from jam_hf.training.cm3 import CM3Settings, apply_spans, draw_spans, segments, unmask
 from jam_hf.training.collator import JamDataCollator
 from jam_hf.training.documents import encode_documents
@@ -408,7 +415,10 @@ def test_only_codes_are_guided(layout_jam):
     beginnings = [row[:end] for end in range(2, len(row) + 1)]
     ids = torch.tensor([[0] * (len(row) - len(b)) + b for b in beginnings])
     scores = torch.randn(len(ids), VOCABULARY, generator=torch.Generator().manual_seed(0))
-    guided = PictureGuidanceLogitsProcessor(model, PictureGrammar(model.config), 3.0)(ids, scores)
+    grammar = PictureGrammar(model.config)
+    reader = PictureReader(grammar, ids.shape[1], 0, follows=False)
+    guidance = SeparateGuidance(model, GuidanceSettings(3.0), reader, BranchContexts(model.config, grammar), ids != 0)
+    guided = PictureGuidanceLogitsProcessor(guidance)(ids, scores)
     for beginning, before, after in zip(beginnings, scores, guided):
         place = place_by_hand(beginning, layout)
         if place is None or place == len(row) - 4 or template_by_hand(layout)[place] is not None:
@@ -416,29 +426,29 @@ def test_only_codes_are_guided(layout_jam):
         else:
             alone = torch.tensor([[BOS, MASK, BREAK, *beginning[len(beginning) - place :]]])
             uncond = model(input_ids=alone, use_cache=False).logits[0, -1]
-            torch.testing.assert_close(after, (uncond + 3.0 * (before - uncond)).log_softmax(-1), atol=1e-4, rtol=1e-4)
+            expected = (uncond + 3.0 * (before - uncond))[FIRST:LAST].log_softmax(-1)
+            torch.testing.assert_close(after[FIRST:LAST], expected, atol=1e-4, rtol=1e-4)
+            assert (after[:FIRST] == -torch.inf).all() and (after[LAST:] == -torch.inf).all()
 
 
-def test_one_cache_of_guidance_lasts_for_a_whole_picture(layout_jam, monkeypatch):
-    """The branch is not begun anew at each end of a row."""
-    model, fed = layout_jam("emu3", "cross"), []
-    forward = PictureGuidanceLogitsProcessor.unconditional_logits
+def test_the_branches_are_told_once_for_a_whole_picture(layout_jam, monkeypatch):
+    """They are not begun anew at each end of a row."""
+    model, told = layout_jam("emu3", "cross"), []
+    forward = PackedGuidance._forward
 
-    def counting(self, ids, mask):
-        before = self.cached_ids
-        logits = forward(self, ids, mask)
-        fed.append(before is not None and torch.equal(ids[:, :-1], before))
-        return logits
+    def counting(self, ids, *args):
+        told.append(ids.tolist())
+        return forward(self, ids, *args)
 
-    monkeypatch.setattr(PictureGuidanceLogitsProcessor, "unconditional_logits", counting)
+    monkeypatch.setattr(PackedGuidance, "_forward", counting)
     model.generate(input_ids=torch.tensor([[BOS, 30]] * 2), generation_mode="image", guidance_scale=2.0, do_sample=True)
-    assert fed == [False] + [True] * (model.config.picture_length - 1)
+    assert told == [[[BOS, MASK]] * 2]
 
 
 def test_no_room_for_a_picture_is_told(layout_jam):
     model = layout_jam("emu3")
     ids = torch.tensor([[BOS, 30]])
-    with pytest.raises(ValueError, match="picture of 16 codes.*max_new_tokens=26; got 24"):
+    with pytest.raises(ValueError, match="picture.s. of 16 codes.*max_new_tokens=26; got room for 24"):
         model.generate(input_ids=ids, generation_mode="image", max_new_tokens=24)
     assert model.generate(input_ids=ids, generation_mode="image", max_new_tokens=26, do_sample=False).shape[1] == 28
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from model.test_picture_layout import BOS, EOS, FIRST, LAYOUTS, MASK, VOCABULARY, picture
-from retrieval.tiny_memory import N, TableEmbedder, layout_jam, noise, pairs, processor_for
+from retrieval.tiny_memory import N, TableEmbedder, layout_jam, pairs, processor_for
 
 from jam_hf.retrieval import RetrievalSettings, build_index, documents_with_memory, stack_codes
 from jam_hf.training.cm3 import CM3Settings
@@ -92,7 +92,7 @@ def test_the_pair_itself_is_left_out_where_nothing_is_a_near_duplicate(worlds, m
 def test_a_namesake_is_not_the_pair_itself(tmp_path, worlds):
     """Of one caption's two pictures, each may be retrieved for the other, where the threshold lets it."""
     model, processor, _ = worlds()
-    twins = [{"text": "red", "image": noise(0)}, {"text": "red", "image": noise(1)}]
+    twins = [{"text": "red", "codes": [0] * N}, {"text": "red", "codes": [1] * N}]
     index = build_index(twins, model, processor, tmp_path / "a", embedder=TableEmbedder(), settings=RetrievalSettings(1, 1.0))
     seeds = [documents_with_memory(index, model, seed=seed)["memory_ids"][:] for seed in range(6)]
     assert {tuple(ids) for rows in seeds for ids in rows[:1]} == {(), ("1",)}

@@ -38,7 +38,9 @@ def tiny_clip(folder: Path, seed: int = 0) -> Path:
         vision_config={**sizes, "image_size": 32, "patch_size": 16},
         projection_dim=12,
     )
-    model = CLIPModel(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = CLIPModel(config)
     randomise(model, seed=seed, std=0.8)  # so that embeddings lie apart
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -67,7 +69,9 @@ class TableEmbedder:
 
 
 def layout_jam(name: str = "plain", mode: str = "uniform", **settings) -> JamForCausalLM:
-    model = JamForCausalLM(layout_config(LAYOUTS[name], mode=mode, **settings))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # of what is not drawn below
+        model = JamForCausalLM(layout_config(LAYOUTS[name], mode=mode, **settings))
     randomise(model, seed=4)
     with torch.no_grad():
         model.model.vq_model.vq.quantize.embedding.weight.normal_(generator=torch.Generator().manual_seed(1))

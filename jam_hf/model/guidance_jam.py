@@ -1,0 +1,242 @@
+"""Guidance of pictures: what the branches beside the document see, how their logits are put together, and how they are run.
+
+A branch is a context of its own for the picture that is being drawn: `<mask>` in place of the document, a negative prompt, or
+the document's pictures alone. packed_guidance_jam.py runs all branches in the document's own forward; `SeparateGuidance`, here,
+in forwards of their own, for caches and attentions that cannot be shared so; it is the slower one.
+
+It knows the grammar's states; it does not know how a document is written (generation_jam.py).
+
+Shape suffixes: B rows, R rows inside a picture, K codes of the codebook, Q ids fed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache, LogitsProcessor
+
+from .grammar_jam import PictureGrammar, PictureReader
+
+
+if TYPE_CHECKING:
+    from .configuration_jam import JamConfig
+
+UNCONDITIONAL, PICTURES = "unconditional", "pictures"
+
+
+@dataclass(frozen=True)
+class GuidanceSettings:
+    """How the logits of codes are guided; validated when it is built.
+
+    scale: classifier-free guidance, `uncond + scale * (cond - uncond)` [P]. `None` or 1: none.
+    image_scale: with it, two scales, as image editing by diffusion has them (ours [R]):
+        `uncond + image_scale * (pictures - uncond) + scale * (cond - pictures)`, where the middle branch sees the document's
+        pictures, its text being masked.
+    contrastive_alpha, contrastive_k: CD-K [C]: `log p_cond - log p_uncond` for codes with
+        `p_cond >= alpha * (k-th largest p_cond)`, minus infinity for the rest; instead of a scale.
+    """
+
+    scale: float | None = None
+    image_scale: float | None = None
+    contrastive_alpha: float | None = None
+    contrastive_k: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("guidance_scale", self.scale), ("image_guidance_scale", self.image_scale)):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and math.isfinite(value)):
+                raise ValueError(f"{name} must be a finite number or None, got {value!r}.")
+        alpha, k = self.contrastive_alpha, self.contrastive_k
+        if (alpha is None) != (k is None):
+            raise ValueError("Contrastive decoding (CD-K) needs both contrastive_alpha and contrastive_k, or neither.")
+        if alpha is not None:
+            if not (isinstance(alpha, (int, float)) and 0 <= alpha <= 1):
+                raise ValueError(f"contrastive_alpha must be a number from 0 to 1, got {alpha!r}.")
+            if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+                raise ValueError(f"contrastive_k must be a whole number of codes, 1 or more, got {k!r}.")
+            if self.scale not in (None, 1) or self.image_scale is not None:
+                raise ValueError(
+                    "contrastive_alpha and contrastive_k take the place of guidance_scale and image_guidance_scale: set one or "
+                    "the other."
+                )
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """The branches that are needed, in the order in which `combine` takes them."""
+        if self.image_scale is not None:
+            return (UNCONDITIONAL, PICTURES)
+        return (UNCONDITIONAL,) if self.contrastive_alpha is not None or self.scale not in (None, 1) else ()
+
+    def combine(self, cond: torch.Tensor, *branches: torch.Tensor) -> torch.Tensor:
+        """Log probabilities of the codes, so that beam search may add them to those of other rows: float `[..., K]`."""
+        if self.contrastive_alpha is not None:
+            cond, uncond = cond.log_softmax(-1), branches[0].log_softmax(-1)
+            kth = cond.topk(min(self.contrastive_k, cond.shape[-1]), dim=-1).values[..., -1:]
+            # alpha * p: in logarithms a sum; of alpha = 0 it is minus infinity, and every code is left.
+            least = kth + (math.log(self.contrastive_alpha) if self.contrastive_alpha else -math.inf)
+            return (cond - uncond).masked_fill(cond < least, -math.inf).log_softmax(-1)
+        scale = 1 if self.scale is None else self.scale
+        if self.image_scale is None:
+            return (branches[0] + scale * (cond - branches[0])).log_softmax(-1)
+        uncond, pictures = branches
+        return (uncond + self.image_scale * (pictures - uncond) + scale * (cond - pictures)).log_softmax(-1)
+
+
+class BranchContexts:
+    """The ids that a branch sees before a picture's opening `<break>`, row by row."""
+
+    def __init__(self, config: JamConfig, grammar: PictureGrammar, negative: list[list[int]] | None = None):
+        """`negative`: contexts in place of the unconditional one, one for each row of the batch, or one for all."""
+        self.config, self.grammar = config, grammar
+        self.negative = None
+        if negative is not None:
+            last = config.break_token_id
+            self.negative = [row[:-1] if row and row[-1] == last else row for row in negative]
+
+    def _bos(self) -> list[int]:
+        return [] if self.config.bos_token_id is None else [self.config.bos_token_id]
+
+    def before_picture(self, branch: str, document: list[int], row: int, rows: int) -> list[int]:
+        """`document`: the row's ids before the opening `<break>`, without padding; `row` of `rows` in the batch.
+
+        Unconditional: `<bos> <mask>` [A]. Pictures: each run of text becomes a `<mask>`, numbered as in CM3 training, and
+        the pictures stay.
+        """
+        if branch == UNCONDITIONAL:
+            if self.negative is not None:
+                return self.negative[row * len(self.negative) // rows]
+            return [*self._bos(), self.config.mask_token_id]
+        context, masks, in_text = self._bos(), 0, False
+        inside = self.grammar.is_picture_token(torch.tensor(document, dtype=torch.int64)).tolist()
+        ends = {self.grammar.break_token_id, self.grammar.end_token_id}
+        for token, is_picture in zip(document, inside):
+            if is_picture or token in ends:
+                context.append(token)
+                in_text = False
+            elif token != self.config.bos_token_id and not in_text:
+                context.append(self.config.mask_token_id + min(masks, self.config.num_mask_tokens - 1))
+                masks, in_text = masks + 1, True
+        return context
+
+
+class Guidance:
+    """What both ways to run the branches share: which rows are guided, and what each branch has seen when a picture opens."""
+
+    def __init__(
+        self,
+        model: Any,
+        settings: GuidanceSettings,
+        reader: PictureReader,
+        contexts: BranchContexts,
+        prompt_mask: torch.Tensor | None = None,
+        embedded: int = 0,
+    ):
+        """`prompt_mask`: `[B, T]`, 0 for the prompt's padding; `None` where there is none. `embedded`: tokens of the prompt
+        that came as `inputs_embeds` and have no ids."""
+        self.model, self.settings, self.reader, self.contexts = model, settings, reader, contexts
+        self.grammar, self.prompt_mask, self.embedded = reader.grammar, prompt_mask, embedded
+        config = model.config
+        self.pad = config.pad_token_id if config.pad_token_id is not None else config.break_token_id
+
+    def guided(self, input_ids: torch.LongTensor) -> list[int]:
+        """Each row's position in a picture that has codes to come, -1 for the others."""
+        length = self.grammar.picture_length
+        return [p if p < length else -1 for p in self.reader.host_positions(input_ids)]
+
+    def branch_ids(self, branch: str, input_ids: torch.LongTensor, row: int, position: int) -> list[int]:
+        """All that the branch sees of a row that is `position` tokens into a picture: its context, `<break>`, the picture."""
+        ids = input_ids[row].tolist()
+        start = len(ids) - position - 1
+        if start < 0:  # a prompt that came as embeddings and opened a picture
+            start, ids = 0, [self.grammar.break_token_id, *ids]
+        document = ids[:start]
+        if self.prompt_mask is not None:
+            mask = self.prompt_mask[row, self.embedded :].tolist()
+            document = [token for place, token in enumerate(document) if place >= len(mask) or mask[place]]
+        before = self.contexts.before_picture(branch, document, row, input_ids.shape[0])
+        return [*before, *ids[start:]]
+
+    def left_padded(self, rows: list[list[int]], device: torch.device) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """Ids and mask, int64 `[R, Q]`."""
+        longest = max(map(len, rows))
+        ids = [[self.pad] * (longest - len(row)) + row for row in rows]
+        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+class SeparateGuidance(Guidance):
+    """Each branch in forwards of its own over the rows inside pictures, with a cache of its own.
+
+    A cache is used while its branch grows by one token a call, and made anew when rows enter, leave or move.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.caches: dict[str, tuple[torch.LongTensor, DynamicCache]] = {}
+
+    def logits(self, input_ids: torch.LongTensor) -> list[torch.Tensor] | None:
+        """For each branch, the logits of codes `[B, K]` (of no meaning for rows that are not guided); None where none is."""
+        positions = self.guided(input_ids)
+        rows = [row for row, position in enumerate(positions) if position >= 0]
+        if not rows:
+            self.caches.clear()
+            return None
+        results = []
+        for branch in self.settings.branches:
+            told = [self.branch_ids(branch, input_ids, row, positions[row]) for row in rows]
+            logits_RK = self.forward(branch, *self.left_padded(told, input_ids.device))
+            logits_BK = logits_RK.new_zeros(len(positions), logits_RK.shape[-1])
+            results.append(logits_BK.index_copy(0, torch.tensor(rows, device=logits_RK.device), logits_RK))
+        return results
+
+    @torch.no_grad()
+    def forward(self, branch: str, ids: torch.LongTensor, mask: torch.LongTensor) -> torch.Tensor:
+        """Ids and mask int64 `[R, Q]` -> logits of codes `[R, K]`."""
+        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+        seen, cache = self.caches.get(branch, (None, None))
+        grown = seen is not None and torch.equal(ids[:, :-1], seen)
+        if not grown:
+            cache = DynamicCache(config=self.model.config)
+        new = 1 if grown else ids.shape[1]
+        logits = self.model(
+            input_ids=ids[:, -new:],
+            attention_mask=mask,
+            position_ids=position_ids[:, -new:],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        self.caches[branch] = (ids, cache)
+        return logits[:, -1, self.grammar.first_code : self.grammar.last_code + 1]
+
+
+class PictureGuidanceLogitsProcessor(LogitsProcessor):
+    """Puts guided log probabilities in the place of codes' scores, in rows where a code comes next.
+
+    There nothing else may come: the other ids of such a row get minus infinity, whatever the generation mode.
+    """
+
+    def __init__(self, guidance: Guidance):
+        self.guidance = guidance
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        guidance, grammar = self.guidance, self.guidance.grammar
+        branches = guidance.logits(input_ids)
+        if branches is None:
+            return scores
+        codes = slice(grammar.first_code, grammar.last_code + 1)
+        guided = torch.full_like(scores, -math.inf)
+        guided[:, codes] = guidance.settings.combine(scores[:, codes], *(logits.to(scores) for logits in branches))
+        return torch.where(grammar.awaits_code(guidance.reader(input_ids))[:, None], guided, scores)
+
+
+__all__ = [
+    "BranchContexts",
+    "Guidance",
+    "GuidanceSettings",
+    "PictureGuidanceLogitsProcessor",
+    "SeparateGuidance",
+]

@@ -1,0 +1,112 @@
+"""The grammar and the settings by modality as logits processors, which transformers' loops call at every step.
+
+They read where each row stands off a `PictureReader`; they know nothing of models, caches or loops.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .grammar_jam import DocumentRules, PictureReader
+
+
+# The settings by modality: transformers' warpers, in the order in which it applies them.
+WARPERS = {
+    "temperature": TemperatureLogitsWarper,
+    "top_k": TopKLogitsWarper,
+    "top_p": TopPLogitsWarper,
+    "min_p": MinPLogitsWarper,
+}
+WARPER_CLASSES = tuple(WARPERS.values())
+
+
+class PictureGrammarLogitsProcessor(LogitsProcessor):
+    """Sets the scores of ids that the grammar does not allow to minus infinity."""
+
+    def __init__(self, reader: PictureReader, rules: DocumentRules):
+        self.reader, self.rules = reader, rules
+        self.last_scores: torch.FloatTensor | None = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        grammar = self.reader.grammar
+        kinds = grammar.kinds(self.reader(input_ids), self.rules)
+        allowed = grammar.sets(scores.shape[-1], scores.device)[kinds]
+        self.last_scores = scores.masked_fill(~allowed, float("-inf"))
+        return self.last_scores
+
+
+class PictureGrammarGuardLogitsProcessor(LogitsProcessor):
+    """The last word is the grammar's: where the processors after it left a row none of its ids, its scores come back.
+
+    `no_repeat_ngram_size`, `suppress_tokens` and `min_new_tokens` may forbid the one id that can follow (a closing `<break>`,
+    an `<eos>`); without this the row would go on with id 0.
+    """
+
+    def __init__(self, first: PictureGrammarLogitsProcessor):
+        self.first = first
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        allowed_scores = self.first.last_scores
+        scores = scores.masked_fill(allowed_scores == float("-inf"), float("-inf"))
+        empty_B1 = (scores == float("-inf")).all(-1, keepdim=True)
+        return torch.where(empty_B1, allowed_scores, scores)
+
+
+class PictureWarperLogitsProcessor(LogitsProcessor):
+    """One setting by modality: `text` warps the scores of rows in text, `image` those of rows where a code comes next.
+
+    Either may be None: no warping there. Codes are warped among themselves, so that top-k of 8,192 codes sorts no more.
+    """
+
+    def __init__(self, reader: PictureReader, text: LogitsProcessor | None, image: LogitsProcessor | None):
+        self.reader, self.text, self.image = reader, text, image
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        grammar = self.reader.grammar
+        codes = slice(grammar.first_code, grammar.last_code + 1)
+        for_codes = scores.clone()
+        if self.image is not None:
+            for_codes[:, codes] = self.image(input_ids, scores[:, codes])
+        for_text = scores if self.text is None else self.text(input_ids, scores)
+        return torch.where(grammar.awaits_code(self.reader(input_ids))[:, None], for_codes, for_text)
+
+
+def warp_by_modality(processors: LogitsProcessorList, generation_config: Any, reader: PictureReader) -> None:
+    """Put `image_temperature` and so on beside transformers' own warpers, each where it stands or would stand."""
+    place = next((p for p, processor in enumerate(processors) if isinstance(processor, WARPER_CLASSES)), len(processors))
+    for name, warper in WARPERS.items():
+        found = next((p for p, processor in enumerate(processors) if type(processor) is warper), None)
+        value = getattr(generation_config, f"image_{name}")
+        if value is not None:
+            keep = {} if name == "temperature" or generation_config.num_beams == 1 else {"min_tokens_to_keep": 2}
+            idle = 0 if name in ("top_k", "min_p") else 1
+            try:
+                image = None if value == idle else warper(value, **keep)
+            except ValueError as error:
+                raise ValueError(f"image_{name}={value!r}: {error}") from error
+            if found is None:
+                processors.insert(place, PictureWarperLogitsProcessor(reader, None, image))
+                found = place
+            else:
+                processors[found] = PictureWarperLogitsProcessor(reader, processors[found], image)
+        if found is not None:
+            place = found + 1
+
+
+__all__ = [
+    "WARPER_CLASSES",
+    "PictureGrammarGuardLogitsProcessor",
+    "PictureGrammarLogitsProcessor",
+    "PictureWarperLogitsProcessor",
+    "warp_by_modality",
+]
