@@ -33,6 +33,7 @@ from .logits_process_jam import (
     PictureGrammarLogitsProcessor,
     warp_by_modality,
 )
+from .memory_jam import generate_with_memory
 from .packed_guidance_jam import PackedGuidance
 
 
@@ -120,6 +121,8 @@ class JamGenerationMixin(GenerationMixin):
             image_temperature, image_top_k, image_top_p, image_min_p (*optional*): for codes, where they differ from
                 `temperature` and so on, which hold for both where these are `None`.
             pixel_values (float `[P, 3, H, W]`, *optional*): pictures of the prompt, as the processor makes them.
+            memory (`Memory`, *optional*): documents found for each prompt are put before it (memory_jam.py); they are in none
+                of the sequences that come back.
 
             Everything else as in `GenerationMixin.generate`. Pictures of the prompt come back as their codes. Where neither
             `max_new_tokens` nor `max_length` is set, a document may fill the model's positions; "image" mode makes its picture.
@@ -132,6 +135,8 @@ class JamGenerationMixin(GenerationMixin):
             ValueError: on settings that are unknown, out of range or contradict each other, placeholders without pictures, or
                 no room for the pictures that are asked for.
         """
+        if (memory := kwargs.pop("memory", None)) is not None:
+            return generate_with_memory(self, memory, inputs, generation_config, kwargs)
         mode = self._setting("generation_mode", generation_config, kwargs)
         if mode is not None and mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode must be one of {', '.join(map(repr, GENERATION_MODES))}, got {mode!r}.")
