@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from .commands import DEFAULT_RUN, STAGE_HELP, certify, convert_metaseq, convert_vq, fuse, generate
+from .commands import DEFAULT_RUN, STAGE_HELP, certify, convert_metaseq, convert_vq, fuse, generate, index
 
 
 COMMANDS = {
@@ -16,6 +16,7 @@ COMMANDS = {
     "certify": certify,
     "convert-metaseq": convert_metaseq,
     "generate": generate,
+    "index": index,
 }
 
 

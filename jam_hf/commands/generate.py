@@ -1,58 +1,90 @@
-"""`jam-hf generate`: an interleaved document from a prompt. It parses arguments and calls the library."""
+"""`jam-hf generate`: interleaved documents from prompts. It parses arguments and calls the library."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from . import DEFAULT_RUN
 
 
-HELP = "write an interleaved document from a prompt, as one HTML page"
+HELP = "write interleaved documents from prompts, as one HTML page, Markdown or JSON"
+# Arguments that are settings of generate() under the same name.
+SETTINGS = (
+    "guidance_scale",
+    "image_guidance_scale",
+    "temperature",
+    "image_temperature",
+    "image_top_k",
+    "min_new_images",
+    "max_new_images",
+    "max_new_tokens",
+)
+SAVERS = {".html": "save_html", ".md": "save_markdown", ".json": "save_json"}
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("prompt", help="what to write about; with --chat, what the user says")
+    command.add_argument("prompt", nargs="+", help="what to write about, a document for each; with --chat, what the user says")
     command.add_argument("--model", default=f"{DEFAULT_RUN}/jam-cross", help="JAM checkpoint: folder or Hub id")
     command.add_argument("--mode", choices=("interleaved", "text", "image"), default="interleaved")
-    command.add_argument("--chat", action="store_true", help="put the prompt through the chat template")
-    command.add_argument("--image", action="append", default=[], help="picture for an <image> in the prompt")
-    command.add_argument("--guidance-scale", type=float, default=None, help="classifier-free guidance inside pictures")
-    command.add_argument("--temperature", type=float, default=None, help="sample with this temperature (default: greedy)")
-    command.add_argument("--max-new-tokens", type=int, default=None)
+    command.add_argument("--chat", action="store_true", help="put the prompts through the chat template")
+    command.add_argument("--image", action="append", default=[], help="picture for an <image> in the prompts, in order")
+    command.add_argument("--guidance-scale", type=float, help="classifier-free guidance inside pictures")
+    command.add_argument("--image-guidance-scale", type=float, help="a scale of its own for the pictures of the context")
+    command.add_argument("--negative-prompt", help="what guidance turns away from")
+    command.add_argument("--temperature", type=float, help="sample with this temperature (default: greedy)")
+    command.add_argument("--image-temperature", type=float, help="sample, with this temperature inside pictures")
+    command.add_argument("--image-top-k", type=int, help="sample among so many codes inside pictures")
+    command.add_argument("--min-new-images", type=int, help="pictures that each document has at least")
+    command.add_argument("--max-new-images", type=int, help="pictures that each document has at most")
+    command.add_argument("--picture-after-sentence", action="store_true", help="a picture after each sentence")
+    command.add_argument("--max-new-tokens", type=int)
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--output", default="document.html", help="HTML file to write")
+    command.add_argument("--output", default="document.html", help="file to write: .html, .md or .json")
 
 
-def run(args: argparse.Namespace) -> None:
-    import torch
-
-    from .. import JamForCausalLM, JamProcessor
-    from ..files import write_whole
-    from ..quickstart.page import document_page
-
+def _checked_output(args: argparse.Namespace) -> Path:
     target = Path(args.output)
     if target.is_dir() or not target.absolute().parent.is_dir():
         raise ValueError(f"--output {target}: expected a file in a folder that exists.")
+    if target.suffix not in SAVERS:
+        raise ValueError(f"--output {target}: expected a name that ends in {', '.join(SAVERS)}.")
     if not Path(args.model).is_dir() and (args.model.count("/") != 1 or args.model.startswith((".", "/", "~"))):
         raise ValueError(f"--model {args.model}: there is no such folder; expected a JAM checkpoint or a Hub id such as a/b.")
+    return target
+
+
+def _settings(args: argparse.Namespace, processor: Any) -> dict[str, Any]:
+    settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    settings["do_sample"] = any(name in settings for name in ("temperature", "image_temperature", "image_top_k"))
+    if args.picture_after_sentence:
+        settings["image_after_token_ids"] = processor.sentence_end_token_ids()
+    if args.negative_prompt is not None:
+        settings["negative_prompt_ids"] = processor.tokenizer(args.negative_prompt, return_tensors="pt").input_ids
+    return {"generation_mode": args.mode, **settings}
+
+
+def run(args: argparse.Namespace) -> None:
+    target = _checked_output(args)
+    import torch
+
+    from .. import JamForCausalLM, JamProcessor
+
     model = JamForCausalLM.from_pretrained(args.model).eval()
     processor = JamProcessor.from_pretrained(args.model)
-    prompt = args.prompt
+    prompts = list(args.prompt)
     if args.chat:
-        messages = [{"role": "user", "content": prompt}]
-        prompt = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    inputs = processor(text=[prompt], images=args.image or None, return_tensors="pt")
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        prompts = processor.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    inputs = processor(text=prompts, images=args.image or None, padding=True, return_tensors="pt")
     torch.manual_seed(args.seed)
-    options = {"generation_mode": args.mode, "guidance_scale": args.guidance_scale}
-    if args.max_new_tokens is not None:
-        options["max_new_tokens"] = args.max_new_tokens
-    if args.temperature is not None:
-        options |= {"do_sample": True, "temperature": args.temperature}
-    output = model.generate(**inputs, **options)
-    length = inputs["input_ids"].shape[1]
-    segments = processor.post_process_interleaved(output, model, prompt_length=length)[0]
-    for segment in segments:
-        print(segment["text"].strip() if segment["type"] == "text" else "[picture]")
-    write_whole(target, document_page(args.prompt, segments))
+    output = model.generate(**inputs, **_settings(args, processor))
+    documents = processor.post_process_interleaved(output, model, prompt_length=inputs["input_ids"].shape[1])
+    for prompt, segments in zip(args.prompt, documents):
+        print(f"# {prompt}")
+        for segment in segments:
+            print(segment["text"].strip() if segment["type"] == "text" else "[picture]")
+        segments.insert(0, {"type": "text", "text": prompt})
+    getattr(processor, SAVERS[target.suffix])(documents, target, overwrite=True)
     print(f"document: {target}")

@@ -34,6 +34,7 @@ from .logits_process_jam import (
     PictureGrammarLogitsProcessor,
     warp_by_modality,
 )
+from .memory_jam import generate_with_memory
 from .packed_guidance_jam import PackedGuidance
 
 
@@ -81,7 +82,8 @@ class PictureSteps:
             self.packed.take(outputs)
         if self.vocab_size is not None:
             grammar, codes_BTK = self.reader.grammar, outputs.logits
-            outputs.logits = codes_BTK.new_full((*codes_BTK.shape[:-1], self.vocab_size), float("-inf"))
+            # Least, not minus infinity: a row that a stopping criterion has ended meanwhile must have something to choose from.
+            outputs.logits = codes_BTK.new_full((*codes_BTK.shape[:-1], self.vocab_size), torch.finfo(codes_BTK.dtype).min)
             outputs.logits[..., grammar.first_code : grammar.last_code + 1] = codes_BTK
             self.vocab_size = None
 
@@ -120,6 +122,8 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
             image_temperature, image_top_k, image_top_p, image_min_p (*optional*): for codes, where they differ from
                 `temperature` and so on, which hold for both where these are `None`.
             pixel_values (float `[P, 3, H, W]`, *optional*): pictures of the prompt, as the processor makes them.
+            memory (`Memory`, *optional*): documents found for each prompt are put before it (memory_jam.py); they are in none
+                of the sequences that come back.
 
             Everything else as in `GenerationMixin.generate`. Pictures of the prompt come back as their codes. Where neither
             `max_new_tokens` nor `max_length` is set, a document may fill the model's positions; "image" mode makes its picture.
@@ -132,6 +136,8 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
             ValueError: on settings that are unknown, out of range or contradict each other, placeholders without pictures, or
                 no room for the pictures that are asked for.
         """
+        if (memory := kwargs.pop("memory", None)) is not None:
+            return generate_with_memory(self, memory, inputs, generation_config, kwargs)
         mode = self._setting("generation_mode", generation_config, kwargs)
         if mode is not None and mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode must be one of {', '.join(map(repr, GENERATION_MODES))}, got {mode!r}.")
@@ -255,7 +261,8 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
             missing = len(self.config.per_layer_config) - len(cache.layers)
             cache.layers += [copy.deepcopy(cache.layers[0]) for _ in range(missing)]
         made_here = type(cache) is DynamicCache and not getattr(cache, "_is_user_defined", False) and not cache.offloading
-        if made_here and generation_config._rows_follow:  # beams would make it copy all at every step
+        as_usual = generation_config.cache_implementation in (None, "dynamic")
+        if made_here and as_usual and generation_config._rows_follow:  # beams would make it copy all at every step
             model_kwargs["past_key_values"] = JamBlockCache(config=self.config)
 
     def prepare_inputs_for_generation(

@@ -63,14 +63,6 @@ def document_html(prompt: str, segments: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*parts, "</div>"])
 
 
-def document_page(prompt: str, segments: Sequence[dict[str, Any]]) -> str:
-    """A whole page with one document."""
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>jam_hf document</title>'
-        f"<style>{_STYLE}</style><body>{document_html(prompt, segments)}</body></html>\n"
-    )
-
-
 def write_documents(run: Run, folder: Path) -> None:
     """Let jam-cross answer held-out how-to questions and draw unseen captions; leaves PNGs and `documents.json`."""
     settings = run.settings

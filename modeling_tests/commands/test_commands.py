@@ -19,7 +19,8 @@ OPTIONS = {
     "convert-vq": ["--source", "--layout"],
     "convert-metaseq": ["--source", "--num-attention-heads"],
     "certify": ["--texts", "--pairs", "--image-token-offset"],
-    "generate": ["--guidance-scale", "--output"],
+    "generate": ["--guidance-scale", "--picture-after-sentence", "--output"],
+    "index": ["--pairs", "--embedder", "--max-score"],
 }
 
 
@@ -46,7 +47,7 @@ def test_every_command_has_help(command, capsys):
 def test_unknown_commands_and_missing_arguments(capsys):
     code, told = stopped_with(["dream"], capsys)
     assert code == 2 and "invalid choice: 'dream'" in told.err
-    for command in ("certify", "convert-vq", "convert-metaseq"):
+    for command in ("certify", "convert-vq", "convert-metaseq", "index"):
         code, told = stopped_with([command], capsys)
         assert code == 2 and "the following arguments are required" in told.err
 
@@ -58,6 +59,7 @@ def test_errors_and_interruptions_end_in_one_line(command, capsys, monkeypatch):
         "certify": ["--model", "a"],
         "convert-metaseq": ["--source", "a", "--output", "b"],
         "generate": ["a prompt"],
+        "index": ["--model", "a", "--pairs", "b", "--output", "c"],
     }[command]
     for error, status, words in (
         (ValueError("a reason"), 2, f"jam-hf {command}: a reason\n"),

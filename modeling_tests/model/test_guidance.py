@@ -205,24 +205,29 @@ def test_columns_of_pictures_that_are_done_are_taken_out(jam, monkeypatch):
     assert torch.equal(output, unpacked)
 
 
-def test_beams_move_the_branches_with_them(jam, monkeypatch):
+@pytest.mark.parametrize("mode", ["image", "interleaved"])
+def test_beams_move_the_branches_with_them(mode, jam, monkeypatch):
+    """Beams of one document, some in text and some in pictures, against branches in forwards of their own."""
     model = jam("llama", "cross", "preserving")
-    settings = {
-        "generation_mode": "image",
-        "guidance_scale": 2.0,
-        "num_beams": 3,
-        "num_return_sequences": 3,
-        "do_sample": False,
-    }
+    settings = {"generation_mode": mode, "guidance_scale": 2.0, "num_beams": 4, "num_return_sequences": 4}
+    settings |= {"do_sample": False, "max_new_tokens": N + 12}
+    if mode == "interleaved":  # a picture follows about every second word
+        settings |= {"image_after_token_ids": list(range(20, 284, 2)), "eos_token_id": None}
+        settings |= {"logits_processor": [lambda ids, scores: scores + 4.0 * (torch.arange(scores.shape[1]) == BREAK)]}
     ids = batch([[BOS, 30, 31], [BOS, 40, 41, 42, 43]])
     apart = model.generate(**ids, **settings, use_cache=False)
-    moved, reorder = [], PackedGuidance.reorder
+    moved, out_of_step, reorder = [], [], PackedGuidance.reorder
+
+    def recording(self, rows):
+        moved.append(rows.tolist())
+        out_of_step.append(bool(self.columns) and len(set(self.live[:4])) > 1)
+        reorder(self, rows)
+
     monkeypatch.setattr(SeparateGuidance, "logits", None)
-    monkeypatch.setattr(PackedGuidance, "reorder", lambda self, rows: (moved.append(rows.tolist()), reorder(self, rows)))
+    monkeypatch.setattr(PackedGuidance, "reorder", recording)
     assert torch.equal(model.generate(**ids, **settings), apart)
-    assert any(rows != sorted(rows) or len(set(rows)) < len(rows) for rows in moved)
-    monkeypatch.setattr(PackedGuidance, "reorder", lambda self, rows: None)  # planted: the branches stay where they were
-    model.generate(**ids, **settings)
+    assert any(rows != list(range(8)) for rows in moved)
+    assert any(out_of_step) == (mode == "interleaved")
 
 
 def test_sampling_follows_the_oracle_of_its_own_draws(jam):

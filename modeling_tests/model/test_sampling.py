@@ -225,6 +225,24 @@ def test_stopping_criteria_and_processors_see_the_true_ids(jam):
     assert output.shape == (1, 9) and all(torch.equal(ids, output[:, : ids.shape[1]]) for ids in seen)
 
 
+@pytest.mark.parametrize("guided", [{}, {"guidance_scale": 2.0}])
+def test_a_row_that_a_criterion_ends_inside_a_picture_harms_no_other(guided, jam):
+    model = jam("llama", "cross", "preserving")
+
+    class SecondRowEarly(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.tensor([False, input_ids.shape[1] >= 8])
+
+    ids = torch.tensor([[BOS, 30], [BOS, 40]])
+    settings = {"generation_mode": "image", "do_sample": True, "image_top_p": 0.9, **guided}
+    torch.manual_seed(5)
+    output = model.generate(ids, stopping_criteria=[SecondRowEarly()], **settings)
+    torch.manual_seed(5)
+    whole = model.generate(ids, **settings)
+    assert torch.equal(output[0], whole[0]) and torch.equal(output[1, :8], whole[1, :8])
+    assert (output[1, 8:] == 0).all() and output.shape == whole.shape
+
+
 def test_context_and_budget_bound_the_pictures(jam):
     """Of 128 positions, a prompt of 120 leaves no room for a picture, whatever the budget."""
     model = jam("llama", "cross", "preserving")

@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoProcessor
 
 import jam_hf.quickstart.stages as stages
 from jam_hf.cli import main
-from jam_hf.quickstart.page import document_page, verdicts
+from jam_hf.quickstart.page import document_html, verdicts
 from jam_hf.quickstart.stages import STAGES, QuickstartSettings, Run, run_all, run_stage
 
 
@@ -114,6 +114,19 @@ def test_command_line(run, tmp_path, capsys):
     options = ["--model", str(run.folder / "jam-cross"), "--output", str(page), "--max-new-tokens", "40"]
     assert main(["generate", "Please draw a circle.", "--chat", "--guidance-scale", "2", *options]) == 0
     assert "<!doctype html>" in page.read_text()
+    more = ["--mode", "interleaved", "--max-new-images", "1", "--picture-after-sentence", "--image-top-k", "5"]
+    for name, held in (("two.md", "A red circle."), ("two.json", '"jam_documents": 1')):
+        options[3] = str(tmp_path / name)
+        assert (
+            main(["generate", "A red circle.", "Blue.", "--negative-prompt", "green", "--guidance-scale", "2", *more, *options])
+            == 0
+        )
+        assert held in (tmp_path / name).read_text()
+        assert "# Blue." in capsys.readouterr().out
+    options[3] = str(tmp_path / "two.pdf")
+    assert main(["generate", "x", *options]) == 2
+    assert "ends in .html, .md, .json" in capsys.readouterr().err
+    options[3] = str(page)
     assert main(["generate", "<image>", *options]) == 2
     assert "no images were passed" in capsys.readouterr().err
     assert main(["generate", "x", "--model", str(tmp_path)]) == 2
@@ -129,6 +142,6 @@ def test_command_line(run, tmp_path, capsys):
     assert "is a file" in capsys.readouterr().err
 
 
-def test_document_page_escapes():
-    page = document_page("<script>", [{"type": "text", "text": "a < b"}, {"type": "image", "image": None}])
+def test_documents_on_the_page_are_escaped():
+    page = document_html("<script>", [{"type": "text", "text": "a < b"}, {"type": "image", "image": None}])
     assert "<script>" not in page and "a &lt; b" in page and "not finished" in page

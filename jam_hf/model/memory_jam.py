@@ -1,0 +1,291 @@
+"""Retrieval augmentation of `generate()`: documents of a memory put before the prompt, and cut out of what comes back.
+
+It knows how a retrieved document is laid out and how many fit. It does not know how documents are found: a memory is whatever
+has the method of the protocol here (jam_hf/retrieval has one).
+
+Shape suffixes: B prompts, T positions of the prompts, A positions of the augmented prompts, N codes a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from transformers.utils import logging
+
+
+if TYPE_CHECKING:
+    from .configuration_jam import JamConfig
+    from .modeling_jam import JamForCausalLM
+
+logger = logging.get_logger(__name__)
+
+
+class MemoryDocument(NamedTuple):
+    """A caption and its picture, as a memory gives them.
+
+    id: its name in the memory. score: its similarity to the prompt. text_ids: ids of the caption, without special tokens.
+    codes: the N raw codes of the picture, 0..K-1.
+    """
+
+    id: str
+    score: float
+    text_ids: Sequence[int]
+    codes: Sequence[int]
+
+
+class MemoryQuery(NamedTuple):
+    """One prompt, without padding.
+
+    input_ids (int64 `[T]`): as the user passed it. pixel_values (float `[P, 3, H, W]` in [-1, 1]): the pictures of its
+    placeholders `<image>`, in order; P is 0 where it has none. Other pictures stand in the ids, as codes.
+    """
+
+    input_ids: torch.LongTensor
+    pixel_values: torch.FloatTensor
+
+
+class Memory(Protocol):
+    """What `generate(memory=...)` asks of a memory."""
+
+    def documents_for(self, model: JamForCausalLM, queries: Sequence[MemoryQuery]) -> list[list[MemoryDocument]]:
+        """For each prompt the documents to put before it, the most similar first.
+
+        Raises:
+            ValueError: if the memory's codes are not those of the model's VQ model, or a prompt holds nothing to look for.
+        """
+        ...
+
+
+def document_ids(config: JamConfig, document: MemoryDocument) -> list[int]:
+    """`text <break> image <break>` [C], the picture laid out as the config says.
+
+    Raises:
+        ValueError: if the picture does not have exactly N codes of the codebook.
+    """
+    codes, count = [int(code) for code in document.codes], config.image_seq_length
+    if len(codes) != count or min(codes) < 0 or max(codes) >= config.num_image_tokens:
+        raise ValueError(
+            f"Document {document.id!r} of the memory has {len(codes)} codes, {min(codes, default=0)}..{max(codes, default=0)}. "
+            f"A picture of this JAM has {count} in 0..{config.num_image_tokens - 1}: build the index with its VQ model."
+        )
+    rest = iter(codes)
+    inside = [next(rest) + config.image_token_offset if token < 0 else token for token in config.picture_template]
+    return [*document.text_ids, config.break_token_id, *inside, config.picture_end_token_id]
+
+
+def how_many_fit(lengths: Sequence[int], room: int) -> int:
+    """How many documents, from the most similar on, have no more than `room` tokens together.
+
+    A document that does not fit is left out with all that are less similar; none is cut (ours [R]).
+    """
+    return sum(total <= room for total in accumulate(lengths))
+
+
+@dataclass
+class AugmentedPrompts:
+    """Prompts behind their documents: `<bos> text <break> image <break> ... prompt`, padded on the left.
+
+    Args:
+        input_ids, attention_mask: int64 `[B, A]`, for `generate()`; pictures are codes here.
+        prompt_ids: int64 `[B, T]`, the prompts as `generate()` would return them without a memory.
+        memory_ids, memory_scores: names of each prompt's documents and their similarities, the most similar first, which is
+            the order in which they stand (ours [R]).
+    """
+
+    input_ids: torch.LongTensor
+    attention_mask: torch.LongTensor
+    prompt_ids: torch.LongTensor
+    memory_ids: list[list[str]]
+    memory_scores: list[list[float]]
+
+    def cut(self, sequences: torch.LongTensor) -> torch.LongTensor:
+        """Take the documents out: int64 `[R, A + new]`, R a multiple of B, to `[R, T + new]` that begins with the prompts."""
+        prompts = self.prompt_ids.repeat_interleave(sequences.shape[0] // self.prompt_ids.shape[0], dim=0)
+        return torch.cat((prompts.to(sequences.device), sequences[:, self.input_ids.shape[1] :]), dim=1)
+
+
+def augment_prompts(
+    model: JamForCausalLM,
+    memory: Memory,
+    input_ids: torch.LongTensor,
+    attention_mask: torch.Tensor | None = None,
+    pixel_values: torch.FloatTensor | None = None,
+    max_new_tokens: int | None = None,
+) -> AugmentedPrompts:
+    """Ask the memory for each prompt's documents and put them behind its `<bos>`, or first where it has none.
+
+    Args:
+        input_ids, attention_mask: int64 `[B, T]`, padded on either side, as the processor makes them.
+        pixel_values: float `[P, 3, H, W]`, the pictures of the whole batch, in reading order.
+        max_new_tokens: for which there must be room behind the prompt; one whole picture where `None`. Documents that the
+            model's positions do not hold besides are left out, the least similar first.
+    Raises:
+        ValueError: if ids are no batch of prompts, a prompt is empty, pictures and placeholders do not match, or the memory
+            refuses.
+    """
+    config = model.config
+    if not callable(getattr(memory, "documents_for", None)):
+        raise ValueError(
+            f"memory must have the method documents_for, as an index of jam_hf.retrieval has, got {type(memory).__name__}. "
+            "The folder of an index is read with load_index(folder, processor)."
+        )
+    if not torch.is_tensor(input_ids) or input_ids.ndim != 2 or not input_ids.numel():
+        shape = list(input_ids.shape) if torch.is_tensor(input_ids) else type(input_ids).__name__
+        raise ValueError(f"memory needs prompts to look for: input_ids [B, T], got {shape}.")
+    mask = _mask_of(config, input_ids, attention_mask)
+    if not bool(mask.any(1).all()):
+        raise ValueError(
+            f"Prompt {int((~mask.any(1)).nonzero()[0])} is nothing but padding; a memory needs prompts to look for."
+        )
+    prompt_ids = input_ids if pixel_values is None else model.model.insert_image_tokens(input_ids, pixel_values)
+    pixels = _pixels_by_row(config, input_ids, pixel_values)
+    queries = [MemoryQuery(ids[kept], own) for ids, kept, own in zip(input_ids, mask, pixels)]
+    found = memory.documents_for(model, queries)
+    if len(found) != len(queries):
+        raise ValueError(f"memory must answer each of {len(queries)} prompts with a list of documents, got {len(found)} lists.")
+    new_tokens = config.picture_length + 2 if max_new_tokens is None else max_new_tokens
+
+    rows, memory_ids, memory_scores = [], [], []
+    for ids, kept, documents in zip(prompt_ids, mask, found):
+        start = int(kept.nonzero()[0])  # what stands behind it, padding included, stays as it is
+        begin = start + int(config.bos_token_id is not None and int(ids[start]) == config.bos_token_id)
+        laid_out = [document_ids(config, document) for document in documents]
+        room = config.max_position_embeddings - new_tokens - (len(ids) - start)
+        count = how_many_fit([len(document) for document in laid_out], room)
+        if count < len(documents):
+            logger.warning_once(
+                f"{len(documents) - count} of {len(documents)} retrieved documents do not fit into the "
+                f"{config.max_position_embeddings} positions beside a prompt of {len(ids) - start} and {new_tokens} new ones; "
+                "they are left out."
+            )
+        before = [token for document in laid_out[:count] for token in document]
+        inserted = torch.tensor(before, dtype=ids.dtype, device=ids.device)
+        rows.append(
+            (
+                torch.cat((ids[start:begin], inserted, ids[begin:])),
+                torch.cat((kept[start:begin], torch.ones_like(inserted, dtype=torch.bool), kept[begin:])),
+            )
+        )
+        memory_ids.append([document.id for document in documents[:count]])
+        memory_scores.append([float(document.score) for document in documents[:count]])
+
+    width = max(input_ids.shape[1], *(len(ids) for ids, _ in rows))
+    pad = 0 if config.pad_token_id is None else config.pad_token_id
+    augmented_BA = torch.full((len(rows), width), pad, dtype=input_ids.dtype, device=input_ids.device)
+    mask_BA = torch.zeros_like(augmented_BA)
+    for row, (ids, kept) in enumerate(rows):
+        augmented_BA[row, width - len(ids) :] = ids
+        mask_BA[row, width - len(ids) :] = kept.to(mask_BA)
+    return AugmentedPrompts(augmented_BA, mask_BA, prompt_ids, memory_ids, memory_scores)
+
+
+def _mask_of(config: JamConfig, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.BoolTensor:
+    """bool `[B, T]`; where no mask came, by the padding's id, as `generate()` itself does."""
+    if attention_mask is not None:
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"memory needs an attention_mask of the shape of input_ids {list(input_ids.shape)}, got "
+                f"{list(attention_mask.shape)}."
+            )
+        return attention_mask.bool()
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if config.pad_token_id is None or config.pad_token_id in ends:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    return input_ids != config.pad_token_id
+
+
+def _pixels_by_row(
+    config: JamConfig, input_ids: torch.LongTensor, pixel_values: torch.FloatTensor | None
+) -> Sequence[torch.FloatTensor]:
+    """The pictures of each row: float `[P_row, 3, H, W]`, by the number of its placeholders."""
+    placeholders = (input_ids == config.image_token_id).sum(1)
+    if pixel_values is None:
+        if bool(placeholders.any()):
+            raise ValueError(
+                "The prompt has placeholders <image> but no pixel_values came with it. Pass the picture(s) to the processor "
+                "(images=[...]) and its whole output to generate()."
+            )
+        pixel_values = torch.empty(0)
+    counts, rest = (placeholders // config.image_seq_length).tolist(), placeholders % config.image_seq_length
+    if bool(rest.any()):
+        row = int(rest.nonzero()[0])
+        raise ValueError(
+            f"Prompt {row} has {int(placeholders[row])} placeholders <image>; a picture has {config.image_seq_length}. Let "
+            "JamProcessor make input_ids and pixel_values together."
+        )
+    return pixel_values.split(counts)
+
+
+def generate_with_memory(
+    model: JamForCausalLM, memory: Memory, inputs: torch.Tensor | None, generation_config: Any, kwargs: dict[str, Any]
+) -> Any:
+    """`generate()` on the augmented prompts, and the documents cut out of its `sequences`.
+
+    Lengths are the user's: `max_length` and `min_length` count the prompt without its documents. What came with
+    `return_dict_in_generate` gets `memory_ids` and `memory_scores`, a list for each row of `sequences`. Stopping criteria, the
+    user's own processors, and a cache that is returned see the documents; a streamer does not.
+    """
+    if inputs is not None and kwargs.get("input_ids") is None:
+        kwargs["input_ids"] = inputs
+    for name in ("inputs_embeds", "past_key_values", "position_ids"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"memory puts documents before the prompt, which {name} knows nothing of. Pass input_ids alone.")
+    input_ids = kwargs.pop("input_ids", None)
+    new_tokens = _new_tokens(model, input_ids, generation_config, kwargs)
+    prompts = augment_prompts(
+        model, memory, input_ids, kwargs.pop("attention_mask", None), kwargs.pop("pixel_values", None), new_tokens
+    )
+    added = prompts.input_ids.shape[1] - input_ids.shape[1]
+    for name, stronger in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        value, new = (model._setting(n, generation_config, kwargs) for n in (name, stronger))
+        if value is not None and new is None:
+            kwargs[name] = value + added
+    if kwargs.get("streamer") is not None:
+        kwargs["streamer"] = _PromptWithoutDocuments(kwargs["streamer"], prompts.prompt_ids)
+    output = model.generate(
+        generation_config=generation_config, input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, **kwargs
+    )
+    if torch.is_tensor(output):
+        return prompts.cut(output)
+    output["sequences"] = prompts.cut(output.sequences)
+    copies = output.sequences.shape[0] // len(prompts.memory_ids)
+    output["memory_ids"] = [ids for ids in prompts.memory_ids for _ in range(copies)]
+    output["memory_scores"] = [scores for scores in prompts.memory_scores for _ in range(copies)]
+    return output
+
+
+def _new_tokens(
+    model: JamForCausalLM, input_ids: torch.Tensor | None, generation_config: Any, kwargs: dict[str, Any]
+) -> int | None:
+    """How many tokens the user asked for; `None`: no number of them."""
+    new_tokens, max_length = (model._setting(name, generation_config, kwargs) for name in ("max_new_tokens", "max_length"))
+    if new_tokens is not None or max_length is None or not torch.is_tensor(input_ids):
+        return new_tokens
+    if max_length <= input_ids.shape[-1]:
+        raise ValueError(
+            f"The prompt has {input_ids.shape[-1]} tokens and max_length is {max_length}, so nothing can be written. Raise "
+            "max_length, or set max_new_tokens."
+        )
+    return max_length - input_ids.shape[-1]
+
+
+class _PromptWithoutDocuments:
+    """A streamer that is given the user's own prompt in place of the augmented one, which `generate()` puts in first."""
+
+    def __init__(self, streamer: Any, prompt_ids: torch.LongTensor):
+        self.streamer, self.prompt_ids = streamer, prompt_ids
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.prompt_ids is not None:
+            value, self.prompt_ids = self.prompt_ids.to(value.device), None
+        self.streamer.put(value)
+
+    def end(self) -> None:
+        self.streamer.end()
+
+
+__all__ = ["AugmentedPrompts", "Memory", "MemoryDocument", "MemoryQuery", "augment_prompts"]

@@ -1,0 +1,23 @@
+"""A memory of captioned pictures: built with a JAM's VQ model and CLIP, searched with FAISS, put before prompts and documents.
+
+The model knows nothing of this folder: what it asks of a memory is a protocol, jam_hf/model/memory_jam.py. FAISS is an extra:
+`pip install jam_hf[retrieval]`.
+"""
+
+from .build import build_index
+from .embedder import ClipEmbedder, Embedder
+from .index import MemoryIndex, RetrievalSettings, RetrievedDocument, load_index
+from .training_documents import documents_with_memory, stack_codes
+
+
+__all__ = [
+    "ClipEmbedder",
+    "Embedder",
+    "MemoryIndex",
+    "RetrievalSettings",
+    "RetrievedDocument",
+    "build_index",
+    "documents_with_memory",
+    "load_index",
+    "stack_codes",
+]
