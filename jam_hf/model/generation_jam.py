@@ -277,6 +277,8 @@ class JamGenerationMixin(GenerationMixin):
                 set in the generation config): plain next-token generation without a grammar.
             guidance_scale (`float`, *optional*): classifier-free guidance inside pictures; 1.0 or `None`: none.
             pixel_values (float `[P, 3, H, W]`, *optional*): pictures of the prompt, as the processor makes them.
+            num_candidates (`int`, *optional*), reranker (*optional*): draw so many candidates for each picture and keep the
+                best; see `generate_best_pictures` in candidates_jam.py.
 
             Everything else as in `GenerationMixin.generate`. Pictures of the prompt come back as their codes. Where neither
             `max_new_tokens` nor `max_length` is set, a document may fill the model's positions; "image" mode makes its picture.
@@ -300,6 +302,7 @@ class JamGenerationMixin(GenerationMixin):
                 "Leave them out."
             )
 
+        num_candidates, reranker = kwargs.pop("num_candidates", None), kwargs.pop("reranker", None)
         pixel_values = kwargs.pop("pixel_values", None)
         if inputs is not None and "input_ids" not in kwargs:
             inputs, kwargs["input_ids"] = None, inputs
@@ -325,6 +328,10 @@ class JamGenerationMixin(GenerationMixin):
                 kwargs["max_new_tokens"] = self.config.picture_length + 2
             else:
                 kwargs["max_length"] = self.config.max_position_embeddings
+        if num_candidates is not None or reranker is not None:
+            from .candidates_jam import generate_best_pictures
+
+            return generate_best_pictures(self, num_candidates, reranker, generation_config, inputs=inputs, **kwargs)
         with self._flash_attention_declared():
             return super().generate(inputs=inputs, generation_config=generation_config, **kwargs)
 
@@ -353,6 +360,8 @@ class JamGenerationMixin(GenerationMixin):
     def _get_logits_processor(
         self, generation_config: Any, input_ids_seq_length: int | None = None, **kwargs: Any
     ) -> LogitsProcessorList:
+        # A segment of a document (candidates_jam.py) counts from the document's prompt.
+        input_ids_seq_length = getattr(generation_config, "document_prompt_length", input_ids_seq_length)
         # GenerationMixin would answer `guidance_scale` with a second forward over the whole prompt at every step.
         scale, generation_config.guidance_scale = generation_config.guidance_scale, None
         try:

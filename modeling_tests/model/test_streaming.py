@@ -99,6 +99,9 @@ def test_any_document_cut_anywhere_gives_its_segments(data, laid_out):
     rows = []
     for _ in range(data.draw(st.integers(1, 3))):
         row = random_document(layout, rng, data.draw(st.integers(0, 2)))
+        if data.draw(st.booleans()):  # white space alone between two pictures is no segment
+            row += [*picture(layout, range(FIRST, LAST)), *processor.tokenizer(" \n ", add_special_tokens=False)["input_ids"]]
+            row += picture(layout, range(FIRST, LAST))
         row += processor.tokenizer("a ruby\n is — красный 红色 🟥.", add_special_tokens=False)["input_ids"]
         ending = data.draw(st.sampled_from(["end", "open", "half"]))
         row += [EOS] if ending == "end" else picture(layout, range(FIRST, LAST))[: 1 if ending == "open" else 9]
@@ -388,8 +391,11 @@ def test_the_streams_own_criterion_stands_beside_the_users(laid_out):
             break
 
 
-def test_waiting_has_an_end(laid_out):
+def test_waiting_has_an_end_and_a_thread_of_ones_own_can_tell_of_an_error(laid_out):
     streamer = JamStreamer(*laid_out("plain"), timeout=0.01)
+    streamer.fail(ArithmeticError("planted"))
+    with pytest.raises(ArithmeticError, match="planted"):
+        next(streamer)
     with pytest.raises(queue.Empty):
         next(streamer)
 
