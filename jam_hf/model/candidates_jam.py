@@ -88,11 +88,9 @@ class _Documents:
     def __init__(self, model: JamForCausalLM, settings: GenerationConfig, kwargs: dict[str, Any]):
         """`settings` are complete; `kwargs` is everything else that was given to `generate()`."""
         self.model, self.settings = model, settings
-        eos = settings.eos_token_id
-        self.eos = [i for i in (eos if isinstance(eos, list) else [eos]) if i is not None]
-        pad = settings.pad_token_id
-        self.pad = pad if pad is not None else self.eos[0] if self.eos else 0
-        self.grammar = PictureGrammar(model.config, self.eos)
+        eos, pad = settings.eos_token_id, settings.pad_token_id
+        self.pad = pad if pad is not None else eos[0] if isinstance(eos, list) else eos or 0  # as GenerationMixin has it
+        self.grammar = PictureGrammar(model.config)
         self.criteria = kwargs.pop("stopping_criteria", None)
         self.allowed_fn = kwargs.pop("prefix_allowed_tokens_fn", None)
         input_ids, mask = kwargs.pop("input_ids"), kwargs.pop("attention_mask", None)
@@ -140,20 +138,11 @@ class _Documents:
             stopping_criteria=StoppingCriteriaList([end]),
             **kwargs,
         )
-        lengths = end.lengths.tolist()
-        written = [row[:length] if length else row for row, length in zip(sequences, lengths)]
-        return [self._without_padding(row[ids.shape[1] :]) for row in written], end
+        # Behind an <eos> stands padding, which never reaches further than the longest row of the segment.
+        return [row[ids.shape[1] : length or None] for row, length in zip(sequences, end.lengths.tolist())], end
 
     def _whole_mask(self, row: int) -> torch.Tensor:
         return torch.nn.functional.pad(self.mask[row], (0, len(self.rows[row]) - self.mask.shape[1]), value=1)
-
-    def _without_padding(self, ids: torch.LongTensor) -> torch.LongTensor:
-        """What a row wrote before its end, int64 `[t]`."""
-        ends = torch.isin(ids, torch.tensor(self.eos, device=ids.device)).nonzero()
-        if len(ends):
-            return ids[: int(ends[0]) + 1]
-        written = (ids != self.pad).nonzero()  # a stop string may have ended it
-        return ids[: int(written[-1]) + 1] if len(written) else ids[:0]
 
     def _append(self, row: int, ids: torch.LongTensor) -> None:
         self.rows[row] = torch.cat((self.rows[row], ids))
