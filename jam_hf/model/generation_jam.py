@@ -124,6 +124,8 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
             pixel_values (float `[P, 3, H, W]`, *optional*): pictures of the prompt, as the processor makes them.
             memory (`Memory`, *optional*): documents found for each prompt are put before it (memory_jam.py); they are in none
                 of the sequences that come back.
+            num_candidates (`int`, *optional*), reranker (*optional*): draw so many candidates for each picture and keep the
+                best; see `generate_best_pictures` in candidates_jam.py.
 
             Everything else as in `GenerationMixin.generate`. Pictures of the prompt come back as their codes. Where neither
             `max_new_tokens` nor `max_length` is set, a document may fill the model's positions; "image" mode makes its picture.
@@ -141,11 +143,8 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         mode = self._setting("generation_mode", generation_config, kwargs)
         if mode is not None and mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode must be one of {', '.join(map(repr, GENERATION_MODES))}, got {mode!r}.")
-        kwargs["_negative_prompt"] = self._unpadded(
-            kwargs.pop("negative_prompt_ids", None), kwargs.pop("negative_prompt_attention_mask", None)
-        )
-        kwargs["_own_loop"] = kwargs.get("custom_generate") is not None
 
+        num_candidates, reranker = kwargs.pop("num_candidates", None), kwargs.pop("reranker", None)
         pixel_values = kwargs.pop("pixel_values", None)
         if inputs is not None and "input_ids" not in kwargs:
             inputs, kwargs["input_ids"] = None, inputs
@@ -166,6 +165,14 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
                 kwargs["max_new_tokens"] = self.config.picture_length + 2
             else:
                 kwargs["max_length"] = self.config.max_position_embeddings
+        if num_candidates is not None or reranker is not None:
+            from .candidates_jam import generate_best_pictures
+
+            return generate_best_pictures(self, num_candidates, reranker, generation_config, inputs=inputs, **kwargs)
+        kwargs["_negative_prompt"] = self._unpadded(
+            kwargs.pop("negative_prompt_ids", None), kwargs.pop("negative_prompt_attention_mask", None)
+        )
+        kwargs["_own_loop"] = kwargs.get("custom_generate") is not None
         output = None
         try:
             with self._flash_attention_declared():
@@ -311,12 +318,15 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         model_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> LogitsProcessorList:
+        # A segment of a document (candidates_jam.py) counts from the document's prompt.
+        segment = getattr(generation_config, "document_prompt_length", None)
+        prompt_length = input_ids_seq_length if segment is None else segment
         # GenerationMixin would answer `guidance_scale` with a second forward over the whole prompt at every step.
         scale, generation_config.guidance_scale = generation_config.guidance_scale, None
         try:
             processors = super()._get_logits_processor(
                 generation_config=generation_config,
-                input_ids_seq_length=input_ids_seq_length,
+                input_ids_seq_length=prompt_length,
                 encoder_input_ids=encoder_input_ids,
                 model_kwargs=model_kwargs,
                 **kwargs,
@@ -340,7 +350,7 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         room = generation_config.max_length - input_ids_seq_length
         room = torch.as_tensor(self.config.max_position_embeddings - read).clamp(max=room)
         follows = generation_config._rows_follow
-        reader = PictureReader(grammar, input_ids_seq_length, room, follows)
+        reader = PictureReader(grammar, prompt_length, room + input_ids_seq_length - prompt_length, follows)
 
         ours, packed = LogitsProcessorList(), None
         settings = self._guidance_settings(generation_config)
@@ -368,7 +378,8 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
             ours.append(PictureGuidanceLogitsProcessor(packed or SeparateGuidance(*shared)))
         rules = self._document_rules(generation_config)
         if rules is not None:  # after guidance: minus infinity minus minus infinity is not a number
-            self._check_room(grammar, rules, encoder_input_ids if not embedded else None, room)
+            if segment is None:
+                self._check_room(grammar, rules, encoder_input_ids if not embedded else None, room)
             ours.append(PictureGrammarLogitsProcessor(reader, rules))
             if any(not isinstance(processor, WARPER_CLASSES) for processor in processors):
                 processors.append(PictureGrammarGuardLogitsProcessor(ours[-1]))
