@@ -28,6 +28,7 @@ try:
     from .model.modeling_jam import JamForCausalLM, JamModel
     from .model.modeling_jam_vq import JamVQModel
     from .model.processing_jam import JamProcessor
+    from .model.streaming_jam import AsyncJamStreamer, JamStreamer, stream, stream_async
     from .version import __version__
 finally:
     if _collecting:
@@ -49,13 +50,17 @@ def _register() -> None:
 _register()
 
 __all__ = [
+    "AsyncJamStreamer",
     "JamConfig",
     "JamForCausalLM",
     "JamImageProcessor",
     "JamModel",
     "JamProcessor",
+    "JamStreamer",
     "JamVQConfig",
     "JamVQModel",
     "__version__",
     "fuse",
+    "stream",
+    "stream_async",
 ]

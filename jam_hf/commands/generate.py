@@ -20,6 +20,8 @@ SETTINGS = (
     "min_new_images",
     "max_new_images",
     "max_new_tokens",
+    "num_candidates",
+    "reranker",
 )
 SAVERS = {".html": "save_html", ".md": "save_markdown", ".json": "save_json"}
 
@@ -39,6 +41,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--min-new-images", type=int, help="pictures that each document has at least")
     command.add_argument("--max-new-images", type=int, help="pictures that each document has at most")
     command.add_argument("--picture-after-sentence", action="store_true", help="a picture after each sentence")
+    command.add_argument("--num-candidates", type=int, help="draw so many candidates for each picture and keep the best")
+    command.add_argument("--reranker", help="which is the best: likelihood (default), or a CLIP checkpoint")
+    command.add_argument("--memory", help="index of captioned pictures (jam-hf index) to look things up in")
     command.add_argument("--max-new-tokens", type=int)
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--output", default="document.html", help="file to write: .html, .md or .json")
@@ -57,7 +62,14 @@ def _checked_output(args: argparse.Namespace) -> Path:
 
 def _settings(args: argparse.Namespace, processor: Any) -> dict[str, Any]:
     settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    settings["do_sample"] = any(name in settings for name in ("temperature", "image_temperature", "image_top_k"))
+    sampled = ("temperature", "image_temperature", "image_top_k", "num_candidates")
+    settings["do_sample"] = any(name in settings for name in sampled)
+    if args.num_candidates is not None:
+        settings["tokenizer"] = processor.tokenizer  # a CLIP model reads the text before a picture
+    if args.memory is not None:
+        from ..retrieval import load_index
+
+        settings["memory"] = load_index(args.memory, processor)
     if args.picture_after_sentence:
         settings["image_after_token_ids"] = processor.sentence_end_token_ids()
     if args.negative_prompt is not None:

@@ -41,7 +41,7 @@ def test_every_command_has_help(command, capsys):
     code, told = stopped_with([command, "--help"], capsys)
     assert code == 0 and told.out.startswith(f"usage: jam-hf {command} ")
     options = told.out[told.out.index("options:") :]
-    assert all(re.search(rf"^ +{option} ", options, re.M) for option in OPTIONS.get(command, ["--run"]))
+    assert all(re.search(rf"^ +{option}\s", options, re.M) for option in OPTIONS.get(command, ["--run"]))
 
 
 def test_unknown_commands_and_missing_arguments(capsys):

@@ -156,20 +156,21 @@ def test_generate_compiles_its_decode_step(family, mode, init, jam):
 
 @pytest.mark.feature(SECTION, "generate() with pictures and guidance, compiled by itself")
 def test_generate_compiles_while_it_draws(jam):
+    """One graph for a step of text and one for a step inside a picture, with the branch beside it; a second prompt adds none."""
     model, counter = jam("llama", "cross", "preserving"), CompileCounter()
-    row = [1, 30, 31]
-    output = model.generate(
-        input_ids=torch.tensor([row]),
-        generation_mode="image",
-        guidance_scale=2.0,
-        do_sample=False,
-        cache_implementation="static",
-        compile_config=_compile_on_a_cpu(counter),
-    )
     steps = model.config.image_seq_length + 2
-    process = picture_scores(model, 3, "image", 2.0, 3 + steps)
-    assert output[0, 3:].tolist() == greedy(model, row, steps, process=process)
-    assert counter.frame_count == 1
+    for row in ([1, 30, 31], [1, 40, 41]):
+        output = model.generate(
+            input_ids=torch.tensor([row]),
+            generation_mode="image",
+            guidance_scale=2.0,
+            do_sample=False,
+            cache_implementation="static",
+            compile_config=_compile_on_a_cpu(counter),
+        )
+        process = picture_scores(model, 3, "image", 2.0, 3 + steps)
+        assert output[0, 3:].tolist() == greedy(model, row, steps, process=process)
+        assert counter.frame_count == 2
 
 
 def _export(model) -> torch.export.ExportedProgram:

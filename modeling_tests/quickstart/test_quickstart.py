@@ -123,6 +123,11 @@ def test_command_line(run, tmp_path, capsys):
         )
         assert held in (tmp_path / name).read_text()
         assert "# Blue." in capsys.readouterr().out
+    assert main(["generate", "A red circle.", "--num-candidates", "2", *more, *options]) == 0
+    assert main(["generate", "A red circle.", "--reranker", "likelihood", *more, *options]) == 2
+    assert "needs num_candidates" in capsys.readouterr().err
+    assert main(["generate", "A red circle.", "--memory", str(tmp_path / "absent"), *more, *options]) == 2
+    assert "absent" in capsys.readouterr().err
     options[3] = str(tmp_path / "two.pdf")
     assert main(["generate", "x", *options]) == 2
     assert "ends in .html, .md, .json" in capsys.readouterr().err
