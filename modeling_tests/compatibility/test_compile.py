@@ -158,7 +158,7 @@ def test_generate_compiles_its_decode_step(family, mode, init, jam):
 def test_generate_compiles_while_it_draws(jam):
     """One graph for a step of text and one for a step inside a picture, with the branch beside it; a second prompt adds none."""
     model, counter = jam("llama", "cross", "preserving"), CompileCounter()
-    steps = model.config.image_seq_length + 2
+    steps, compile_config = model.config.image_seq_length + 2, _compile_on_a_cpu(counter)
     for row in ([1, 30, 31], [1, 40, 41]):
         output = model.generate(
             input_ids=torch.tensor([row]),
@@ -166,7 +166,7 @@ def test_generate_compiles_while_it_draws(jam):
             guidance_scale=2.0,
             do_sample=False,
             cache_implementation="static",
-            compile_config=_compile_on_a_cpu(counter),
+            compile_config=compile_config,
         )
         process = picture_scores(model, 3, "image", 2.0, 3 + steps)
         assert output[0, 3:].tolist() == greedy(model, row, steps, process=process)
