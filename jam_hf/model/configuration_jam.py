@@ -277,6 +277,8 @@ class JamConfig(PreTrainedConfig):
         # Checked before the sub-configs are built: a wrong mode must not surface as a wrong shape.
         _check_choice("fusion_mode", self.fusion_mode, FUSION_MODES)
         _check_choice("cross_form", self.cross_form, CROSS_FORMS)
+        if self.cross_attention_interval < 1:
+            raise ValueError(f"JamConfig: `cross_attention_interval` must be at least 1, got {self.cross_attention_interval}.")
         if self.fusion_mode == "cross" and self.image_config is None:
             self.image_config = copy.deepcopy(self.text_config) if self.text_config is not None else {}
         elif self.fusion_mode != "cross" and self.image_config is not None:
@@ -297,8 +299,6 @@ class JamConfig(PreTrainedConfig):
             self._check_streams()
         self._derive_and_check_pairing()
         self._check_image_head()
-        if self.cross_attention_interval < 1:
-            raise ValueError(f"JamConfig: `cross_attention_interval` must be at least 1, got {self.cross_attention_interval}.")
         self._derive_and_check_tying()
         self._derive_and_check_ids()
 
@@ -675,6 +675,11 @@ class JamConfig(PreTrainedConfig):
         """ "full_attention" or "sliding_attention" for each cached attention, in the order of `per_layer_config`."""
         slides = [getattr(config, "sliding_window", None) is not None for config in self.per_layer_config]
         return ["sliding_attention" if sliding else "full_attention" for sliding in slides]
+
+    @layer_types.setter
+    def layer_types(self, value: Any) -> None:
+        if value is not None:
+            raise ValueError("JamConfig: layer_types follow from text_config and image_config; set them there.")
 
     def validate_layer_type(self) -> None:
         """Nothing to check here: a cross JAM has more attentions than depths, and the decoders' configs check their own."""

@@ -43,6 +43,7 @@ def test_round_trip_through_files(tmp_path, mode):
         ({"fusion_mode": "width", "image_config": {"model_type": "llama"}}, ["image_config", "width"]),
         ({"tie_word_embeddings": True}, ["tied", "tie_word_embeddings=False"]),
         ({"cross_attention_interval": 0}, ["cross_attention_interval"]),
+        ({"layer_types": ["full_attention"]}, ["layer_types", "text_config"]),
         (
             {
                 "text_config": {"model_type": "llama", "vocab_size": 9000},
