@@ -156,7 +156,7 @@ def test_generate_compiles_its_decode_step(family, mode, init, jam):
 
 @pytest.mark.feature(SECTION, "generate() with pictures and guidance, compiled by itself")
 def test_generate_compiles_while_it_draws(jam):
-    """One graph for a step of text and one for a step inside a picture, with the branch beside it; a second prompt adds none."""
+    """One graph for a step of text and one for a step inside a picture, with the branch beside it; and no third."""
     model, counter = jam("llama", "cross", "preserving"), CompileCounter()
     steps, compile_config = model.config.image_seq_length + 2, _compile_on_a_cpu(counter)
     for row in ([1, 30, 31], [1, 40, 41]):

@@ -18,6 +18,8 @@ from jam_hf.model.packed_guidance_jam import PackedGuidance
 
 N, BOS, EOS, BREAK = 16, 1, 2, 3
 PLACES = (2, 3)  # where "interleaved" documents have their pictures here: rows enter and leave them at different steps
+FUSIONS = [("llama", "uniform", "average"), ("llama", "cross", "preserving"), ("opt", "cross", "paper")]
+SOME = ("classifier-free", "two scales", "CD-K", "negatives, a break at the end")
 KINDS = {
     "classifier-free": {"guidance_scale": 3.0},
     "less than none": {"guidance_scale": 0.5},
@@ -131,9 +133,9 @@ def check(model, kind: dict, mode: str, steps: int, rows: list[list[int]] | None
     return output
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "fusion", [("llama", "uniform", "average"), ("llama", "cross", "preserving"), ("opt", "cross", "paper")]
+    ("fusion", "kind"),
+    [(FUSIONS[0], kind) for kind in KINDS] + [(fusion, kind) for fusion in FUSIONS[1:] for kind in SOME],
 )
 def test_each_kind_equals_the_oracle_in_a_mixed_batch(kind, fusion, jam):
     model = jam(*fusion)
