@@ -405,6 +405,16 @@ def test_clip_reads_the_end_of_the_text_and_each_picture(clip, laid_out):
     assert tokenizer.truncation_side == "right"  # the caller's own stays as it is
 
 
+def test_text_has_no_ids_of_pictures_though_a_tokenizer_may_know_them_as_words(laid_out):
+    class Ids:
+        def decode(self, ids, skip_special_tokens):
+            return ids.tolist()
+
+    model, _ = laid_out("emu3")
+    row = [BOS, 30, *picture(LAYOUTS["emu3"], range(FIRST, LAST)), 31, *picture(LAYOUTS["emu3"], range(FIRST, LAST)), 32, BREAK]
+    assert PictureCandidates(model, torch.tensor(row), torch.zeros(1, N), Ids()).text == [BOS, 30, 31, 32]
+
+
 def test_a_clip_checkpoint_by_name(clip, laid_out, tmp_path):
     for part in clip:
         part.save_pretrained(tmp_path)
