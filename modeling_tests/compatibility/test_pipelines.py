@@ -173,7 +173,7 @@ def test_any_to_any_without_torchvision_says_what_is_missing(fused):
 
 def test_any_to_any_without_room_for_a_picture_says_how_much_it_needs(fused, without_torchvision_check):
     pipe = pipeline("any-to-any", model=str(fused("llama", "cross", "preserving")), device="cpu")
-    with pytest.raises(ValueError, match="max_new_tokens=18; got 3"):
+    with pytest.raises(ValueError, match="max_new_tokens=18; got room for 3"):
         pipe(text="a ruby", generation_mode="image", max_new_tokens=3)
 
 
