@@ -252,6 +252,8 @@ def generate_with_memory(
     if torch.is_tensor(output):
         return prompts.cut(output)
     output["sequences"] = prompts.cut(output.sequences)
+    for slot in output.get("picture_slots") or ():  # candidates_jam.py: places in the sequences
+        slot.start -= added
     copies = output.sequences.shape[0] // len(prompts.memory_ids)
     output["memory_ids"] = [ids for ids in prompts.memory_ids for _ in range(copies)]
     output["memory_scores"] = [scores for scores in prompts.memory_scores for _ in range(copies)]

@@ -179,3 +179,25 @@ def test_an_index_without_enough_documents_gives_what_it_has(tmp_path, worlds):
     assert sorted(output.memory_ids[0]) == ["0", "2"] and output.memory_ids[1] == [
         "2"
     ]  # of two alike, one; none like the query
+
+
+def test_candidates_are_drawn_after_the_documents_and_stand_where_they_are_said_to(worlds):
+    """Both go together: the candidate that is kept is at its slot's place in the sequences without documents."""
+    model, processor, index = worlds()
+    inputs = processor(text=["red star", "a large blue circle or a square"], padding=True, return_tensors="pt")
+    torch.manual_seed(0)
+    output = model.generate(
+        **inputs,
+        memory=index,
+        generation_mode="image",
+        do_sample=True,
+        num_candidates=3,
+        reranker=lambda candidates: -candidates.codes.sum(1).float(),
+        return_dict_in_generate=True,
+    )
+    assert torch.equal(output.sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+    assert len(output.picture_slots) == 2 and all(len(ids) == 2 for ids in output.memory_ids)
+    for slot in output.picture_slots:
+        assert output.sequences[slot.row, slot.start] == BREAK
+        codes = output.sequences[slot.row, slot.start + 1 : slot.start + 1 + N]
+        assert torch.equal(codes, slot.codes[slot.chosen]) and slot.scores.argmax() == slot.chosen
