@@ -41,7 +41,7 @@ class PictureGrammarLogitsProcessor(LogitsProcessor):
         grammar = self.reader.grammar
         kinds = grammar.kinds(self.reader(input_ids), self.rules)
         allowed = grammar.sets(scores.shape[-1], scores.device)[kinds]
-        self.last_scores = scores.masked_fill(~allowed, float("-inf"))
+        self.last_scores = torch.where(allowed, scores, float("-inf"))
         return self.last_scores
 
 
