@@ -7,6 +7,7 @@ everything that can contradict is checked here, when the config is built.
 # No `from __future__ import annotations` here: `strict` checks the types of the fields only where they are no strings.
 import copy
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -552,6 +553,17 @@ class JamConfig(PreTrainedConfig):
         """The ids of the template that are no codes; neither `<break>` nor a closing token is among them."""
         row_end = () if self.image_row_end_token_id is None else (self.image_row_end_token_id,)
         return (*self.image_prefix_token_ids, *row_end, *self.image_suffix_token_ids)
+
+    def laid_out(self, image_tokens: Iterable[int]) -> list[int]:
+        """The N ids of a picture's codes with what the template has between and around them: L ids."""
+        image_tokens = iter(image_tokens)
+        return [next(image_tokens) if token < 0 else token for token in self.picture_template]
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """What ends a document: `eos_token_id`, which may be one, a list or None, as a list."""
+        ids = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        return [i for i in ids if i is not None]
 
     @property
     def picture_end_token_id(self) -> int:

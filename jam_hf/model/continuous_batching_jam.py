@@ -63,8 +63,7 @@ class PictureGrammarContinuousLogitsProcessor(ContinuousBatchingLogitsProcessor)
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
         """float `[R, V]` and int32 `[R or more]` -> float `[R, V]`."""
-        sets = self.grammar.sets(scores.shape[-1], scores.device)
-        return scores.masked_fill(~sets[tensor_arg[: scores.shape[0]].to(torch.int64)], float("-inf"))
+        return self.grammar.masked(scores, tensor_arg[: scores.shape[0]].to(torch.int64))
 
 
 class JamContinuousBatchingMixin(ContinuousMixin):

@@ -23,6 +23,7 @@ from .continuous_batching_jam import JamContinuousBatchingMixin, PictureGrammarC
 from .grammar_jam import GENERATION_MODES, DocumentRules, PictureGrammar, PictureReader
 from .guidance_jam import (
     BranchContexts,
+    Guidance,
     GuidanceSettings,
     PictureGuidanceLogitsProcessor,
     SeparateGuidance,
@@ -81,10 +82,10 @@ class PictureSteps:
         if self.packed is not None:
             self.packed.take(outputs)
         if self.vocab_size is not None:
-            grammar, codes_BTK = self.reader.grammar, outputs.logits
+            codes_BTK = outputs.logits
             # Least, not minus infinity: a row that a stopping criterion has ended meanwhile must have something to choose from.
             outputs.logits = codes_BTK.new_full((*codes_BTK.shape[:-1], self.vocab_size), torch.finfo(codes_BTK.dtype).min)
-            outputs.logits[..., grammar.first_code : grammar.last_code + 1] = codes_BTK
+            outputs.logits[..., self.reader.grammar.codes] = codes_BTK
             self.vocab_size = None
 
     def reorder(self, rows: torch.LongTensor) -> None:
@@ -149,15 +150,10 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         if inputs is not None and "input_ids" not in kwargs:
             inputs, kwargs["input_ids"] = None, inputs
         input_ids = kwargs.get("input_ids")
-        if pixel_values is not None:
-            if input_ids is None:
-                raise ValueError("pixel_values need input_ids with placeholders <image>; pass the processor's output.")
-            kwargs["input_ids"] = self.model.insert_image_tokens(input_ids, pixel_values)
-        elif input_ids is not None and bool((input_ids == self.config.image_token_id).any()):
-            raise ValueError(
-                "The prompt has placeholders <image> but no pixel_values came with it. Pass the picture(s) to the processor "
-                "(images=[...]) and its whole output to generate()."
-            )
+        if pixel_values is not None and input_ids is None:
+            raise ValueError("pixel_values need input_ids with placeholders <image>; pass the processor's output.")
+        if input_ids is not None:
+            kwargs["input_ids"] = self.prompt_with_codes(input_ids, pixel_values)
         if mode is not None and not any(
             self._setting(name, generation_config, kwargs) for name in ("max_length", "max_new_tokens")
         ):
@@ -183,6 +179,21 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
                     cache.picture_steps.close()
                     cache.picture_steps = None
         return output
+
+    def prompt_with_codes(self, input_ids: torch.LongTensor, pixel_values: torch.Tensor | None) -> torch.LongTensor:
+        """A prompt's ids, int64 `[B, T]`, with the codes of its pictures in place of their placeholders.
+
+        Raises:
+            ValueError: if there are placeholders and no pictures, or they do not match.
+        """
+        if pixel_values is not None:
+            return self.model.insert_image_tokens(input_ids, pixel_values)
+        if bool((input_ids == self.config.image_token_id).any()):
+            raise ValueError(
+                "The prompt has placeholders <image> but no pixel_values came with it. Pass the picture(s) to the processor "
+                "(images=[...]) and its whole output to generate()."
+            )
+        return input_ids
 
     def _setting(self, name: str, generation_config: Any, kwargs: dict[str, Any]) -> Any:
         """A setting of this call: from its arguments, the config that came with it, or the model's own."""
@@ -250,7 +261,7 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         longest = max(map(len, generation_config._negative_prompt or [[0, 0]]))
         if settings.image_scale is not None:
             longest = max(longest, generation_config.max_length)
-        return PackedGuidance.columns_beside(PictureGrammar(self.config), settings, longest)
+        return PackedGuidance.columns_beside(self.config.picture_length, settings, longest)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_cache_length: int
@@ -352,30 +363,12 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         follows = generation_config._rows_follow
         reader = PictureReader(grammar, prompt_length, room + input_ids_seq_length - prompt_length, follows)
 
-        ours, packed = LogitsProcessorList(), None
-        settings = self._guidance_settings(generation_config)
-        if settings is not None:
-            if any(isinstance(processor, InfillLogitsProcessor) for processor in kwargs.get("logits_processor") or ()):
-                raise ValueError(
-                    "Infills are not guided: there is no unconditional branch for a part of a picture. Leave guidance_scale, "
-                    "image_guidance_scale, contrastive_alpha and negative_prompt_ids out."
-                )
-            negative, rows = generation_config._negative_prompt, None if encoder_input_ids is None else len(encoder_input_ids)
-            if negative is not None and rows is not None and len(negative) not in (1, rows):
-                raise ValueError(
-                    f"negative_prompt_ids have {len(negative)} row(s), the prompt {rows}: give one for all or one for each."
-                )
-            contexts = BranchContexts(self.config, grammar, negative)
-            shared = (self, settings, reader, contexts, mask, embedded)
-            beside = self._columns_beside(generation_config, settings)
-            stepwise = follows or generation_config.num_beams > 1
-            if (
-                stepwise
-                and not generation_config.output_attentions
-                and PackedGuidance.serves(self, cache, beside, generation_config.max_length)
-            ):
-                packed = PackedGuidance(*shared, cache=cache, beside=beside)
-            ours.append(PictureGuidanceLogitsProcessor(packed or SeparateGuidance(*shared)))
+        ours = LogitsProcessorList()
+        prompt_rows = None if encoder_input_ids is None else len(encoder_input_ids)
+        infills = any(isinstance(processor, InfillLogitsProcessor) for processor in kwargs.get("logits_processor") or ())
+        guidance = self._guidance(generation_config, reader, cache, mask, embedded, prompt_rows, infills)
+        if guidance is not None:
+            ours.append(PictureGuidanceLogitsProcessor(guidance))
         rules = self._document_rules(generation_config)
         if rules is not None:  # after guidance: minus infinity minus minus infinity is not a number
             if segment is None:
@@ -386,9 +379,46 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         if generation_config.do_sample:
             warp_by_modality(processors, generation_config, reader)
         codes_alone = rules is not None and follows and not generation_config.output_logits and self._has_image_rows()
+        packed = guidance if isinstance(guidance, PackedGuidance) else None
         if cache is not None and (packed is not None or codes_alone):
             cache.picture_steps = PictureSteps(reader, packed, codes_alone)
         return LogitsProcessorList([*ours, *processors])
+
+    def _guidance(
+        self,
+        generation_config: Any,
+        reader: PictureReader,
+        cache: Any,
+        mask: torch.Tensor | None,
+        embedded: int,
+        prompt_rows: int | None,
+        infills: bool,
+    ) -> Guidance | None:
+        """What runs the branches of this call, in the document's own forward where that can be; None without guidance.
+
+        `mask`, `embedded`: see [`Guidance`]. `prompt_rows`: of the prompt, before beams and return sequences. `infills`:
+        whether gaps are filled.
+        """
+        settings = self._guidance_settings(generation_config)
+        if settings is None:
+            return None
+        if infills:
+            raise ValueError(
+                "Infills are not guided: there is no unconditional branch for a part of a picture. Leave guidance_scale, "
+                "image_guidance_scale, contrastive_alpha and negative_prompt_ids out."
+            )
+        negative = generation_config._negative_prompt
+        if negative is not None and prompt_rows is not None and len(negative) not in (1, prompt_rows):
+            raise ValueError(
+                f"negative_prompt_ids have {len(negative)} row(s), the prompt {prompt_rows}: give one for all or one for each."
+            )
+        contexts = BranchContexts(self.config, reader.grammar, negative)
+        shared = (self, settings, reader, contexts, mask, embedded)
+        beside = self._columns_beside(generation_config, settings)
+        stepwise = (reader.follows or generation_config.num_beams > 1) and not generation_config.output_attentions
+        if stepwise and PackedGuidance.serves(self, cache, beside, generation_config.max_length):
+            return PackedGuidance(*shared, cache=cache, beside=beside)
+        return SeparateGuidance(*shared)
 
     def _continuous_config(self, generation_config: Any) -> Any:
         """A copy for continuous batching, which asks the model's own config for nothing; `generate()` does."""

@@ -100,13 +100,12 @@ class PictureGrammar:
         self.image_token_id = config.image_token_id
         self.first_code = config.image_token_offset
         self.last_code = config.image_token_offset + config.num_image_tokens - 1
+        self.codes = slice(self.first_code, self.last_code + 1)
         self.end_token_id = config.picture_end_token_id
         self.template, self.structure = config.picture_template, config.picture_structure_token_ids
         self.picture_length = config.picture_length
         self._constants: dict[object, torch.Tensor] = {}
-        if eos_token_ids is None:
-            eos_token_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        self.eos_token_ids = [i for i in eos_token_ids if i is not None]
+        self.eos_token_ids = config.eos_token_ids if eos_token_ids is None else [i for i in eos_token_ids if i is not None]
         reserved = [config.image_token_id, config.mask_end_token_id, config.pad_token_id]
         reserved += [config.mask_token_id + i for i in range(config.num_mask_tokens)]
         reserved += [*self.structure, config.image_end_token_id]
@@ -223,7 +222,7 @@ class PictureGrammar:
         if key not in self._constants:
             sets = torch.zeros(FIRST_FIXED + len(self.fixed_ids), vocab_size, dtype=torch.bool)
             words = torch.ones(vocab_size, dtype=torch.bool)
-            words[self.first_code : self.last_code + 1] = False
+            words[self.codes] = False
             words[[*self.reserved, self.break_token_id, *self.eos_token_ids]] = False
             sets[WORDS:OPENING] = words
             sets[[WORDS + 1, WORDS + 3, OPENING], self.break_token_id] = True
@@ -231,11 +230,15 @@ class PictureGrammar:
                 sets[[WORDS + 2, WORDS + 3, ENDING], end] = True
             if not self.eos_token_ids:  # then the budget ends the row
                 sets[ENDING] = words
-            sets[CODES, self.first_code : self.last_code + 1] = True
+            sets[CODES, self.codes] = True
             for kind, fixed in enumerate(self.fixed_ids, start=FIRST_FIXED):
                 sets[kind, fixed] = True
             self._constants[key] = sets.to(device)
         return self._constants[key]
+
+    def masked(self, scores: torch.FloatTensor, kinds: torch.LongTensor) -> torch.FloatTensor:
+        """Scores `[B, V]` with minus infinity for all ids that are not in the row's set; `kinds` as from `kinds`, `[B]`."""
+        return torch.where(self.sets(scores.shape[-1], scores.device)[kinds], scores, float("-inf"))
 
     def allowed(
         self, input_ids: torch.LongTensor, vocab_size: int, mode: str, prompt_length: int, max_length: int

@@ -22,6 +22,8 @@ from .grammar_jam import PictureGrammar, PictureReader
 
 
 if TYPE_CHECKING:
+    from transformers import Cache
+
     from .configuration_jam import JamConfig
 
 UNCONDITIONAL, PICTURES = "unconditional", "pictures"
@@ -85,6 +87,11 @@ class GuidanceSettings:
         return (uncond + self.image_scale * (pictures - uncond) + scale * (cond - pictures)).log_softmax(-1)
 
 
+def unconditional_context(config: JamConfig) -> list[int]:
+    """What the unconditional branch sees before a picture's opening `<break>`: `<bos> <mask>` [A]."""
+    return [i for i in (config.bos_token_id, config.mask_token_id) if i is not None]
+
+
 class BranchContexts:
     """The ids that a branch sees before a picture's opening `<break>`, row by row."""
 
@@ -96,9 +103,6 @@ class BranchContexts:
             last = config.break_token_id
             self.negative = [row[:-1] if row and row[-1] == last else row for row in negative]
 
-    def _bos(self) -> list[int]:
-        return [] if self.config.bos_token_id is None else [self.config.bos_token_id]
-
     def before_picture(self, branch: str, document: list[int], row: int, rows: int) -> list[int]:
         """`document`: the row's ids before the opening `<break>`, without padding; `row` of `rows` in the batch.
 
@@ -108,8 +112,9 @@ class BranchContexts:
         if branch == UNCONDITIONAL:
             if self.negative is not None:
                 return self.negative[row * len(self.negative) // rows]
-            return [*self._bos(), self.config.mask_token_id]
-        context, masks, in_text = self._bos(), 0, False
+            return unconditional_context(self.config)
+        context = [] if self.config.bos_token_id is None else [self.config.bos_token_id]
+        masks, in_text = 0, False
         inside = self.grammar.is_picture_token(torch.tensor(document, dtype=torch.int64)).tolist()
         ends = {self.grammar.break_token_id, self.grammar.end_token_id}
         for token, is_picture in zip(document, inside):
@@ -166,6 +171,21 @@ class Guidance:
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
+    @torch.no_grad()
+    def _forward(
+        self, ids: torch.LongTensor, attention_mask: torch.Tensor, position_ids: torch.LongTensor, cache: Cache
+    ) -> torch.Tensor:
+        """Ids int64 `[R, Q]` -> logits of codes behind the last, `[R, K]`."""
+        logits = self.model(
+            input_ids=ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        return logits[:, -1, self.grammar.codes]
+
 
 class SeparateGuidance(Guidance):
     """Each branch in forwards of its own over the rows inside pictures, with a cache of its own.
@@ -187,13 +207,12 @@ class SeparateGuidance(Guidance):
         results = []
         for branch in self.settings.branches:
             told = [self.branch_ids(branch, input_ids, row, positions[row]) for row in rows]
-            logits_RK = self.forward(branch, *self.left_padded(told, input_ids.device))
+            logits_RK = self._branch_logits(branch, *self.left_padded(told, input_ids.device))
             logits_BK = logits_RK.new_zeros(len(positions), logits_RK.shape[-1])
             results.append(logits_BK.index_copy(0, torch.tensor(rows, device=logits_RK.device), logits_RK))
         return results
 
-    @torch.no_grad()
-    def forward(self, branch: str, ids: torch.LongTensor, mask: torch.LongTensor) -> torch.Tensor:
+    def _branch_logits(self, branch: str, ids: torch.LongTensor, mask: torch.LongTensor) -> torch.Tensor:
         """Ids and mask int64 `[R, Q]` -> logits of codes `[R, K]`."""
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
         seen, cache = self.caches.get(branch, (None, None))
@@ -201,16 +220,8 @@ class SeparateGuidance(Guidance):
         if not grown:
             cache = DynamicCache(config=self.model.config)
         new = 1 if grown else ids.shape[1]
-        logits = self.model(
-            input_ids=ids[:, -new:],
-            attention_mask=mask,
-            position_ids=position_ids[:, -new:],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
         self.caches[branch] = (ids, cache)
-        return logits[:, -1, self.grammar.first_code : self.grammar.last_code + 1]
+        return self._forward(ids[:, -new:], mask, position_ids[:, -new:], cache)
 
 
 class PictureGuidanceLogitsProcessor(LogitsProcessor):
@@ -227,9 +238,9 @@ class PictureGuidanceLogitsProcessor(LogitsProcessor):
         branches = guidance.logits(input_ids)
         if branches is None:
             return scores
-        codes = slice(grammar.first_code, grammar.last_code + 1)
         guided = torch.full_like(scores, -math.inf)
-        guided[:, codes] = guidance.settings.combine(scores[:, codes], *(logits.to(scores) for logits in branches))
+        others = (logits.to(scores) for logits in branches)
+        guided[:, grammar.codes] = guidance.settings.combine(scores[:, grammar.codes], *others)
         return torch.where(grammar.awaits_code(guidance.reader(input_ids))[:, None], guided, scores)
 
 
@@ -239,4 +250,5 @@ __all__ = [
     "GuidanceSettings",
     "PictureGuidanceLogitsProcessor",
     "SeparateGuidance",
+    "unconditional_context",
 ]

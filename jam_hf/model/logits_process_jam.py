@@ -39,9 +39,7 @@ class PictureGrammarLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         grammar = self.reader.grammar
-        kinds = grammar.kinds(self.reader(input_ids), self.rules)
-        allowed = grammar.sets(scores.shape[-1], scores.device)[kinds]
-        self.last_scores = torch.where(allowed, scores, float("-inf"))
+        self.last_scores = grammar.masked(scores, grammar.kinds(self.reader(input_ids), self.rules))
         return self.last_scores
 
 
@@ -73,10 +71,9 @@ class PictureWarperLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         grammar = self.reader.grammar
-        codes = slice(grammar.first_code, grammar.last_code + 1)
         for_codes = scores.clone()
         if self.image is not None:
-            for_codes[:, codes] = self.image(input_ids, scores[:, codes])
+            for_codes[:, grammar.codes] = self.image(input_ids, scores[:, grammar.codes])
         for_text = scores if self.text is None else self.text(input_ids, scores)
         return torch.where(grammar.awaits_code(self.reader(input_ids))[:, None], for_codes, for_text)
 

@@ -116,8 +116,8 @@ class DocumentMasker:
         A run of missing codes in reading order is one gap; what the layout has between them (row ends) belongs to it, as to
         a span of training.
         """
-        config, codes = self.config, iter(codes)
-        picture = [next(codes) if token < 0 else token for token in config.picture_template]
+        config = self.config
+        picture = config.laid_out(codes)
         self.ids.append(config.break_token_id)
         position = 0
         if mask is not None:
@@ -154,10 +154,9 @@ class DocumentMasker:
 
 def ids_that_are_no_text(config: JamConfig) -> list[int]:
     """What no text span of training holds, beside image codes: marks of pictures, sentinels, padding, `<s>` and `<eos>`."""
-    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ids = [config.break_token_id, config.picture_end_token_id, config.image_token_id, *config.picture_structure_token_ids]
     ids += [config.mask_token_id + i for i in range(config.num_mask_tokens)]
-    ids += [config.mask_end_token_id, config.pad_token_id, config.bos_token_id, *eos]
+    ids += [config.mask_end_token_id, config.pad_token_id, config.bos_token_id, *config.eos_token_ids]
     return sorted({i for i in ids if i is not None})
 
 
@@ -173,8 +172,7 @@ def masked_documents(
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(sample, str) for sample in texts):
         raise ValueError(f"infill: text must be a string or a non-empty list of strings, got {text!r:.80}.")
-    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if tokenizer.eos_token_id is None or tokenizer.eos_token_id not in eos:
+    if tokenizer.eos_token_id not in config.eos_token_ids:
         raise ValueError(
             "infill: documents end in the tokenizer's eos_token, behind which the gaps are filled; it is "
             f"{tokenizer.eos_token!r} (id {tokenizer.eos_token_id}), and the config's eos_token_id is {config.eos_token_id}. "

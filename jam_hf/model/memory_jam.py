@@ -72,8 +72,7 @@ def document_ids(config: JamConfig, document: MemoryDocument) -> list[int]:
             f"Document {document.id!r} of the memory has {len(codes)} codes, {min(codes, default=0)}..{max(codes, default=0)}. "
             f"A picture of this JAM has {count} in 0..{config.num_image_tokens - 1}: build the index with its VQ model."
         )
-    rest = iter(codes)
-    inside = [next(rest) + config.image_token_offset if token < 0 else token for token in config.picture_template]
+    inside = config.laid_out(code + config.image_token_offset for code in codes)
     return [*document.text_ids, config.break_token_id, *inside, config.picture_end_token_id]
 
 
@@ -141,7 +140,7 @@ def augment_prompts(
         raise ValueError(
             f"Prompt {int((~mask.any(1)).nonzero()[0])} is nothing but padding; a memory needs prompts to look for."
         )
-    prompt_ids = input_ids if pixel_values is None else model.model.insert_image_tokens(input_ids, pixel_values)
+    prompt_ids = model.prompt_with_codes(input_ids, pixel_values)
     pixels = _pixels_by_row(config, input_ids, pixel_values)
     queries = [MemoryQuery(ids[kept], own) for ids, kept, own in zip(input_ids, mask, pixels)]
     found = memory.documents_for(model, queries)
@@ -192,8 +191,7 @@ def _mask_of(config: JamConfig, input_ids: torch.LongTensor, attention_mask: tor
                 f"{list(attention_mask.shape)}."
             )
         return attention_mask.bool()
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if config.pad_token_id is None or config.pad_token_id in ends:
+    if config.pad_token_id is None or config.pad_token_id in config.eos_token_ids:
         return torch.ones_like(input_ids, dtype=torch.bool)
     return input_ids != config.pad_token_id
 
@@ -204,11 +202,6 @@ def _pixels_by_row(
     """The pictures of each row: float `[P_row, 3, H, W]`, by the number of its placeholders."""
     placeholders = (input_ids == config.image_token_id).sum(1)
     if pixel_values is None:
-        if bool(placeholders.any()):
-            raise ValueError(
-                "The prompt has placeholders <image> but no pixel_values came with it. Pass the picture(s) to the processor "
-                "(images=[...]) and its whole output to generate()."
-            )
         pixel_values = torch.empty(0)
     counts, rest = (placeholders // config.image_seq_length).tolist(), placeholders % config.image_seq_length
     if bool(rest.any()):

@@ -16,7 +16,6 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from .caching_jam import JamBlockCache, JamBlockLayer
-from .grammar_jam import PictureGrammar
 from .guidance_jam import Guidance, GuidanceSettings, SeparateGuidance
 
 
@@ -62,10 +61,10 @@ class PackedGuidance(Guidance):
         return all(config._attn_implementation in ("eager", "sdpa") for config in configs)
 
     @staticmethod
-    def columns_beside(grammar: PictureGrammar, settings: GuidanceSettings, longest_context: int) -> int:
+    def columns_beside(picture_length: int, settings: GuidanceSettings, longest_context: int) -> int:
         """How many columns beside the document's the cache may come to hold: two pictures' worth, so that those of pictures
         that are done are taken out seldom."""
-        return 2 * len(settings.branches) * (longest_context + grammar.picture_length + 2)
+        return 2 * len(settings.branches) * (longest_context + picture_length + 2)
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
@@ -104,8 +103,8 @@ class PackedGuidance(Guidance):
             return
         logits = outputs.logits
         codes = logits[:, 1:]
-        if logits.shape[-1] != self.grammar.last_code + 1 - self.grammar.first_code:
-            codes = codes[..., self.grammar.first_code : self.grammar.last_code + 1]
+        if logits.shape[-1] > self.grammar.last_code:  # of the whole vocabulary, not of the codes alone
+            codes = codes[..., self.grammar.codes]
         self.fed[1].extend(codes.unbind(1))
         outputs.logits = logits[:, :1]
         for name in ("hidden_states", "image_hidden_states"):
@@ -188,7 +187,7 @@ class PackedGuidance(Guidance):
             ids, mask = self.left_padded(told, device)
             self._make_room(ids.shape[1])
             attention_mask = self._append(torch.where(mask == 1, branch_number, DEAD).to(torch.int8), document=0)
-            results.append(self._forward(ids, attention_mask, (mask.cumsum(-1) - 1).clamp(min=0)))
+            results.append(self._forward(ids, attention_mask, (mask.cumsum(-1) - 1).clamp(min=0), self.cache))
             lengths = mask.sum(1)
             place = self.positions[:, branch_number - 1]
             self.positions[:, branch_number - 1] = torch.where(lengths > 0, lengths, place)
@@ -196,18 +195,6 @@ class PackedGuidance(Guidance):
             self.live[row] = True
         self._owners = None
         return results
-
-    @torch.no_grad()
-    def _forward(self, ids: torch.LongTensor, attention_mask: torch.Tensor, position_ids: torch.LongTensor) -> torch.Tensor:
-        logits = self.model(
-            input_ids=ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        return logits[:, -1, self.grammar.first_code : self.grammar.last_code + 1]
 
     def _retire(self, positions: list[int]) -> None:
         """Rows whose picture is done leave their branches' columns to nobody."""

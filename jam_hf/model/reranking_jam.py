@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from .grammar_jam import PictureGrammar
+from .guidance_jam import unconditional_context
 from .image_processing_jam import JamImageProcessor
 
 
@@ -72,8 +73,7 @@ class PictureCandidates:
     @cached_property
     def unconditional_log_likelihoods(self) -> torch.FloatTensor:
         """Likewise behind `<bos> <mask> <break>`, which is what guidance compares with [A]; float32 `[C]`."""
-        config = self.model.config
-        prefix = [i for i in (config.bos_token_id, config.mask_token_id, config.break_token_id) if i is not None]
+        prefix = [*unconditional_context(self.model.config), self.model.config.break_token_id]
         return self._log_likelihoods(torch.tensor(prefix, device=self.context.device))
 
     @torch.no_grad()

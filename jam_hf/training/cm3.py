@@ -56,8 +56,7 @@ class CM3Settings:
     @classmethod
     def from_config(cls, config: Any, **settings: Any) -> CM3Settings:
         """Settings with the ids of a `JamConfig`."""
-        eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        boundaries = (config.break_token_id, config.image_end_token_id, config.bos_token_id, *eos)
+        boundaries = (config.break_token_id, config.image_end_token_id, config.bos_token_id, *config.eos_token_ids)
         return cls(
             mask_token_id=config.mask_token_id,
             num_mask_tokens=config.num_mask_tokens,

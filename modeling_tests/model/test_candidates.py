@@ -6,6 +6,7 @@ import pytest
 import torch
 from compatibility.decoding_oracles import next_logits
 from conftest import randomise
+from model import test_picture_layout
 from model.test_picture_layout import (
     BOS,
     BREAK,
@@ -14,11 +15,8 @@ from model.test_picture_layout import (
     LAST,
     LAYOUTS,
     MASK,
-    NAMES,
     allowed_by_hand,
     assert_well_formed,
-    layout_config,
-    layout_processor,
     picture,
     place_by_hand,
 )
@@ -26,12 +24,12 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, LogitsProcessor, LogitsProcessorList
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from jam_hf import JamForCausalLM
 from jam_hf.model.candidates_jam import JamRerankedOutput
 from jam_hf.model.reranking_jam import CLIPReranker, LikelihoodReranker, PictureCandidates
 from jam_hf.model.streaming_jam import JamStreamer
 
 
+layout_tokenizer, laid_out = test_picture_layout.layout_tokenizer, test_picture_layout.laid_out  # fixtures
 N, PAD = 16, 0
 SAMPLED = {"do_sample": True, "top_k": 0, "temperature": 1.5, "generation_mode": "interleaved"}
 OFTEN = {"sequence_bias": [[[BREAK], 4.0], [[EOS], 2.0]]}
@@ -39,22 +37,6 @@ OFTEN = {"sequence_bias": [[[BREAK], 4.0], [[EOS], 2.0]]}
 
 def lowest_sum(candidates: PictureCandidates) -> torch.Tensor:
     return -candidates.codes.sum(1).float()
-
-
-@pytest.fixture(scope="module")
-def laid_out(tokenizer):
-    """`laid_out(name, mode)` -> a small random JAM with pictures of that layout, and its processor."""
-    tokenizer, made = copy.deepcopy(tokenizer), {}
-    tokenizer.add_tokens(list(NAMES.values()), special_tokens=True)
-
-    def make(name: str = "plain", mode: str = "uniform"):
-        if (name, mode) not in made:
-            model = JamForCausalLM(layout_config(LAYOUTS[name], mode=mode)).eval()
-            randomise(model, seed=4)
-            made[name, mode] = model, layout_processor(tokenizer, name)
-        return made[name, mode]
-
-    return make
 
 
 def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:

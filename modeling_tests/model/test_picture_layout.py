@@ -111,6 +111,21 @@ def layout_processor(tokenizer, name: str) -> JamProcessor:
     )
 
 
+@pytest.fixture(scope="module")
+def laid_out(layout_tokenizer):
+    """`laid_out(name, mode)` -> a small random JAM with pictures of that layout, and its processor."""
+    made = {}
+
+    def make(name: str = "plain", mode: str = "uniform") -> tuple[JamForCausalLM, JamProcessor]:
+        if (name, mode) not in made:
+            model = JamForCausalLM(layout_config(LAYOUTS[name], mode=mode)).eval()
+            randomise(model, seed=4)
+            made[name, mode] = model, layout_processor(layout_tokenizer, name)
+        return made[name, mode]
+
+    return make
+
+
 def template_by_hand(layout: dict, grid: int = G) -> list[int | None]:
     template: list[int | None] = list(layout.get("image_prefix_token_ids", []))
     for _ in range(grid):

@@ -1,7 +1,6 @@
 """Streaming: events joined are the segments of the finished document, whatever the layout, the rows and the way of drawing."""
 
 import asyncio
-import copy
 import gc
 import queue
 import threading
@@ -9,9 +8,10 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import random_ids, randomise
+from conftest import random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model import test_picture_layout
 from model.test_picture_layout import (
     BOS,
     BREAK,
@@ -19,18 +19,15 @@ from model.test_picture_layout import (
     FIRST,
     LAST,
     LAYOUTS,
-    NAMES,
-    layout_config,
-    layout_processor,
     picture,
     random_document,
 )
 from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
 
-from jam_hf import JamForCausalLM
 from jam_hf.model.streaming_jam import AsyncJamStreamer, JamStreamer, stream, stream_async
 
 
+layout_tokenizer, laid_out = test_picture_layout.layout_tokenizer, test_picture_layout.laid_out  # fixtures
 N, PAD = 16, 0
 SAMPLE = {"do_sample": True, "top_k": 0, "temperature": 1.5}
 
@@ -68,22 +65,6 @@ def put_all(streamer: JamStreamer, prompt: list[list[int]], written: list[list[i
         streamer.put(columns[:, start : start + chunk] if chunk else columns[:, start])
     streamer.end()
     return list(streamer)
-
-
-@pytest.fixture(scope="module")
-def laid_out(tokenizer):
-    """`laid_out(name, mode)` -> a small random JAM with pictures of that layout, and its processor."""
-    tokenizer, made = copy.deepcopy(tokenizer), {}
-    tokenizer.add_tokens(list(NAMES.values()), special_tokens=True)
-
-    def make(name: str, mode: str = "uniform"):
-        if (name, mode) not in made:
-            model = JamForCausalLM(layout_config(LAYOUTS[name], mode=mode)).eval()
-            randomise(model, seed=4)
-            made[name, mode] = model, layout_processor(tokenizer, name)
-        return made[name, mode]
-
-    return make
 
 
 # ----- against post_process_interleaved, without a model that writes ---------------------------------------------------

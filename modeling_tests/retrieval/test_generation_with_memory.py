@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from model import test_picture_layout
 from model.test_picture_layout import BOS, BREAK, FIRST, IMAGE, LAYOUTS, picture
 from retrieval.tiny_memory import N, TableEmbedder, layout_jam, noise, pairs, processor_for, tiny_clip
 
@@ -13,11 +14,7 @@ from jam_hf.model.memory_jam import MemoryQuery
 from jam_hf.retrieval import ClipEmbedder, RetrievalSettings, build_index
 
 
-@pytest.fixture(scope="module")
-def layout_tokenizer(tokenizer):
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_tokens(["<end>", "<size:4>", "<size:x>", "<codes>", "<row>", "<frame>"], special_tokens=True)
-    return tokenizer
+layout_tokenizer = test_picture_layout.layout_tokenizer  # a fixture
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from model import test_picture_layout
 from model.test_picture_layout import BOS, EOS, FIRST, LAYOUTS, MASK, VOCABULARY, picture
 from retrieval.tiny_memory import N, TableEmbedder, layout_jam, pairs, processor_for
 
@@ -15,11 +16,7 @@ from jam_hf.training.collator import JamDataCollator
 from jam_hf.training.documents import encode_documents
 
 
-@pytest.fixture(scope="module")
-def layout_tokenizer(tokenizer):
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_tokens(["<end>", "<size:4>", "<size:x>", "<codes>", "<row>", "<frame>"], special_tokens=True)
-    return tokenizer
+layout_tokenizer = test_picture_layout.layout_tokenizer  # a fixture
 
 
 @pytest.fixture(scope="module")
