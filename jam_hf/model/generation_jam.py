@@ -36,6 +36,7 @@ from .logits_process_jam import (
     warp_by_modality,
 )
 from .memory_jam import generate_with_memory
+from .packed_columns_jam import attend_by_sdpa
 from .packed_guidance_jam import PackedGuidance
 
 
@@ -174,6 +175,7 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
             with self._flash_attention_declared():
                 output = super().generate(inputs=inputs, generation_config=generation_config, **kwargs)
         finally:  # a cache that outlives the call is left with the document alone
+            attend_by_sdpa(self.config.decoder_configs)
             for cache in (kwargs.get("past_key_values"), getattr(output, "past_key_values", None)):
                 if getattr(cache, "picture_steps", None) is not None:
                     cache.picture_steps.close()

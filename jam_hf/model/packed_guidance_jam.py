@@ -1,8 +1,8 @@
 """Guidance in one batched forward: the branches are columns of the document's own cache.
 
 A step inside a picture feeds its last id once for the document and once for each branch, and a mask keeps their columns of the
-cache apart. So guidance costs one forward a code, its memory is the branch's context and the codes so far, and text is written
-as without it. It does not know the formulas (guidance_jam.py).
+cache apart (packed_columns_jam.py). So guidance costs one forward a code, its memory is the branch's context and the codes so
+far, and text is written as without it. It does not know the formulas (guidance_jam.py).
 
 Shape suffixes: B rows, G branches, K codes of the codebook, Q ids fed, C columns of the cache.
 """
@@ -17,20 +17,19 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from .caching_jam import JamBlockCache, JamBlockLayer
 from .guidance_jam import Guidance, GuidanceSettings, SeparateGuidance
+from .packed_columns_jam import DEAD, DOCUMENT, LANES, LaneColumns, MixedColumns
 
 
 if TYPE_CHECKING:
     from transformers import Cache
 
-DEAD, DOCUMENT = -1, 0  # owners of a column of the cache; branches follow from 1 on
-
 
 class PackedGuidance(Guidance):
     """All branches in the document's own forward and cache.
 
-    Beside each of the document's columns, the cache gets one for each branch while rows are inside pictures. `owner` `[B, C]`
-    says whose each is, row by row: the document's, a branch's, or nobody's (padding, branches of rows in text, pictures that
-    are done). When no row is inside a picture any more, the columns beside the document's are taken out again.
+    Beside each of the document's columns, the cache gets one for each branch while rows are inside pictures. `columns` says
+    whose each is, row by row: the document's, a branch's, or nobody's (padding, branches of rows in text, pictures that are
+    done). When no row is inside a picture any more, the columns beside the document's are taken out again.
     """
 
     def __init__(self, *args: Any, cache: Cache, beside: int, **kwargs: Any):
@@ -38,10 +37,7 @@ class PackedGuidance(Guidance):
         super().__init__(*args, **kwargs)
         self.cache, self.beside = cache, beside
         self.separate: SeparateGuidance | None = None  # where the cache holds more than the document (prefix tuning)
-        self.static = any(isinstance(layer, StaticLayer) for layer in cache.layers)
-        self.columns = 0  # of the cache, while there are more than the document's
-        self.owner: torch.Tensor | None = None  # int8 [B, C]
-        self.of_document: torch.Tensor | None = None  # bool [C]
+        self.columns: MixedColumns | LaneColumns | None = None  # while there are more than the document's
         self.positions: torch.Tensor | None = None  # int64 [B, G]: of the next id of each branch
         self.live: list[bool] = []
         self._owners: torch.Tensor | None = None  # int8 [B, 1 + G]: of a step's columns, while the same rows are live
@@ -58,7 +54,7 @@ class PackedGuidance(Guidance):
         if any(isinstance(layer, StaticLayer) and layer.max_cache_len < max_length - 1 + beside for layer in layers):
             return False
         configs = model.config.decoder_configs
-        return all(config._attn_implementation in ("eager", "sdpa") for config in configs)
+        return all(config._attn_implementation in ("eager", "sdpa", LANES) for config in configs)
 
     @staticmethod
     def columns_beside(picture_length: int, settings: GuidanceSettings, longest_context: int) -> int:
@@ -86,7 +82,7 @@ class PackedGuidance(Guidance):
             live_B1 = torch.tensor(self.live)[:, None]
             owners = torch.where(live_B1, torch.arange(1 + count), torch.tensor([DOCUMENT] + [DEAD] * count))
             self._owners = owners.to(device, torch.int8)
-        mask = self._append(self._owners, document=1)
+        mask = self.columns.append(self._owners, 1, self.model.dtype)
         position_ids = torch.cat((model_inputs["position_ids"].expand(rows, 1), self.positions), dim=1)
         self.positions = self.positions + 1  # those of rows in text are set anew when they open a picture
         self.fed = (input_ids.shape[1], [])
@@ -125,8 +121,9 @@ class PackedGuidance(Guidance):
 
     def reorder(self, rows: torch.LongTensor) -> None:
         """Beam search has moved the rows of the cache."""
-        if self.columns:
-            self.owner, self.positions = self.owner[rows], self.positions[rows]
+        if self.columns is not None:
+            self.columns.reorder(rows)
+            self.positions = self.positions[rows]
             self.live = [self.live[row] for row in rows.tolist()]
             self._owners = None
 
@@ -134,7 +131,7 @@ class PackedGuidance(Guidance):
 
     def _holds_the_document(self, length: int) -> bool:
         """Whether the cache holds the document's first `length` ids and, if anything, the branches beside them."""
-        if self.separate is None and not self.columns and int(self.cache.get_seq_length()) != length + self.embedded:
+        if self.separate is None and self.columns is None and int(self.cache.get_seq_length()) != length + self.embedded:
             others = (self.model, self.settings, self.reader, self.contexts, self.prompt_mask, self.embedded)
             self.separate = SeparateGuidance(*others)
         return self.separate is None
@@ -145,38 +142,25 @@ class PackedGuidance(Guidance):
         if self.prompt_mask is not None:
             padding = self.prompt_mask[:, :length] == 0
             owner[:, : padding.shape[1]].masked_fill_(padding, DEAD)
-        self.owner, self.of_document = owner, torch.ones(length, dtype=torch.bool, device=device)
+        if all(isinstance(layer, JamBlockLayer) for layer in self.cache.layers):
+            self.columns = LaneColumns(self.cache, owner, self.model.config.decoder_configs)
+        else:
+            self.columns = MixedColumns(self.cache, owner)
         self.positions = torch.zeros(rows, len(self.settings.branches), dtype=torch.int64, device=device)
-        self.columns, self.live, self.length = length, [False] * rows, length
-
-    def _append(self, owners: torch.Tensor, document: int) -> torch.Tensor:
-        """Lay `owners` int8 `[B, Q]` beside the columns, the first `document` of them the document's: the mask of that
-        forward, `[B, 1, Q, C]`, to be added."""
-        count, first = owners.shape[1], self.columns
-        self.owner = torch.cat((self.owner, owners), dim=1)
-        of_document = torch.arange(count, device=owners.device) < document
-        self.of_document = torch.cat((self.of_document, of_document))
-        self.columns, self.length = first + count, self.length + document
-        seen = self.owner[:, None, :] == owners[:, :, None]
-        new = seen[:, :, first:]
-        # Among the new ones, in order; and each sees itself, lest a row of the mask be empty.
-        each = torch.arange(count, device=owners.device)
-        new.logical_and_(each[:, None] >= each).logical_or_(each[:, None] == each)
-        if self.static:
-            seen = torch.nn.functional.pad(seen, (0, self.cache.layers[0].max_cache_len - self.columns))
-        dtype = self.model.dtype
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+        self.live = [False] * rows
 
     def _open(self, input_ids: torch.LongTensor, positions: list[int], fed: int) -> list[torch.Tensor] | None:
         """Tell the branches of rows that entered a picture all up to the end of `input_ids`; the logits of the last id.
 
         `fed`: how many ids of `positions` are not among `input_ids` yet.
         """
-        entered = [row for row, position in enumerate(positions) if position >= 0 and not (self.columns and self.live[row])]
+        entered = [
+            row for row, position in enumerate(positions) if position >= 0 and (self.columns is None or not self.live[row])
+        ]
         if not entered:
             return None
         rows, device = input_ids.shape[0], input_ids.device
-        if not self.columns:
+        if self.columns is None:
             self._begin(rows, int(self.cache.get_seq_length()), device)
         results = []
         for branch_number, branch in enumerate(self.settings.branches, start=1):
@@ -186,7 +170,8 @@ class PackedGuidance(Guidance):
                 told[row] = self.branch_ids(branch, input_ids, row, at)
             ids, mask = self.left_padded(told, device)
             self._make_room(ids.shape[1])
-            attention_mask = self._append(torch.where(mask == 1, branch_number, DEAD).to(torch.int8), document=0)
+            owners = torch.where(mask == 1, branch_number, DEAD).to(torch.int8)
+            attention_mask = self.columns.append(owners, 0, self.model.dtype)
             results.append(self._forward(ids, attention_mask, (mask.cumsum(-1) - 1).clamp(min=0), self.cache))
             lengths = mask.sum(1)
             place = self.positions[:, branch_number - 1]
@@ -200,43 +185,21 @@ class PackedGuidance(Guidance):
         """Rows whose picture is done leave their branches' columns to nobody."""
         left = [row for row, position in enumerate(positions) if position < 0 and self.live[row]]
         if left:
-            gone = self.owner[left]
-            self.owner[left] = torch.where(gone > DOCUMENT, DEAD, gone)
+            self.columns.leave(left)
             for row in left:
                 self.live[row] = False
             self._owners = None
 
     def _make_room(self, count: int) -> None:
         """Before `count` more columns are laid: take out those of nobody when there are too many."""
-        if self.columns - self.length + count > self.beside:
-            self._keep(int((self.owner > DOCUMENT).sum(1).max()))
+        if self.columns.beside + count > self.beside:
+            self.columns.keep_those_of_branches()
 
     def settle(self) -> None:
         """Leave the document's columns alone in the cache."""
-        if self.columns:
-            self.live = [False] * len(self.live)
-            self.owner = torch.where(self.owner > DOCUMENT, DEAD, self.owner)
-            self._keep(0)
-            self.columns, self.fed = 0, None
-
-    def _keep(self, beside: int) -> None:
-        """The document's columns, in order, then `beside` more: those of the row's branches, in order, first among them."""
-        rank = torch.where(self.of_document, 0, torch.where(self.owner > DOCUMENT, 1, 2))
-        index_BC = rank.argsort(dim=1, stable=True)[:, : self.length + beside]
-        for layer in self.cache.layers:
-            index = index_BC.to(layer.keys.device)[:, None, :, None]
-            for name in ("keys", "values"):
-                states = getattr(layer, name)
-                kept = states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[3]))
-                if isinstance(layer, StaticLayer):
-                    states[:, :, : kept.shape[2]] = kept
-                else:
-                    setattr(layer, name, kept)
-            if isinstance(layer, StaticLayer):
-                layer.cumulative_length.fill_(index.shape[2])
-        self.owner = self.owner.gather(1, index_BC)
-        self.of_document = torch.arange(index_BC.shape[1], device=index_BC.device) < self.length
-        self.columns = index_BC.shape[1]
+        if self.columns is not None:
+            self.columns.close()
+            self.columns, self.fed, self.live = None, None, [False] * len(self.live)
 
 
 __all__ = ["PackedGuidance"]

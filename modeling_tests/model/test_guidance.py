@@ -13,6 +13,7 @@ from transformers import MistralConfig
 from jam_hf import JamConfig, JamForCausalLM
 from jam_hf.model.grammar_jam import DocumentRules, PictureGrammar
 from jam_hf.model.guidance_jam import GuidanceSettings, SeparateGuidance
+from jam_hf.model.packed_columns_jam import LaneColumns
 from jam_hf.model.packed_guidance_jam import PackedGuidance
 
 
@@ -187,21 +188,21 @@ def test_packed_is_what_runs_and_the_document_alone_stays(family, attention, kin
 def test_columns_of_pictures_that_are_done_are_taken_out(jam, monkeypatch):
     """Rows that take turns in pictures never leave the batch without one; the cache stays within its bound."""
     model, seen = jam("llama", "cross", "preserving"), []
-    append = PackedGuidance._append
+    append = LaneColumns.append
 
     def recording(self, *args, **kwargs):
         mask = append(self, *args, **kwargs)
-        seen.append((self.columns - self.length, self.beside, mask.shape[-1]))
+        seen.append((self.beside, mask.shape[-1]))
         return mask
 
-    monkeypatch.setattr(PackedGuidance, "_append", recording)
+    monkeypatch.setattr(LaneColumns, "append", recording)
     rows = [[BOS, 30 + i] for i in range(3)]
     rules = {"generation_mode": "interleaved", "image_positions": [1, 2, 3, 4], "do_sample": False, "eos_token_id": None}
     ids = batch([[BOS, 31, 32, 33, 34, 35, 36, 37, 38, BREAK], rows[1], rows[2]])
     monkeypatch.setattr(PackedGuidance, "columns_beside", staticmethod(lambda *args: 2 * (2 + N + 2)))
     output = model.generate(**ids, **rules, guidance_scale=3.0, max_new_tokens=100)
-    assert max(beside for beside, _, _ in seen) <= 2 * (N + 4)
-    assert len({columns for _, _, columns in seen}) > 3
+    assert max(beside for beside, _ in seen) <= 2 * (N + 4)
+    assert len({columns for _, columns in seen}) > 3
     monkeypatch.undo()
     unpacked = model.generate(**ids, **rules, guidance_scale=3.0, max_new_tokens=100, use_cache=False)
     assert torch.equal(output, unpacked)
@@ -222,7 +223,7 @@ def test_beams_move_the_branches_with_them(mode, jam, monkeypatch):
 
     def recording(self, rows):
         moved.append(rows.tolist())
-        out_of_step.append(bool(self.columns) and len(set(self.live[:4])) > 1)
+        out_of_step.append(self.columns is not None and len(set(self.live[:4])) > 1)
         reorder(self, rows)
 
     monkeypatch.setattr(SeparateGuidance, "logits", None)
