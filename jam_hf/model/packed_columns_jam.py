@@ -133,6 +133,8 @@ class LaneColumns:
         self.lane[rows] = DEAD
 
     def keep_those_of_branches(self) -> None:
+        if not self.beside:
+            return
         beside = int((self.lane > DOCUMENT).sum(1).max())
         index_BC = (self.lane <= DOCUMENT).to(torch.int8).argsort(dim=1, stable=True)[:, :beside]
         for layer in self.cache.layers:
@@ -141,7 +143,8 @@ class LaneColumns:
 
     def close(self) -> None:
         for layer in self.cache.layers:
-            layer.close_lane()
+            if layer.lane is not None:
+                layer.close_lane()
         attend_by_sdpa(self.configs)
 
     def reorder(self, rows: torch.LongTensor) -> None:
