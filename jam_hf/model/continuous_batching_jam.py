@@ -89,15 +89,12 @@ class JamContinuousBatchingMixin(ContinuousMixin):
             )
         config = self._continuous_config(generation_config)
         budget = kwargs.get("max_new_tokens") or config.max_new_tokens
-        if config.generation_mode == "image":
-            rest = [self.config.max_position_embeddings - len(ids) for ids in inputs]
-            room = min(rest if budget is None else [*rest, budget], default=0)
-            if inputs and room < self.config.picture_length + 2:
-                raise ValueError(
-                    f"generation_mode='image' needs room for a picture of {self.config.image_seq_length} codes and what stands "
-                    f"around: max_new_tokens={self.config.picture_length + 2}; got room for {room} (max_new_tokens, and the "
-                    f"model's {self.config.max_position_embeddings} positions)."
-                )
+        rules = self._document_rules(config)
+        if rules is not None:
+            grammar = PictureGrammar(self.config)
+            for ids in inputs:
+                rest = self.config.max_position_embeddings - len(ids)
+                grammar.check_room(rules, rest if budget is None else min(rest, budget), torch.tensor([ids], dtype=torch.int64))
         return super().generate_batch(inputs, config, *args, **kwargs)
 
     def init_continuous_batching(

@@ -374,7 +374,7 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         rules = self._document_rules(generation_config)
         if rules is not None:  # after guidance: minus infinity minus minus infinity is not a number
             if segment is None:
-                self._check_room(grammar, rules, encoder_input_ids if not embedded else None, room)
+                grammar.check_room(rules, int(room.min()), encoder_input_ids if not embedded else None)
             ours.append(PictureGrammarLogitsProcessor(reader, rules))
             if any(not isinstance(processor, WARPER_CLASSES) for processor in processors):
                 processors.append(PictureGrammarGuardLogitsProcessor(ours[-1]))
@@ -454,25 +454,6 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         return DocumentRules(
             generation_config.generation_mode, 0 if least is None else least, most, tuple(after or ()), tuple(places or ())
         )
-
-    def _check_room(
-        self, grammar: PictureGrammar, rules: DocumentRules, input_ids: torch.LongTensor | None, room: torch.Tensor
-    ) -> None:
-        """Whether the pictures that are asked for can be finished."""
-        count = 1 if rules.mode == "image" else rules.min_images
-        if not count:
-            return
-        needed = torch.as_tensor(count * (grammar.picture_length + 2))
-        if input_ids is not None:  # one that is half-drawn in the prompt is the first of them
-            state = grammar.state(input_ids)
-            needed = needed - torch.where(state.in_picture, state.position + 1, 0)
-        if int(room.min()) < int(needed.max()):
-            asked = "generation_mode='image'" if rules.mode == "image" else f"min_new_images={rules.min_images}"
-            raise ValueError(
-                f"{asked} needs room for {count} picture(s) of {self.config.image_seq_length} codes and what stands around: "
-                f"max_new_tokens={count * (grammar.picture_length + 2)}; got room for {int(room.min())} (max_new_tokens or "
-                f"max_length, and the model's {self.config.max_position_embeddings} positions)."
-            )
 
     def _has_image_rows(self) -> bool:
         """Whether the logits of codes can be had without those of text."""

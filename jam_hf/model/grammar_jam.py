@@ -240,6 +240,28 @@ class PictureGrammar:
         """Scores `[B, V]` with minus infinity for all ids that are not in the row's set; `kinds` as from `kinds`, `[B]`."""
         return torch.where(self.sets(scores.shape[-1], scores.device)[kinds], scores, float("-inf"))
 
+    def check_room(self, rules: DocumentRules, room: int, input_ids: torch.LongTensor | None = None) -> None:
+        """Whether the pictures that are asked for can be finished in `room` more ids behind `input_ids`, int64 `[B, T]`.
+
+        Raises:
+            ValueError: if they cannot, in any row.
+        """
+        count = 1 if rules.mode == "image" else rules.min_images
+        if not count:
+            return
+        each = self.picture_length + 2
+        needed = torch.as_tensor(count * each)
+        if input_ids is not None:  # one that is half-drawn in the prompt is the first of them
+            state = self.state(input_ids)
+            needed = needed - torch.where(state.in_picture, state.position + 1, 0)
+        if room < int(needed.max()):
+            asked = "generation_mode='image'" if rules.mode == "image" else f"min_new_images={rules.min_images}"
+            codes = sum(token < 0 for token in self.template)
+            raise ValueError(
+                f"{asked} needs room for {count} picture(s) of {codes} codes and what stands around: max_new_tokens="
+                f"{int(needed.max())}; got room for {room} (max_new_tokens or max_length, and the model's positions)."
+            )
+
     def allowed(
         self, input_ids: torch.LongTensor, vocab_size: int, mode: str, prompt_length: int, max_length: int
     ) -> torch.Tensor:

@@ -133,7 +133,11 @@ def test_sampled_documents_obey_the_grammar(jam):
         ({"guidance_scale": 3.0, "generation_mode": "image"}, r"does not guide pictures \(guidance_scale\)"),
         ({"contrastive_alpha": 0.1, "contrastive_k": 3}, r"does not guide pictures \(contrastive_alpha\)"),
         ({"generation_mode": "image", "image_top_k": 5}, r"no settings by modality \(image_top_k\)"),
-        ({"generation_mode": "image", "max_new_tokens": 10}, "needs room for a picture of 16 codes.*got room for 10"),
+        ({"generation_mode": "image", "max_new_tokens": 10}, r"needs room for 1 picture\(s\) of 16 codes.*got room for 10"),
+        (
+            {"generation_mode": "interleaved", "min_new_images": 3},
+            r"min_new_images=3 needs room for 3 .*max_new_tokens=54.* for 40",
+        ),
         ({"generation_mode": "pictures"}, "generation_mode must be one of"),
         ({"generation_mode": "text", "min_new_images": 1}, "min_new_images.* go with 'interleaved'"),
     ],
@@ -150,6 +154,10 @@ def test_what_else_is_refused(jam):
     config = GenerationConfig(max_new_tokens=40, eos_token_id=2, generation_mode="image")
     with pytest.raises(ValueError, match="does not take generation_mode, guidance_scale"):
         model.generate_batch([[1, 30]], generation_mode="image", guidance_scale=2.0)
+    half_drawn = [1, 30, BREAK, *[model.config.image_token_offset] * 10]  # six codes and a break are enough
+    assert len(batched(model, [half_drawn], config, max_new_tokens=7)[0]) == 7
+    with pytest.raises(ValueError, match="max_new_tokens=7; got room for 6"):
+        batched(model, [half_drawn], config, max_new_tokens=6)
     with pytest.raises(ValueError, match="placeholders <image>"):
         batched(model, [[1, model.config.image_token_id]], config)
     with pytest.raises(ValueError, match="use_async_batching=False"):

@@ -141,6 +141,21 @@ def test_random_steps_equal_lists_of_keys(kind, groups, unwritten_is_no_number):
     assert taken_out > 100
 
 
+def test_a_block_is_filled_without_a_copy(monkeypatch):
+    """The document grows into the room before its lane; every 64 steps that room and the lane's are made anew."""
+    made, buffer_like = [], JamBlockLayer._buffer_like
+    monkeypatch.setattr(JamBlockLayer, "_buffer_like", lambda *args: made.append(args) or buffer_like(*args))
+    cache = DynamicCache()
+    cache.layers = [JamBlockLayer(64)]
+    cache.update(*torch.zeros(2, 1, 1, 10, 4), 0)
+    columns = LaneColumns(cache, torch.zeros(1, 10, dtype=torch.int8), [])
+    made.clear()
+    for _ in range(4 * 64):
+        columns.append(torch.tensor([[DOCUMENT, 1]], dtype=torch.int8), 1, torch.float32)
+        cache.update(*torch.zeros(2, 1, 1, 2, 4), 0)
+    assert len(made) <= 2 * (1 + 4 + 4)  # keys and values
+
+
 @pytest.fixture
 def lanes(monkeypatch):
     """What `lane_attention` was called with: tokens, and the document's among them, `None` without lanes."""
