@@ -225,6 +225,10 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         ours = {name: kwargs.pop(name) for name in JAM_SETTINGS if name in kwargs}
         negative, own_loop = kwargs.pop("_negative_prompt", None), kwargs.pop("_own_loop", False)
         config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if getattr(generation_config, "document_prompt_length", None) is not None:  # complete: None is a setting, not a gap
+            for name, value in vars(generation_config).items():
+                if value is None and name not in kwargs:
+                    setattr(config, name, None)
         for name in JAM_SETTINGS:
             setattr(config, name, ours.get(name, getattr(config, name, None)))
         config._negative_prompt, config._own_loop = negative, own_loop

@@ -194,6 +194,24 @@ def test_one_candidate_is_plain_generate_and_seeds_repeat(laid_out):
     assert outputs[0] == outputs[1] and outputs[2] == outputs[3] and outputs[0] != outputs[2]
 
 
+def test_none_takes_a_setting_of_the_model_away_in_every_segment(laid_out, monkeypatch):
+    """As in plain `generate()`, where `None` is not filled from the model's own generation config."""
+    model, _ = laid_out("plain")
+    of_model = {"guidance_scale": 3.0, "image_top_k": 1, "repetition_penalty": 9.0}
+    asked = {**SAMPLED, "max_new_tokens": 60, "num_candidates": 2, "reranker": lowest_sum, "image_positions": [1]}
+    without, guided, apart = (
+        torch.manual_seed(0) and model.generate(torch.tensor([[BOS, 30, 31]]), **asked, **more)
+        for more in ({}, {"guidance_scale": 3.0}, {"image_top_k": 1})
+    )
+    assert not torch.equal(without, guided) and not torch.equal(without, apart)
+    config = copy.deepcopy(model.generation_config)
+    monkeypatch.setattr(model, "generation_config", config)
+    for name, value in of_model.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    assert torch.equal(model.generate(torch.tensor([[BOS, 30, 31]]), **asked, **dict.fromkeys(of_model)), without)
+
+
 def test_more_candidates_win_by_more(laid_out):
     model, _ = laid_out()
     means = []
