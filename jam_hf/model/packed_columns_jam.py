@@ -183,7 +183,7 @@ def lane_attention(
         `[B, Q, heads, D]`, and no attention weights.
     """
     lanes = getattr(attention_mask, "lanes", None)
-    if lanes is None:
+    if lanes is None or kwargs.get("position_bias") is not None:  # a bias has a place for each pair of columns
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     fed, length, start = lanes
     parts = [(slice(None, fed), slice(None, length)), (slice(fed, None), slice(start, None))]
