@@ -166,13 +166,13 @@ class PictureGrammar:
         """The state after one more id in each row; `tokens` is int64 `[B]`. Equal to `state` of the longer rows."""
         inside = self.is_picture_token(tokens)
         closed = (tokens == self.end_token_id) & (state.position > 0)
-        opens = (tokens == self.break_token_id) & ~closed
+        in_picture = inside | ((tokens == self.break_token_id) & ~closed)
         return PictureState(
-            in_picture=inside | opens,
+            in_picture=in_picture,
             position=(state.position + 1) * inside,
             closed=closed,
             images=state.images + closed,
-            words=state.words + ~(inside | closed | opens),
+            words=state.words + ~(in_picture | closed),
             last=tokens,
             room=state.room - 1,
         )
@@ -190,31 +190,37 @@ class PictureGrammar:
         device, cost = state.position.device, self.picture_length + 2
         next_kinds = self._on(device, self.next_kinds)[state.position.clamp(max=self.picture_length)]
         if rules.mode == "text":
-            outside = torch.full_like(next_kinds, WORDS + 2)
+            outside = WORDS + 2
         elif rules.mode == "image":
             outside = torch.where(state.images > 0, ENDING, OPENING)
         else:
             may_open = state.room >= cost  # one that could not be closed is not begun
             if rules.max_images is not None:
                 may_open = may_open & (state.images < rules.max_images)
-            due = torch.zeros_like(may_open)
-            if rules.min_images:  # with one more id of text the last of them would not fit
-                owed = rules.min_images - state.images
-                due = (owed > 0) & (state.room <= owed * cost)
-            if rules.image_positions:
-                count = len(rules.image_positions)
-                places = self._on(device, rules.image_positions)
-                place = places[state.images.clamp(max=count - 1)]
-                due = due | ((state.images < count) & (state.words >= place))
-            if rules.image_after_token_ids:
-                ends = torch.isin(state.last, self._on(device, rules.image_after_token_ids))
-                due = due | (ends & (state.words > 0) & ~state.closed)
-            must_open = due & may_open
             least = max(rules.min_images, len(rules.image_positions))
             may_end = ~(may_open & (state.images < least)) * 2 if least else 2
-            free = may_end + (WORDS if rules.forced else may_open)
-            outside = torch.where(must_open, OPENING, free)
+            outside = may_end + (torch.full_like(next_kinds, WORDS) if rules.forced else may_open)
+            due = self._due(state, rules, cost)
+            if due is not None:
+                outside = torch.where(due & may_open, OPENING, outside)
         return torch.where(state.in_picture, next_kinds, outside)
+
+    def _due(self, state: PictureState, rules: DocumentRules, cost: int) -> torch.Tensor | None:
+        """bool `[B]`: rows in which the rules want a picture now; `None` where they ask for none."""
+        device, due = state.position.device, None
+        if rules.min_images:  # with one more id of text the last of them would not fit
+            owed = rules.min_images - state.images
+            due = (owed > 0) & (state.room <= owed * cost)
+        if rules.image_positions:
+            count = len(rules.image_positions)
+            place = self._on(device, rules.image_positions)[state.images.clamp(max=count - 1)]
+            placed = (state.images < count) & (state.words >= place)
+            due = placed if due is None else due | placed
+        if rules.image_after_token_ids:
+            ends = torch.isin(state.last, self._on(device, rules.image_after_token_ids))
+            follows = ends & (state.words > 0) & ~state.closed
+            due = follows if due is None else due | follows
+        return due
 
     def sets(self, vocab_size: int, device: torch.device) -> torch.Tensor:
         """bool `[kinds, V]`: the ids of each set; made once for each device."""

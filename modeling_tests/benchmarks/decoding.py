@@ -10,7 +10,8 @@ d512-cross) has no stock decoder; its peer is itself without a grammar, guided b
 Cases and goals (ours / peer, as many tokens on both sides, sampled; prompts of 64 tokens):
   guided     a picture, `generate(generation_mode="image", guidance_scale=3)`: 0.60 in bfloat16, 0.85 in float32.
   document   as many text tokens as codes; the peer is guided all along, as the stock one cannot do otherwise: 0.55 in bfloat16.
-  machinery  unguided, each mode against the peer's unguided step, and against our own `generation_mode=None`: 1.03.
+  machinery  unguided, each mode against the peer's unguided step, and against our own `generation_mode=None`: 1.03. Also
+             measured from within, as calls differ by more than that: the part of a step that is the machinery's, 0.03.
   memory     keys and values alive at the end of a picture, after a prompt of 1,000 tokens: guidance may add those of its short
              context, `<bos> <mask> <break>` and the codes, and the room of a block of the cache.
   compiled   a static cache and a compiled step, warm, against our own eager one: the factor, without a goal.
@@ -38,12 +39,13 @@ from typing import Any
 
 import torch
 import transformers
-from decoding_parts import BREAK, CODES, SHAPES, TEXT, PictureAt, StepClock, StopAt, make
+from decoding_parts import BREAK, CODES, SHAPES, TEXT, PictureAt, Share, StepClock, StopAt, make
 from torch import nn
 from transformers import CompileConfig, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from jam_hf import JamForCausalLM
-from jam_hf.model.generation_jam import GENERATION_MODES
+from jam_hf.model.generation_jam import GENERATION_MODES, PictureSteps
+from jam_hf.model.logits_process_jam import PictureGrammarLogitsProcessor
 
 
 BLOCK, PROMPT, LONG_PROMPT, SCALE = 256, 64, 1000, 3.0
@@ -119,6 +121,17 @@ class Bench:
             ids = picture if mode == "image" else text
             sides[str(mode)] = [lambda ids=ids, mode=mode: self.ours(ids, new, mode, None)]
         return sides
+
+    def machinery_share(self) -> dict[str, float]:
+        """By mode, what the grammar, the reading of states and the choice of the head's rows take of an unguided step."""
+        methods = [(PictureGrammarLogitsProcessor, "__call__"), (PictureSteps, "prepare"), (PictureSteps, "take")]
+        found = {}
+        for mode in GENERATION_MODES:
+            ids = self.prompt(PROMPT, self.codes // 2) if mode == "image" else self.prompt(PROMPT + self.codes // 2)
+            with Share(methods, self.clock) as share:
+                step = self.ours(ids, 4 * self.steps, mode, None)
+            found[f"part of a step, {mode}"] = round(share.of(step), 4)
+        return found
 
     def compiled(self) -> dict[str, Side]:
         prompt, sides = self.prompt(PROMPT, self.codes // 2), {}
@@ -236,7 +249,11 @@ def measure(bench: Bench, case: str, dtype: str, rounds: int) -> tuple[dict[str,
     }
     found = {name: round(1e3 * statistics.median(values), 2) for name, values in seconds.items()}
     goal = GOALS.get(f"{case} {dtype}")
-    return {"ratios": ratios, "milliseconds": found}, {} if goal is None else {k: v <= goal for k, v in ratios.items()}
+    met = {} if goal is None else {k: v <= goal for k, v in ratios.items()}
+    if case == "machinery" and not bench.whole:  # steps differ by more than the goal from call to call; their parts do not
+        shares = bench.machinery_share()
+        return {"ratios": ratios, "milliseconds": found, "shares": shares}, met | {k: v <= goal - 1 for k, v in shares.items()}
+    return {"ratios": ratios, "milliseconds": found}, met
 
 
 def cases_for(arguments: argparse.Namespace, dtype: str, batch: int) -> list[str]:

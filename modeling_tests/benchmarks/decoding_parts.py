@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import statistics
 from collections.abc import Callable
@@ -72,6 +73,40 @@ class StepClock:
     def seconds(self) -> float:
         """Of a step: the median. The prompt and the first two tokens do not count."""
         return statistics.median(later - sooner for sooner, later in zip(self.times[3:], self.times[4:]))
+
+
+class Share:
+    """While it is entered: what calls of `methods` take, and of a step of `generate()` what part that is."""
+
+    def __init__(self, methods: list[tuple[type, str]], clock: Callable[[], float]):
+        self.methods, self.clock = methods, clock
+        self.originals: list[Any] = []
+        self.seconds: dict[str, list[float]] = {}
+
+    def __enter__(self) -> Share:
+        for owner, name in self.methods:
+            original, taken = getattr(owner, name), self.seconds.setdefault(f"{owner.__name__}.{name}", [])
+
+            @functools.wraps(original)  # transformers looks at what a logits processor takes
+            def timed(*args: Any, original: Any = original, taken: list[float] = taken, **kwargs: Any) -> Any:
+                start = self.clock()
+                try:
+                    return original(*args, **kwargs)
+                finally:
+                    taken.append(self.clock() - start)
+
+            self.originals.append(original)
+            setattr(owner, name, timed)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for (owner, name), original in zip(self.methods, self.originals):
+            setattr(owner, name, original)
+        self.originals = []
+
+    def of(self, step: float) -> float:
+        """The medians of the calls, one of each method a step, by the seconds of a step."""
+        return sum(statistics.median(taken) for taken in self.seconds.values() if taken) / step
 
 
 class StopAt(StoppingCriteria):
