@@ -117,7 +117,7 @@ class _Documents:
         """As `generate()` does for a document in one piece."""
         room = self.model.config.max_position_embeddings - self.mask.sum(1)
         room = room.clamp(max=self.max_length - self.prompt.shape[1])
-        self.grammar.check_room(self.model._document_rules(self.settings), int(room.min()), self.prompt)
+        self.grammar.check_room(self.model._document_rules(self.settings), room, self.prompt)
 
     def _segment(
         self,

@@ -10,6 +10,7 @@ Shape suffixes: R requests with a new id, V vocabulary.
 from __future__ import annotations
 
 import copy
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,13 +89,17 @@ class JamContinuousBatchingMixin(ContinuousMixin):
                 "their place: model.model.insert_image_tokens(input_ids, pixel_values)."
             )
         config = self._continuous_config(generation_config)
-        budget = kwargs.get("max_new_tokens") or config.max_new_tokens
-        rules = self._document_rules(config)
+        positions, rules, grammar = (
+            self.config.max_position_embeddings,
+            self._document_rules(config),
+            PictureGrammar(self.config),
+        )
         if rules is not None:
-            grammar = PictureGrammar(self.config)
-            for ids in inputs:
-                rest = self.config.max_position_embeddings - len(ids)
-                grammar.check_room(rules, rest if budget is None else min(rest, budget), torch.tensor([ids], dtype=torch.int64))
+            grammar.check_rules(rules)
+        for ids in inputs:  # before anything runs: there an error would be logged and its requests be missing
+            budget = _budget(config, positions, ids, kwargs.get("max_new_tokens"))
+            if rules is not None:
+                grammar.check_room(rules, min(positions - len(ids), budget), torch.tensor([ids], dtype=torch.int64))
         return super().generate_batch(inputs, config, *args, **kwargs)
 
     def init_continuous_batching(
@@ -103,8 +108,8 @@ class JamContinuousBatchingMixin(ContinuousMixin):
         """As in `ContinuousMixin`.
 
         Raises:
-            ValueError: on guidance, settings by modality, windows, streams with unlike heads, and asynchronous batching of
-                pictures, none of which are served.
+            ValueError: on guidance, settings by modality, beams, `no_repeat_ngram_size`, windows, streams with unlike heads,
+                and asynchronous batching of pictures, none of which are served.
         """
         config = self._continuous_config(generation_config)
         _check_served(self.config, config)
@@ -120,7 +125,41 @@ class JamContinuousBatchingMixin(ContinuousMixin):
         processors.tensors_required = sum(
             isinstance(processor, ContinuousBatchingLogitsProcessor) for processor in processors.logits_processor
         )
+        self._bound_requests(manager, config)
         return manager
+
+    def _bound_requests(self, manager: Any, settings: Any) -> None:
+        """`max_length`, and where nothing bounds a document the model's positions, as in `generate()`: both depend on the
+        prompt, and continuous batching knows `max_new_tokens` alone."""
+        add_request, positions = manager.add_request, self.config.max_position_embeddings
+
+        @functools.wraps(add_request)
+        def bounded(
+            input_ids: list[int], request_id: str | None = None, max_new_tokens: int | None = None, *args: Any, **kwargs: Any
+        ) -> str | None:
+            budget = _budget(settings, positions, input_ids, max_new_tokens)
+            return add_request(input_ids, request_id, budget, *args, **kwargs)
+
+        manager.add_request = bounded
+
+
+def _budget(settings: Any, positions: int, input_ids: list[int], max_new_tokens: int | None) -> int | None:
+    """Ids to be written after a prompt, None where nothing was said; `max_new_tokens` goes first, as in `generate()`.
+
+    Raises:
+        ValueError: if there is no room for one.
+    """
+    budget = settings.max_new_tokens if max_new_tokens is None else max_new_tokens
+    if budget is None and settings.max_length is not None:
+        budget = settings.max_length - len(input_ids)
+    elif budget is None and settings.generation_mode is not None:
+        budget = positions - len(input_ids)
+    if budget is not None and budget < 1:
+        raise ValueError(
+            f"A prompt of {len(input_ids)} ids leaves no room to write: max_new_tokens={max_new_tokens}, max_length="
+            f"{settings.max_length}, and the model has {positions} positions."
+        )
+    return budget
 
 
 def _check_served(config: JamConfig, settings: Any) -> None:
@@ -136,6 +175,11 @@ def _check_served(config: JamConfig, settings: Any) -> None:
         raise ValueError(
             f"Continuous batching has no settings by modality ({', '.join(apart)}). Use generate(), or temperature, top_k and "
             "top_p, which hold for text and codes."
+        )
+    if (settings.num_beams or 1) > 1 or settings.no_repeat_ngram_size:
+        raise ValueError(
+            "Continuous batching of transformers has no beams (num_beams) and no no_repeat_ngram_size: a processor sees one id "
+            "of each request. Use generate()."
         )
     if "sliding_attention" in config.layer_types:
         raise ValueError(

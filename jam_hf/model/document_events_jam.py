@@ -81,6 +81,7 @@ class DocumentStreamer(BaseStreamer):
         timeout: float | None = None,
         partial_every: int | None = None,
         skip_special_tokens: bool = True,
+        pad_token_id: int | None = None,
     ):
         if partial_every is not None and (not isinstance(partial_every, int) or partial_every < 1):
             raise ValueError(
@@ -94,6 +95,7 @@ class DocumentStreamer(BaseStreamer):
         self.marks = {config.break_token_id, config.picture_end_token_id}
         self.structure = set(config.picture_structure_token_ids)
         eos, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
+        pad = pad_token_id if pad_token_id is not None else pad
         self.pad = pad if pad is not None else eos[0] if isinstance(eos, list) else eos  # as GenerationMixin has it
         self.rows: list[_Row] | None = None
         self.events: list[Event] = []

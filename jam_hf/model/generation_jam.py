@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, LogitsProcessorList, QuantizedCache
+from transformers import (
+    DynamicCache,
+    GenerationMixin,
+    LogitsProcessorList,
+    QuantizedCache,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.utils.generic import is_flash_attention_requested
 
 from .caching_jam import JamBlockCache
@@ -33,6 +40,7 @@ from .logits_process_jam import (
     WARPER_CLASSES,
     PictureGrammarGuardLogitsProcessor,
     PictureGrammarLogitsProcessor,
+    TextStopStringCriteria,
     warp_by_modality,
 )
 from .memory_jam import generate_with_memory
@@ -55,6 +63,10 @@ JAM_SETTINGS = (
     "image_after_token_ids",
     "image_positions",
 )
+
+
+LAYOUT_SETTINGS = ("min_new_images", "max_new_images", "image_after_token_ids", "image_positions")
+SCALES, CONTRASTIVE = ("guidance_scale", "image_guidance_scale"), ("contrastive_alpha", "contrastive_k")
 
 
 class PictureSteps:
@@ -155,13 +167,16 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
             raise ValueError("pixel_values need input_ids with placeholders <image>; pass the processor's output.")
         if input_ids is not None:
             kwargs["input_ids"] = self.prompt_with_codes(input_ids, pixel_values)
-        if mode is not None and not any(
-            self._setting(name, generation_config, kwargs) for name in ("max_length", "max_new_tokens")
+        if mode is not None and all(
+            self._setting(name, generation_config, kwargs) is None for name in ("max_length", "max_new_tokens")
         ):
             if mode == "image":
                 kwargs["max_new_tokens"] = self.config.picture_length + 2
             else:
                 kwargs["max_length"] = self.config.max_position_embeddings
+        negative = kwargs.get("negative_prompt_ids")
+        if negative is not None and not torch.is_tensor(negative):
+            kwargs["negative_prompt_ids"] = torch.as_tensor(negative)
         if num_candidates is not None or reranker is not None:
             from .candidates_jam import generate_best_pictures
 
@@ -208,8 +223,9 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
     def _unpadded(self, ids: Any, mask: Any) -> list[list[int]] | None:
         """Rows of the negative prompt as lists, without padding."""
         if ids is None:
+            if mask is not None:
+                raise ValueError("negative_prompt_attention_mask came without negative_prompt_ids: pass both, or neither.")
             return None
-        ids = torch.as_tensor(ids)
         mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
         if ids.ndim != 2 or ids.is_floating_point() or mask.shape != ids.shape or not bool(mask.any(1).all()):
             raise ValueError(
@@ -223,6 +239,9 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
     def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """As in `GenerationMixin`; the settings of `JAM_SETTINGS` go with it, for this call."""
         ours = {name: kwargs.pop(name) for name in JAM_SETTINGS if name in kwargs}
+        own = vars(self.generation_config)
+        passed = {} if generation_config is None else {n: v for n, v in vars(generation_config).items() if v != own.get(n)}
+        passed = {name for name, value in (passed | kwargs | ours).items() if value is not None}
         negative, own_loop = kwargs.pop("_negative_prompt", None), kwargs.pop("_own_loop", False)
         config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if getattr(generation_config, "document_prompt_length", None) is not None:  # complete: None is a setting, not a gap
@@ -231,7 +250,15 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
                     setattr(config, name, None)
         for name in JAM_SETTINGS:
             setattr(config, name, ours.get(name, getattr(config, name, None)))
-        config._negative_prompt, config._own_loop = negative, own_loop
+        # What the model's own config says of one kind of call is no contradiction to a call of another kind.
+        if config.generation_mode != "interleaved" and ("generation_mode" in passed or "generation_mode" in ours):
+            for name in set(LAYOUT_SETTINGS) - passed:
+                setattr(config, name, None)
+        for asked, other in ((SCALES, CONTRASTIVE), (CONTRASTIVE, SCALES)):
+            if passed.intersection(asked):
+                for name in set(other) - passed:
+                    setattr(config, name, None)
+        config._negative_prompt, config._own_loop, config._passed = negative, own_loop, sorted(passed)
         return config, model_kwargs
 
     @contextmanager
@@ -367,7 +394,9 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         room = generation_config.max_length - input_ids_seq_length
         room = torch.as_tensor(self.config.max_position_embeddings - read).clamp(max=room)
         follows = generation_config._rows_follow
-        reader = PictureReader(grammar, prompt_length, room + input_ids_seq_length - prompt_length, follows)
+        rules = self._document_rules(generation_config)
+        room_of_all = room + input_ids_seq_length - prompt_length
+        reader = PictureReader(grammar, prompt_length, room_of_all, follows, enforced=rules is not None)
 
         ours = LogitsProcessorList()
         prompt_rows = None if encoder_input_ids is None else len(encoder_input_ids)
@@ -375,10 +404,10 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         guidance = self._guidance(generation_config, reader, cache, mask, embedded, prompt_rows, infills)
         if guidance is not None:
             ours.append(PictureGuidanceLogitsProcessor(guidance))
-        rules = self._document_rules(generation_config)
         if rules is not None:  # after guidance: minus infinity minus minus infinity is not a number
             if segment is None:
-                grammar.check_room(rules, int(room.min()), encoder_input_ids if not embedded else None)
+                grammar.check_rules(rules)
+                grammar.check_room(rules, room, encoder_input_ids if not embedded else None)
             ours.append(PictureGrammarLogitsProcessor(reader, rules))
             if any(not isinstance(processor, WARPER_CLASSES) for processor in processors):
                 processors.append(PictureGrammarGuardLogitsProcessor(ours[-1]))
@@ -389,6 +418,12 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         if cache is not None and (packed is not None or codes_alone):
             cache.picture_steps = PictureSteps(reader, packed, codes_alone)
         return LogitsProcessorList([*ours, *processors])
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        criteria, grammar = super()._get_stopping_criteria(*args, **kwargs), PictureGrammar(self.config)
+        return StoppingCriteriaList(
+            TextStopStringCriteria(each, grammar) if type(each) is StopStringCriteria else each for each in criteria
+        )
 
     def _guidance(
         self,
@@ -409,6 +444,9 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         if settings is None:
             return None
         if infills:
+            asked = [name for name in (*SCALES, *CONTRASTIVE) if name in generation_config._passed]
+            if not asked and generation_config._negative_prompt is None:  # the model's own settings are for whole pictures
+                return None
             raise ValueError(
                 "Infills are not guided: there is no unconditional branch for a part of a picture. Leave guidance_scale, "
                 "image_guidance_scale, contrastive_alpha and negative_prompt_ids out."
@@ -445,11 +483,10 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
     @staticmethod
     def _document_rules(generation_config: Any) -> DocumentRules | None:
         """None without a grammar."""
-        names = ("min_new_images", "max_new_images", "image_after_token_ids", "image_positions")
-        least, most, after, places = (getattr(generation_config, name) for name in names)
+        least, most, after, places = (getattr(generation_config, name) for name in LAYOUT_SETTINGS)
         if generation_config.generation_mode is None:
             if any(setting is not None for setting in (least, most, after, places)):
-                raise ValueError(f"{', '.join(names)} need generation_mode='interleaved'.")
+                raise ValueError(f"{', '.join(LAYOUT_SETTINGS)} need generation_mode='interleaved'.")
             return None
         for name, ids in (("image_after_token_ids", after), ("image_positions", places)):
             whole = isinstance(ids, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)

@@ -30,7 +30,8 @@ class PictureState(NamedTuple):
     in_picture (bool): after an opening token, before the closing one. position (int64): tokens of that picture so far, which
     is its codes so far where a picture is codes alone. closed (bool): the last token closes a picture.
     images, words (int64): pictures closed, and tokens outside pictures written, since the prompt ended. last (int64): the last
-    id, -1 where there is none. room (int64): tokens that may still be written.
+    id, -1 where there is none. room (int64): tokens that may still be written. opened_here (int64): pictures opened since the
+    prompt ended, behind the last id of text.
     """
 
     in_picture: torch.Tensor
@@ -40,6 +41,7 @@ class PictureState(NamedTuple):
     words: torch.Tensor
     last: torch.Tensor
     room: torch.Tensor
+    opened_here: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class DocumentRules:
     min_images, max_images: pictures that are finished from the prompt's end on, one half-drawn in the prompt included.
     image_after_token_ids: a picture follows each of these ids; image_positions: it stands after that many ids of text,
         ascending. Either forces the layout: pictures stand there and, but for those that `min_images` asks for, nowhere else.
-        One that does not fit the budget is left out.
+        One that does not fit the budget is left out. One that is half-drawn in the prompt is none of them.
     """
 
     mode: str = "interleaved"
@@ -103,7 +105,7 @@ class PictureGrammar:
         self.codes = slice(self.first_code, self.last_code + 1)
         self.end_token_id = config.picture_end_token_id
         self.template, self.structure = config.picture_template, config.picture_structure_token_ids
-        self.picture_length = config.picture_length
+        self.picture_length, self.vocab_size = config.picture_length, config.vocab_size
         self._constants: dict[object, torch.Tensor] = {}
         self.eos_token_ids = config.eos_token_ids if eos_token_ids is None else [i for i in eos_token_ids if i is not None]
         reserved = [config.image_token_id, config.mask_end_token_id, config.pad_token_id]
@@ -143,7 +145,7 @@ class PictureGrammar:
         room = torch.as_tensor(room, dtype=torch.int64, device=device).expand(rows)
         zeros = torch.zeros(rows, dtype=torch.int64, device=device)
         if not length:
-            return PictureState(zeros > 0, zeros, zeros > 0, zeros, zeros, zeros - 1, room)
+            return PictureState(zeros > 0, zeros, zeros > 0, zeros, zeros, zeros - 1, room, zeros)
         start = max(0, min(prompt_length, length - self.picture_length - 1) - 1)  # one before whatever is counted
         ids_BT = input_ids[:, start:]
         inside_BT = self.is_picture_token(ids_BT)
@@ -152,29 +154,35 @@ class PictureGrammar:
         opens_BT = (ids_BT == self.break_token_id) & ~closes_BT
         position = inside_BT[:, -(self.picture_length + 2) :].flip(1).to(torch.int64).cumprod(1).sum(1)
         new = slice(prompt_length - start, None)
+        words_BT = (~(inside_BT | closes_BT | opens_BT))[:, new]
+        behind_text_BT = words_BT.flip(1).cumsum(1).flip(1) == 0
         return PictureState(
             in_picture=(position > 0) | opens_BT[:, -1],
             position=position,
             closed=closes_BT[:, -1],
             images=closes_BT[:, new].sum(1),
-            words=(~(inside_BT | closes_BT | opens_BT))[:, new].sum(1),
+            words=words_BT.sum(1),
             last=input_ids[:, -1],
             room=room,
+            opened_here=(opens_BT[:, new] & behind_text_BT).sum(1),
         )
 
     def advance(self, state: PictureState, tokens: torch.LongTensor) -> PictureState:
         """The state after one more id in each row; `tokens` is int64 `[B]`. Equal to `state` of the longer rows."""
         inside = self.is_picture_token(tokens)
         closed = (tokens == self.end_token_id) & (state.position > 0)
-        in_picture = inside | ((tokens == self.break_token_id) & ~closed)
+        opens = (tokens == self.break_token_id) & ~closed
+        in_picture = inside | opens
+        of_picture = in_picture | closed
         return PictureState(
             in_picture=in_picture,
             position=(state.position + 1) * inside,
             closed=closed,
             images=state.images + closed,
-            words=state.words + ~(in_picture | closed),
+            words=state.words + ~of_picture,
             last=tokens,
             room=state.room - 1,
+            opened_here=(state.opened_here + opens) * of_picture,
         )
 
     def next_in_picture(self, state: PictureState) -> torch.LongTensor:
@@ -197,8 +205,12 @@ class PictureGrammar:
             may_open = state.room >= cost  # one that could not be closed is not begun
             if rules.max_images is not None:
                 may_open = may_open & (state.images < rules.max_images)
-            least = max(rules.min_images, len(rules.image_positions))
-            may_end = ~(may_open & (state.images < least)) * 2 if least else 2
+            may_end: torch.Tensor | int = 2
+            if rules.min_images or rules.image_positions:
+                waits = state.images < rules.min_images
+                if rules.image_positions:
+                    waits = waits | (state.words < rules.image_positions[-1])
+                may_end = ~(may_open & waits) * 2
             outside = may_end + (torch.full_like(next_kinds, WORDS) if rules.forced else may_open)
             due = self._due(state, rules, cost)
             if due is not None:
@@ -212,9 +224,8 @@ class PictureGrammar:
             owed = rules.min_images - state.images
             due = (owed > 0) & (state.room <= owed * cost)
         if rules.image_positions:
-            count = len(rules.image_positions)
-            place = self._on(device, rules.image_positions)[state.images.clamp(max=count - 1)]
-            placed = (state.images < count) & (state.words >= place)
+            places = self._on(device, rules.image_positions)
+            placed = (places == state.words[:, None]).sum(1) > state.opened_here
             due = placed if due is None else due | placed
         if rules.image_after_token_ids:
             ends = torch.isin(state.last, self._on(device, rules.image_after_token_ids))
@@ -246,9 +257,21 @@ class PictureGrammar:
         """Scores `[B, V]` with minus infinity for all ids that are not in the row's set; `kinds` as from `kinds`, `[B]`."""
         return torch.where(self.sets(scores.shape[-1], scores.device)[kinds], scores, float("-inf"))
 
-    def check_room(self, rules: DocumentRules, room: int, input_ids: torch.LongTensor | None = None) -> None:
+    def check_rules(self, rules: DocumentRules) -> None:
+        """Raises a `ValueError` if pictures are to follow ids that are no text, which none could ever do."""
+        words = self.sets(self.vocab_size, torch.device("cpu"))[WORDS]
+        wrong = [i for i in rules.image_after_token_ids if not 0 <= i < self.vocab_size or not words[i]]
+        if wrong:
+            raise ValueError(
+                f"image_after_token_ids hold {wrong}; expected ids of text in 0..{self.vocab_size - 1}, no codes and no "
+                "special tokens (processor.sentence_end_token_ids() has those that end a sentence)."
+            )
+
+    def check_room(self, rules: DocumentRules, room: torch.Tensor | int, input_ids: torch.LongTensor | None = None) -> None:
         """Whether the pictures that are asked for can be finished in `room` more ids behind `input_ids`, int64 `[B, T]`.
 
+        Args:
+            room: one number for all rows, or int64 `[B]`, or `[B * copies]` where rows are repeated (beams).
         Raises:
             ValueError: if they cannot, in any row.
         """
@@ -256,16 +279,20 @@ class PictureGrammar:
         if not count:
             return
         each = self.picture_length + 2
-        needed = torch.as_tensor(count * each)
+        needed = torch.tensor([count * each])
+        room = torch.as_tensor(room, dtype=torch.int64).cpu().flatten()
         if input_ids is not None:  # one that is half-drawn in the prompt is the first of them
             state = self.state(input_ids)
-            needed = needed - torch.where(state.in_picture, state.position + 1, 0)
-        if room < int(needed.max()):
+            needed = needed - torch.where(state.in_picture, state.position + 1, 0).cpu()
+        needed = needed.repeat_interleave(max(1, len(room) // len(needed)))
+        spare = room - needed
+        if bool((spare < 0).any()):
+            room, needed = (int(of_rows.expand_as(spare)[spare.argmin()]) for of_rows in (room, needed))
             asked = "generation_mode='image'" if rules.mode == "image" else f"min_new_images={rules.min_images}"
             codes = sum(token < 0 for token in self.template)
             raise ValueError(
                 f"{asked} needs room for {count} picture(s) of {codes} codes and what stands around: max_new_tokens="
-                f"{int(needed.max())}; got room for {room} (max_new_tokens or max_length, and the model's positions)."
+                f"{needed}; got room for {room} (max_new_tokens or max_length, and the model's positions)."
             )
 
     def allowed(
@@ -320,9 +347,18 @@ class PictureReader:
     is read. Beams and drafts move and repeat rows: then the whole is read off the ids each time.
     """
 
-    def __init__(self, grammar: PictureGrammar, prompt_length: int, room: torch.LongTensor | int, follows: bool):
-        """`room`: int64 `[B]` (or one number), tokens that may be written after the prompt."""
+    def __init__(
+        self,
+        grammar: PictureGrammar,
+        prompt_length: int,
+        room: torch.LongTensor | int,
+        follows: bool,
+        enforced: bool = True,
+    ):
+        """`room`: int64 `[B]` (or one number), tokens that may be written after the prompt. `enforced`: rows are held to the
+        grammar; otherwise a picture may be left at any place."""
         self.grammar, self.prompt_length, self.room, self.follows = grammar, prompt_length, room, follows
+        self.enforced = enforced
         self._ids: torch.LongTensor | None = None
         self._state: PictureState | None = None
         self._seen: tuple[int, list[int]] | None = None  # a length, and `host_positions` at it
@@ -348,7 +384,7 @@ class PictureReader:
         length = input_ids.shape[1]
         if self._seen is not None and self._seen[0] == length and self.follows:
             return self._seen[1]
-        if self.follows and self._seen is not None and self._seen[0] == length - 1:
+        if self.follows and self.enforced and self._seen is not None and self._seen[0] == length - 1:
             positions = self._seen[1]
             if min(positions) >= 0 and max(positions) < self.grammar.picture_length:
                 self._seen = (length, [position + 1 for position in positions])

@@ -96,12 +96,35 @@ class BranchContexts:
     """The ids that a branch sees before a picture's opening `<break>`, row by row."""
 
     def __init__(self, config: JamConfig, grammar: PictureGrammar, negative: list[list[int]] | None = None):
-        """`negative`: contexts in place of the unconditional one, one for each row of the batch, or one for all."""
+        """`negative`: contexts in place of the unconditional one, one for each row of the batch, or one for all; an opening
+        `<break>` at their end may be left out.
+
+        Raises:
+            ValueError: on ids that the model does not know, contexts that leave its positions no room for a picture, and a
+                picture that is begun and not closed.
+        """
         self.config, self.grammar = config, grammar
-        self.negative = None
-        if negative is not None:
-            last = config.break_token_id
-            self.negative = [row[:-1] if row and row[-1] == last else row for row in negative]
+        self.negative = None if negative is None else [self._checked(row) for row in negative]
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        state = self.grammar.state(torch.tensor([ids], dtype=torch.int64))
+        if bool(state.position > 0):
+            raise ValueError(
+                f"negative_prompt_ids end in a picture that has {int(state.position)} tokens and is not closed. A negative "
+                "prompt is what stands before the picture that is drawn: close it, or take it out."
+            )
+        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
+            raise ValueError(
+                f"negative_prompt_ids hold {min(ids)}..{max(ids)}; expected ids in 0..{self.config.vocab_size - 1}."
+            )
+        context = ids[:-1] if bool(state.in_picture) else ids  # one that closes a picture stays
+        needed, positions = len(context) + self.grammar.picture_length + 1, self.config.max_position_embeddings
+        if needed > positions:
+            raise ValueError(
+                f"negative_prompt_ids have {len(context)} ids; with a picture of {self.grammar.picture_length} tokens they are "
+                f"{needed}, more than the {positions} positions of the model. Shorten the negative prompt."
+            )
+        return context
 
     def before_picture(self, branch: str, document: list[int], row: int, rows: int) -> list[int]:
         """`document`: the row's ids before the opening `<break>`, without padding; `row` of `rows` in the batch.

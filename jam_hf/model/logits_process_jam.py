@@ -1,4 +1,4 @@
-"""The grammar and the settings by modality as logits processors, which transformers' loops call at every step.
+"""The grammar, settings by modality and stop strings as what transformers' loops call at every step.
 
 They read where each row stands off a `PictureReader`; they know nothing of models, caches or loops.
 """
@@ -12,12 +12,14 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
+    StoppingCriteria,
+    StopStringCriteria,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from .grammar_jam import DocumentRules, PictureReader
+from .grammar_jam import DocumentRules, PictureGrammar, PictureReader
 
 
 # The settings by modality: transformers' warpers, in the order in which it applies them.
@@ -78,6 +80,16 @@ class PictureWarperLogitsProcessor(LogitsProcessor):
         return torch.where(grammar.awaits_code(self.reader(input_ids))[:, None], for_codes, for_text)
 
 
+class TextStopStringCriteria(StoppingCriteria):
+    """Stop strings of text: those that stand in the name of a code (":" in "<img:4>") end no document inside a picture."""
+
+    def __init__(self, stock: StopStringCriteria, grammar: PictureGrammar):
+        self.stock, self.grammar = stock, grammar
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        return self.stock(input_ids, scores, **kwargs) & ~self.grammar.is_picture_token(input_ids[:, -1])
+
+
 def warp_by_modality(processors: LogitsProcessorList, generation_config: Any, reader: PictureReader) -> None:
     """Put `image_temperature` and so on beside transformers' own warpers, each where it stands or would stand."""
     place = next((p for p, processor in enumerate(processors) if isinstance(processor, WARPER_CLASSES)), len(processors))
@@ -105,5 +117,6 @@ __all__ = [
     "PictureGrammarGuardLogitsProcessor",
     "PictureGrammarLogitsProcessor",
     "PictureWarperLogitsProcessor",
+    "TextStopStringCriteria",
     "warp_by_modality",
 ]

@@ -34,6 +34,8 @@ class JamStreamer(DocumentStreamer):
         partial_every (`int`, *optional*): also show a picture after every so many codes. Each costs as much as decoding the
             whole picture, in the thread that generates, and generation waits for it.
         skip_special_tokens (`bool`, defaults to `True`): leave markup such as `<s>` out of the text.
+        pad_token_id (`int`, *optional*): what stands behind the end of a row, where `generate()` is told another than the
+            model's own.
 
     Events are dicts, in order for each row, each with `"row"`:
         `{"type": "text", "text": str}`: whole words, as soon as they are; the pieces of a run of text joined are the segment.
@@ -157,7 +159,8 @@ def stream(
         queue.Empty: if no event comes within `timeout` seconds.
     """
     _check_generate_kwargs(generate_kwargs)
-    streamer = JamStreamer(model, processor, skip_prompt, timeout, partial_every, skip_special_tokens)
+    pad = generate_kwargs.get("pad_token_id")
+    streamer = JamStreamer(model, processor, skip_prompt, timeout, partial_every, skip_special_tokens, pad)
 
     def events() -> Generator[Event, None, Any]:
         generation = _Generation(streamer, generate_kwargs)
@@ -189,7 +192,8 @@ async def stream_async(
     `aclose()` ends generation, and so does cancelling the task that iterates. `asyncio.TimeoutError` in place of `queue.Empty`.
     """
     _check_generate_kwargs(generate_kwargs)
-    streamer = AsyncJamStreamer(model, processor, skip_prompt, timeout, partial_every, skip_special_tokens)
+    pad = generate_kwargs.get("pad_token_id")
+    streamer = AsyncJamStreamer(model, processor, skip_prompt, timeout, partial_every, skip_special_tokens, pad)
     generation = _Generation(streamer, generate_kwargs)
     generation.start()
     try:

@@ -17,7 +17,7 @@ from ..model.modeling_jam import JamForCausalLM
 from ..model.modeling_jam_vq import JamVQModel
 from ..model.processing_jam import JamProcessor
 from .documents import as_pairs, caption_ids, codes_and_pictures
-from .embedder import ClipEmbedder, Embedder
+from .embedder import ClipEmbedder, Embedder, embedded
 from .index import (
     DESCRIPTION,
     DOCUMENTS,
@@ -52,11 +52,14 @@ def build_index(
     Returns:
         the index, read from its folder.
     Raises:
-        ValueError: if columns are missing, ids are not unique, a caption is blank or has markup, a picture cannot be read, or
-            codes are none of the VQ model's. FileExistsError: if `output_dir` holds anything and `overwrite` is False.
+        ValueError: if `batch_size` is no number of pictures, the embedder's vectors are not of length 1, columns are missing,
+            ids are not unique, a caption is blank or has markup, a picture cannot be read, or codes are none of the VQ model's.
+        FileExistsError: if `output_dir` holds anything and `overwrite` is False.
         ImportError: if FAISS is not installed.
     """
     check_faiss()
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a number of pictures, at least 1, got {batch_size!r}.")
     check_free(output_dir, overwrite)
     pairs = as_pairs(documents)
     vq_model = model.model.vq_model if isinstance(model, JamForCausalLM) else model
@@ -71,7 +74,7 @@ def build_index(
             "id": [str(name) for name in batch.get("id", numbers)],
             "text": batch["text"],
             "codes": codes,
-            "embedding": embedder.embed(batch["text"], [[picture] for picture in pictures]),
+            "embedding": embedded(embedder, batch["text"], [[picture] for picture in pictures]),
         }
 
     features = Features(

@@ -112,6 +112,28 @@ class ClipEmbedder:
         return F.normalize(torch.stack([torch.stack(part).mean(0) for part in parts]), dim=-1).cpu().numpy()
 
 
+def embedded(embedder: Embedder, texts: Sequence[str | None], images: Sequence[Sequence[Image.Image]]) -> np.ndarray:
+    """What the embedder makes of B queries or documents, float32 `[B, D]`.
+
+    Raises:
+        ValueError: if it is not what [`Embedder`] says: a search would find others than the similar ones.
+    """
+    vectors = np.asarray(embedder.embed(texts, images), dtype=np.float32)
+    if vectors.shape != (len(texts), embedder.size):
+        raise ValueError(
+            f"The embedder '{embedder.name}' gave an array {list(vectors.shape)} for {len(texts)} inputs; expected "
+            f"{[len(texts), embedder.size]}."
+        )
+    lengths = np.linalg.norm(vectors, axis=1)
+    if not (np.abs(lengths - 1) < 1e-2).all():  # false for NaN too; half precision is 1e-3 off
+        wrong = int(np.argmax(~(np.abs(lengths - 1) < 1e-2)))
+        raise ValueError(
+            f"The embedder '{embedder.name}' gave a vector of length {lengths[wrong]} for input {wrong}; expected length 1, as "
+            "the scores are inner products. Divide by the length."
+        )
+    return vectors
+
+
 def fingerprint(*weights: torch.Tensor) -> str:
     """Digest of tensors, by which a model is told from others; the same on every device."""
     digest = hashlib.sha256()

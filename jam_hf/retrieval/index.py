@@ -23,7 +23,7 @@ from ..model.modeling_jam import JamForCausalLM
 from ..model.modeling_jam_vq import JamVQModel
 from ..model.processing_jam import JamProcessor
 from .documents import as_the_vq_model_sees, caption_ids, codebook_of
-from .embedder import ClipEmbedder, Embedder
+from .embedder import ClipEmbedder, Embedder, embedded
 
 
 DOCUMENTS, FAISS_FILE, DESCRIPTION, FORMAT = "documents", "documents.faiss", "index.json", 1
@@ -168,13 +168,15 @@ class MemoryIndex:
         texts = [texts] if isinstance(texts, str) else texts
         images = images if images is None or isinstance(images, (list, tuple)) else [images]
         count = len(texts if texts is not None else images)
+        if not count:
+            return []
         texts = [None] * count if texts is None else texts
         images = [None] * count if images is None else images
         pictures = [[] if i is None else list(i) if isinstance(i, (list, tuple)) else [i] for i in images]
         if len(texts) != len(pictures):
             raise ValueError(f"retrieve: {len(texts)} texts and {len(pictures)} entries of pictures; expected as many.")
         seen = [as_the_vq_model_sees(self.processor, each)[1] for each in pictures]
-        return [self._named(found) for found in self.search(self.embedder.embed(texts, seen))]
+        return [self._named(found) for found in self.search(embedded(self.embedder, texts, seen))]
 
     def search(
         self,
@@ -249,7 +251,7 @@ class MemoryIndex:
             if text is None and not images:
                 raise ValueError(f"Prompt {row} has neither text nor a whole picture for which the memory could be searched.")
         answers = []
-        for found in self.search(self.embedder.embed(texts, pictures)):
+        for found in self.search(embedded(self.embedder, texts, pictures)):
             documents = self._named(found)
             captions = caption_ids(self.processor, [document.text for document in documents])
             answers.append([MemoryDocument(d.id, d.score, ids, d.codes.tolist()) for d, ids in zip(documents, captions)])

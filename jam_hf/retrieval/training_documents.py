@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..model.memory_jam import how_many_fit
 from ..model.modeling_jam import JamForCausalLM
 from .documents import as_pairs, caption_ids, codes_and_pictures
+from .embedder import embedded
 from .index import MemoryIndex
 
 
@@ -67,7 +68,7 @@ def documents_with_memory(
             codes, queries = np.asarray(batch["codes"]), np.asarray(batch["embedding"])
         else:
             codes, pictures = codes_and_pictures(batch, model.model.vq_model, index.processor)
-            queries = index.embedder.embed(texts, [[picture] for picture in pictures])
+            queries = embedded(index.embedder, texts, [[picture] for picture in pictures])
         wanted = [int(np.random.default_rng([seed, start + i]).integers(most + 1)) for i in range(len(texts))]
         itself = [
             [row for row in by_caption.get(text, ()) if np.array_equal(index.documents[row]["codes"], own)]

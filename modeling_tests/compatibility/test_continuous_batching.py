@@ -126,6 +126,21 @@ def test_sampled_documents_obey_the_grammar(jam):
         assert pictures >= 2 and all(token < first for token in row)
 
 
+@pytest.mark.feature(SECTION, "interleaved documents")
+@pytest.mark.parametrize("bound", [{}, {"max_length": 40}, {"max_length": 40, "max_new_tokens": 25}])
+def test_documents_end_where_those_of_generate_do(bound, jam):
+    """By the model's positions where nothing is said, and by `max_length`, which counts from each prompt's beginning."""
+    model = jam("llama", "uniform", "average")
+    settings = {"generation_mode": "interleaved", "do_sample": False, "pad_token_id": 0, **bound}
+    prompts = [[1, 30], [1, 31, 32, 33, 34, 35, 36], [1, 37, BREAK, model.config.image_token_offset]]
+    plenty = ContinuousBatchingConfig(max_batch_tokens=64, num_blocks=64, page_size=16)
+    config = GenerationConfig(**settings, eos_token_id=-1)
+    found = batched(model, prompts, config, continuous_batching_config=plenty)
+    assert found == one_by_one(model, prompts, GenerationConfig(**settings, eos_token_id=None), eos_token_id=None)
+    limit = bound.get("max_length", model.config.max_position_embeddings)
+    assert [len(row) for row in found] == [bound.get("max_new_tokens", limit - len(ids)) for ids in prompts]
+
+
 @pytest.mark.feature(SECTION, "guidance, windows, streams with unlike heads: refused with the reason")
 @pytest.mark.parametrize(
     ("settings", "message"),
@@ -138,6 +153,11 @@ def test_sampled_documents_obey_the_grammar(jam):
             {"generation_mode": "interleaved", "min_new_images": 3},
             r"min_new_images=3 needs room for 3 .*max_new_tokens=54.* for 40",
         ),
+        ({"num_beams": 2}, r"no beams \(num_beams\)"),
+        ({"no_repeat_ngram_size": 2}, "no no_repeat_ngram_size"),
+        ({"max_new_tokens": None, "max_length": 2}, "A prompt of 2 ids leaves no room to write"),
+        ({"max_new_tokens": None, "max_length": 10, "generation_mode": "image"}, "needs room for 1 .* got room for 8"),
+        ({"generation_mode": "interleaved", "image_after_token_ids": [BREAK]}, "expected ids of text"),
         ({"generation_mode": "pictures"}, "generation_mode must be one of"),
         ({"generation_mode": "text", "min_new_images": 1}, "min_new_images.* go with 'interleaved'"),
     ],

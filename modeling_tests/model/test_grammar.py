@@ -75,14 +75,13 @@ def _rules(draw, cost: int, room: int) -> DocumentRules:
     most = draw(st.none() | st.integers(least, 4))
     if draw(st.booleans()):
         return DocumentRules(mode, least, most)
-    if draw(st.booleans()):
-        return DocumentRules(
-            mode, least, most, image_after_token_ids=tuple(draw(st.sets(st.integers(20, 40), min_size=1, max_size=9)))
-        )
+    after = tuple(draw(st.sets(st.integers(20, 40), min_size=1, max_size=9))) if draw(st.booleans()) else ()
+    if after and draw(st.booleans()):
+        return DocumentRules(mode, least, most, image_after_token_ids=after)
     places = tuple(
         sorted(draw(st.lists(st.integers(0, 12), min_size=1, max_size=most if most is not None else 3))) if most != 0 else ()
     )
-    return DocumentRules(mode, least, most, image_positions=places)
+    return DocumentRules(mode, least, most, after, places)
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
@@ -149,14 +148,15 @@ def test_random_documents(data):
             assert begun >= rules.min_images or room < rules.min_images * cost
             if rules.max_images is not None:
                 assert begun <= max(rules.max_images, int(half))
-            _check_layout(segments, len(prompt), rules, cost, room, half)
+            _check_layout(segments, len(prompt), rules, cost, room, half, ended)
 
 
-def _check_layout(segments, prompt_length: int, rules: DocumentRules, cost: int, room: int, half: bool) -> None:
+def _check_layout(segments, prompt_length: int, rules: DocumentRules, cost: int, room: int, half: bool, ended: bool) -> None:
     """Where a layout is forced, pictures stand where it says and, beyond `min_images`, nowhere else."""
-    if not rules.forced or rules.min_images or half:
+    if not rules.forced or rules.min_images:
         return
-    position, words, drawn, previous = 0, 0, 0, None
+    position, words, drawn, previous = 0, 0, int(half), None
+    places = list(rules.image_positions)  # of which none is for the picture that the prompt has begun
     for kind, value in segments:
         new = position >= prompt_length
         position += value + 1 if kind == "picture" else 1
@@ -164,14 +164,17 @@ def _check_layout(segments, prompt_length: int, rules: DocumentRules, cost: int,
             continue
         left = room - (position - prompt_length) + (value + 1 if kind == "picture" else 1)
         fits = left >= cost and (rules.max_images is None or drawn < rules.max_images)
-        if rules.image_positions:
-            due = drawn < len(rules.image_positions) and words >= rules.image_positions[drawn] and fits
-        else:
-            due = previous in rules.image_after_token_ids and fits
+        placed = bool(places) and words >= places[0]
+        due = fits and (placed or previous in rules.image_after_token_ids)
         assert (kind == "picture") == due, (segments, rules)
+        if due and placed:  # one picture serves both
+            places.pop(0)
         previous = value if kind == "text" else None
         words += kind == "text"
         drawn += kind == "picture"
+    left = room - max(0, position - prompt_length)
+    if ended and places:  # only where what is left out would not have fitted
+        assert left < cost or (rules.max_images is not None and drawn >= rules.max_images)
 
 
 def _any_token(config: JamConfig) -> st.SearchStrategy[int]:

@@ -253,6 +253,24 @@ def test_a_row_that_ended_sends_its_last_word_while_others_write(laid_out):
         next(streamer)
 
 
+def test_padding_that_generate_is_told_is_not_shown(laid_out):
+    """Rows of one and of three words; behind the first stands an id that is text elsewhere."""
+    model, processor = laid_out("plain")
+    pad = processor.tokenizer("red", add_special_tokens=False)["input_ids"][0]
+
+    def ends(ids, scores):
+        forced = torch.full_like(scores, -torch.inf)
+        forced[0, EOS], forced[1, EOS if ids.shape[1] == 5 else 30] = 0.0, 0.0
+        return forced
+
+    settings = {"generation_mode": "text", "max_new_tokens": 4, "do_sample": False, "pad_token_id": pad}
+    ids = torch.tensor([[BOS, 40], [BOS, 40]])
+    events = list(
+        stream(model, processor, input_ids=ids, attention_mask=torch.ones_like(ids), logits_processor=[ends], **settings)
+    )
+    assert {event["row"] for event in events} == {1}
+
+
 # ----- partial pictures ----------------------------------------------------------------------------------------------
 
 

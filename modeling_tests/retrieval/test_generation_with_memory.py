@@ -77,6 +77,7 @@ class Asked:
 
     def __init__(self, embedder):
         self.embedder, self.texts, self.images = embedder, [], []
+        self.name, self.size = embedder.name, embedder.size
 
     def embed(self, texts, images):
         self.texts, self.images = list(texts), [list(each) for each in images]

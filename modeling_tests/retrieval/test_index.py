@@ -195,6 +195,39 @@ def test_queries_that_are_none(table_index):
             RetrievalSettings(**wrong)
 
 
+@pytest.mark.parametrize(
+    ("vectors", "words"),
+    [
+        (lambda count, size: np.full((count, size), np.nan), "a vector of length nan for input 0"),
+        (lambda count, size: np.eye(size)[:count] * 100, "a vector of length 100.0 for input 0; expected length 1"),
+        (lambda count, size: np.zeros((count, size)), "a vector of length 0.0"),
+        (lambda count, size: np.eye(size + 1)[:count], r"gave an array [2, 7] for 2 inputs; expected [2, 6]"),
+        (lambda count, size: np.eye(size)[:1], r"gave an array [1, 6] for 2 inputs"),
+    ],
+)
+def test_an_embedder_that_does_not_do_what_it_must_is_told(
+    vectors, words, table_index, monkeypatch, tmp_path, model, jam_processor
+):
+    with monkeypatch.context() as patched:
+        patched.setattr(table_index.embedder, "embed", lambda texts, images: vectors(len(texts), 6))
+        with pytest.raises(ValueError, match=re.escape(words)):
+            table_index.retrieve(["a", "b"])
+    embedder = TableEmbedder()
+    embedder.embed = lambda texts, images: vectors(len(texts), 6)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        build_index(pairs(2), model, jam_processor, tmp_path / "index", embedder=embedder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_query_has_no_answer_and_batches_have_pictures(table_index, tmp_path, model, jam_processor):
+    assert table_index.retrieve([]) == []
+    for size in (0, -3, 1.5):
+        with pytest.raises(ValueError, match="batch_size must be a number of pictures"):
+            build_index(pairs(2), model, jam_processor, tmp_path / "index", embedder=TableEmbedder(), batch_size=size)
+    with pytest.raises(ValueError, match="a list with one dict for each document"):
+        build_index({"text": ["a"], "image": [noise(0)]}, model, jam_processor, tmp_path / "index", embedder=TableEmbedder())
+
+
 # ----- files ----------------------------------------------------------------------------------------------------------
 
 
