@@ -18,6 +18,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.configuration_utils import GenerationMode
 
+from .call_settings_jam import document_rules
 from .grammar_jam import PictureGrammar
 from .reranking_jam import PictureCandidates, Reranker, checked_scores, reranker_of
 
@@ -117,7 +118,7 @@ class _Documents:
         """As `generate()` does for a document in one piece."""
         room = self.model.config.max_position_embeddings - self.mask.sum(1)
         room = room.clamp(max=self.max_length - self.prompt.shape[1])
-        self.grammar.check_room(self.model._document_rules(self.settings), room, self.prompt)
+        self.grammar.check_room(document_rules(self.settings), room, self.prompt)
 
     def _segment(
         self,

@@ -18,6 +18,7 @@ from transformers import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
+from .call_settings_jam import document_rules
 from .grammar_jam import DocumentRules, PictureGrammar, PictureState
 
 
@@ -91,7 +92,7 @@ class JamContinuousBatchingMixin(ContinuousMixin):
         config = self._continuous_config(generation_config)
         positions, rules, grammar = (
             self.config.max_position_embeddings,
-            self._document_rules(config),
+            document_rules(config),
             PictureGrammar(self.config),
         )
         if rules is not None:

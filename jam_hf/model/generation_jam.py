@@ -26,8 +26,9 @@ from transformers import (
 from transformers.utils.generic import is_flash_attention_requested
 
 from .caching_jam import JamBlockCache
+from .call_settings_jam import GUIDANCE_SETTINGS, JAM_SETTINGS, document_rules, guidance_settings, negative_prompts, settle
 from .continuous_batching_jam import JamContinuousBatchingMixin, PictureGrammarContinuousLogitsProcessor
-from .grammar_jam import GENERATION_MODES, DocumentRules, PictureGrammar, PictureReader
+from .grammar_jam import GENERATION_MODES, PictureGrammar, PictureReader
 from .guidance_jam import (
     BranchContexts,
     Guidance,
@@ -46,27 +47,6 @@ from .logits_process_jam import (
 from .memory_jam import generate_with_memory
 from .packed_columns_jam import attend_by_sdpa
 from .packed_guidance_jam import PackedGuidance
-
-
-# What `generate()` and the generation config take beyond transformers' own.
-JAM_SETTINGS = (
-    "generation_mode",
-    "image_guidance_scale",
-    "contrastive_alpha",
-    "contrastive_k",
-    "image_temperature",
-    "image_top_k",
-    "image_top_p",
-    "image_min_p",
-    "min_new_images",
-    "max_new_images",
-    "image_after_token_ids",
-    "image_positions",
-)
-
-
-LAYOUT_SETTINGS = ("min_new_images", "max_new_images", "image_after_token_ids", "image_positions")
-SCALES, CONTRASTIVE = ("guidance_scale", "image_guidance_scale"), ("contrastive_alpha", "contrastive_k")
 
 
 class PictureSteps:
@@ -181,8 +161,10 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
             from .candidates_jam import generate_best_pictures
 
             return generate_best_pictures(self, num_candidates, reranker, generation_config, inputs=inputs, **kwargs)
-        kwargs["_negative_prompt"] = self._unpadded(
-            kwargs.pop("negative_prompt_ids", None), kwargs.pop("negative_prompt_attention_mask", None)
+        kwargs["_negative_prompt"] = negative_prompts(
+            kwargs.pop("negative_prompt_ids", None),
+            kwargs.pop("negative_prompt_attention_mask", None),
+            self.config.image_token_id,
         )
         kwargs["_own_loop"] = kwargs.get("custom_generate") is not None
         output = None
@@ -220,45 +202,18 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
             return getattr(generation_config, name)
         return getattr(self.generation_config, name, None)
 
-    def _unpadded(self, ids: Any, mask: Any) -> list[list[int]] | None:
-        """Rows of the negative prompt as lists, without padding."""
-        if ids is None:
-            if mask is not None:
-                raise ValueError("negative_prompt_attention_mask came without negative_prompt_ids: pass both, or neither.")
-            return None
-        mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
-        if ids.ndim != 2 or ids.is_floating_point() or mask.shape != ids.shape or not bool(mask.any(1).all()):
-            raise ValueError(
-                "negative_prompt_ids must be ids [B or 1, T] with at least one token in each row, and "
-                f"negative_prompt_attention_mask of the same shape; got {list(ids.shape)} and {list(mask.shape)}."
-            )
-        if bool((ids == self.config.image_token_id).any()):
-            raise ValueError("negative_prompt_ids hold placeholders <image>; put the codes of the pictures in their place.")
-        return [[token for token, kept in zip(*pair) if kept] for pair in zip(ids.tolist(), mask.tolist())]
-
     def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """As in `GenerationMixin`; the settings of `JAM_SETTINGS` go with it, for this call."""
         ours = {name: kwargs.pop(name) for name in JAM_SETTINGS if name in kwargs}
-        own = vars(self.generation_config)
-        passed = {} if generation_config is None else {n: v for n, v in vars(generation_config).items() if v != own.get(n)}
-        passed = {name for name, value in (passed | kwargs | ours).items() if value is not None}
         negative, own_loop = kwargs.pop("_negative_prompt", None), kwargs.pop("_own_loop", False)
         config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if getattr(generation_config, "document_prompt_length", None) is not None:  # complete: None is a setting, not a gap
             for name, value in vars(generation_config).items():
                 if value is None and name not in kwargs:
                     setattr(config, name, None)
-        for name in JAM_SETTINGS:
-            setattr(config, name, ours.get(name, getattr(config, name, None)))
-        # What the model's own config says of one kind of call is no contradiction to a call of another kind.
-        if config.generation_mode != "interleaved" and ("generation_mode" in passed or "generation_mode" in ours):
-            for name in set(LAYOUT_SETTINGS) - passed:
-                setattr(config, name, None)
-        for asked, other in ((SCALES, CONTRASTIVE), (CONTRASTIVE, SCALES)):
-            if passed.intersection(asked):
-                for name in set(other) - passed:
-                    setattr(config, name, None)
-        config._negative_prompt, config._own_loop, config._passed = negative, own_loop, sorted(passed)
+        scale = {"guidance_scale": kwargs["guidance_scale"]} if "guidance_scale" in kwargs else {}
+        settle(config, ours | scale, generation_config, self.generation_config)
+        config._negative_prompt, config._own_loop = negative, own_loop
         return config, model_kwargs
 
     @contextmanager
@@ -275,20 +230,6 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         finally:
             config._attn_implementation_internal = own
 
-    def _guidance_settings(self, generation_config: Any) -> GuidanceSettings | None:
-        """None where this call has nothing to guide."""
-        settings = GuidanceSettings(
-            generation_config.guidance_scale,
-            generation_config.image_guidance_scale,
-            generation_config.contrastive_alpha,
-            generation_config.contrastive_k,
-        )
-        if not settings.branches and generation_config._negative_prompt is not None:
-            raise ValueError(
-                "negative_prompt_ids have nothing to act on: set guidance_scale, or contrastive_alpha and contrastive_k."
-            )
-        return settings if settings.branches and generation_config.generation_mode != "text" else None
-
     def _columns_beside(self, generation_config: Any, settings: GuidanceSettings) -> int:
         """What guidance adds to the cache, at most. A document's pictures have no bound but the document's own."""
         longest = max(map(len, generation_config._negative_prompt or [[0, 0]]))
@@ -302,7 +243,7 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         """As in `GenerationMixin`, with room for guidance in a static cache; the one that grows does so in blocks."""
         generation_config._rows_follow = generation_mode in ("greedy_search", "sample") and not generation_config._own_loop
         if generation_config.cache_implementation == "static":
-            settings = self._guidance_settings(generation_config)
+            settings = guidance_settings(generation_config)
             if settings is not None and settings.image_scale is None and not generation_config.is_assistant:
                 max_cache_length += self._columns_beside(generation_config, settings)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
@@ -394,7 +335,7 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         room = generation_config.max_length - input_ids_seq_length
         room = torch.as_tensor(self.config.max_position_embeddings - read).clamp(max=room)
         follows = generation_config._rows_follow
-        rules = self._document_rules(generation_config)
+        rules = document_rules(generation_config)
         room_of_all = room + input_ids_seq_length - prompt_length
         reader = PictureReader(grammar, prompt_length, room_of_all, follows, enforced=rules is not None)
 
@@ -440,11 +381,11 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         `mask`, `embedded`: see [`Guidance`]. `prompt_rows`: of the prompt, before beams and return sequences. `infills`:
         whether gaps are filled.
         """
-        settings = self._guidance_settings(generation_config)
+        settings = guidance_settings(generation_config)
         if settings is None:
             return None
         if infills:
-            asked = [name for name in (*SCALES, *CONTRASTIVE) if name in generation_config._passed]
+            asked = set(GUIDANCE_SETTINGS).intersection(generation_config.passed_settings)
             if not asked and generation_config._negative_prompt is None:  # the model's own settings are for whole pictures
                 return None
             raise ValueError(
@@ -469,32 +410,17 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         config = copy.copy(self.generation_config if generation_config is None else generation_config)
         for name in ("guidance_scale", *JAM_SETTINGS):
             setattr(config, name, self._setting(name, config, {}))
+        settle(config, {}, generation_config, self.generation_config)
         return config
 
     def _continuous_grammar(self, generation_config: Any) -> list[PictureGrammarContinuousLogitsProcessor]:
         """None, or the one of the grammar, where this is not a call of `generate()`."""
-        rules, eos = self._document_rules(generation_config), generation_config.eos_token_id
+        rules, eos = document_rules(generation_config), generation_config.eos_token_id
         if rules is None:
             return []
         ends = [i for i in (eos if isinstance(eos, list) else [eos]) if i is not None and i >= 0]
         grammar = PictureGrammar(self.config, ends)
         return [PictureGrammarContinuousLogitsProcessor(grammar, rules, self.config.max_position_embeddings)]
-
-    @staticmethod
-    def _document_rules(generation_config: Any) -> DocumentRules | None:
-        """None without a grammar."""
-        least, most, after, places = (getattr(generation_config, name) for name in LAYOUT_SETTINGS)
-        if generation_config.generation_mode is None:
-            if any(setting is not None for setting in (least, most, after, places)):
-                raise ValueError(f"{', '.join(LAYOUT_SETTINGS)} need generation_mode='interleaved'.")
-            return None
-        for name, ids in (("image_after_token_ids", after), ("image_positions", places)):
-            whole = isinstance(ids, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
-            if ids is not None and not whole:
-                raise ValueError(f"{name} must be a list of whole numbers, got {ids!r}.")
-        return DocumentRules(
-            generation_config.generation_mode, 0 if least is None else least, most, tuple(after or ()), tuple(places or ())
-        )
 
     def _has_image_rows(self) -> bool:
         """Whether the logits of codes can be had without those of text."""
@@ -503,4 +429,4 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         return self.image_head is not None or (plain and not head._forward_hooks and not head._forward_pre_hooks)
 
 
-__all__ = ["JAM_SETTINGS", "JamGenerationMixin", "PictureSteps"]
+__all__ = ["JamGenerationMixin", "PictureSteps"]

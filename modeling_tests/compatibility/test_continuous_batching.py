@@ -127,6 +127,15 @@ def test_sampled_documents_obey_the_grammar(jam):
 
 
 @pytest.mark.feature(SECTION, "interleaved documents")
+def test_a_saved_layout_is_for_interleaved_requests(jam, monkeypatch):
+    model = jam("llama", "uniform", "average")
+    config = GenerationConfig(max_new_tokens=10, do_sample=False, eos_token_id=2, generation_mode="text")
+    expected = batched(model, [[1, 30]], config)
+    monkeypatch.setattr(model.generation_config, "image_positions", [1], raising=False)
+    assert batched(model, [[1, 30]], config) == expected
+
+
+@pytest.mark.feature(SECTION, "interleaved documents")
 @pytest.mark.parametrize("bound", [{}, {"max_length": 40}, {"max_length": 40, "max_new_tokens": 25}])
 def test_documents_end_where_those_of_generate_do(bound, jam):
     """By the model's positions where nothing is said, and by `max_length`, which counts from each prompt's beginning."""
