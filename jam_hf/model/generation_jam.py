@@ -360,8 +360,11 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
             cache.picture_steps = PictureSteps(reader, packed, codes_alone)
         return LogitsProcessorList([*ours, *processors])
 
-    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
-        criteria, grammar = super()._get_stopping_criteria(*args, **kwargs), PictureGrammar(self.config)
+    def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+        if generation_config.generation_mode is None:  # then codes are words like others
+            return criteria
+        grammar = PictureGrammar(self.config)
         return StoppingCriteriaList(
             TextStopStringCriteria(each, grammar) if type(each) is StopStringCriteria else each for each in criteria
         )

@@ -1,6 +1,8 @@
 """Every pair of parents in the form that preserves both: against the parents' own logits, and what each mode refuses."""
 
 import copy
+import functools
+import itertools
 import json
 
 import pytest
@@ -53,9 +55,23 @@ def zoo(tmp_path_factory):
     return make
 
 
+@functools.cache
+def products_are_alike() -> bool:
+    """Whether a row of a product has the same bits however many others are computed with it, as a fused head has more of them
+    than its parents'. Not on every CPU: kernels for AVX2 alone divide the rows otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    for tokens, width, rows in itertools.product((1, 5, 12, 24, 40), (16, 24, 32, 48), (64, 90, 96, 300)):
+        states, head = (torch.randn(count, width, generator=generator) for count in (tokens, rows + 36))
+        alone = torch.nn.functional.linear(states, head[:rows].contiguous())
+        if not torch.equal(torch.nn.functional.linear(states, head)[:, :rows], alone):
+            return False
+    return True
+
+
 def assert_same(ours, theirs, bound=0.0):
-    """Bit for bit, or within `bound` relative to the largest."""
+    """Bit for bit, where the CPU's products are, or within `bound` relative to the largest."""
     assert ours.shape == theirs.shape
+    bound = bound or (0.0 if products_are_alike() else 2e-6)
     if bound:
         torch.testing.assert_close(ours, theirs, rtol=0.0, atol=bound * theirs.abs().max().item())
     else:
@@ -173,7 +189,7 @@ def test_with_one_vocabulary_both_parents_read_the_whole_document(text_kind, ima
     pad, first = model.config.pad_token_id, model.config.image_token_offset
     for parent, columns in ((text, (0, first)), (image, (first, first + NUM_CODES))):
         ours, theirs = (readings(reader(one, *columns), documents, pad) for one in (model, parent))
-        assert torch.equal(ours, theirs)
+        assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize(("text_kind", "image_name"), [*zip(TEXT_KINDS, list(IMAGE_PARENTS)[4:])])
