@@ -13,24 +13,13 @@ from .grammar_jam import DocumentRules
 from .guidance_jam import GuidanceSettings
 
 
-# What `generate()` and the generation config take beyond transformers' own.
-JAM_SETTINGS = (
-    "generation_mode",
-    "image_guidance_scale",
-    "contrastive_alpha",
-    "contrastive_k",
-    "image_temperature",
-    "image_top_k",
-    "image_top_p",
-    "image_min_p",
-    "min_new_images",
-    "max_new_images",
-    "image_after_token_ids",
-    "image_positions",
-)
-LAYOUT_SETTINGS = ("min_new_images", "max_new_images", "image_after_token_ids", "image_positions")
 SCALES, CONTRASTIVE = ("guidance_scale", "image_guidance_scale"), ("contrastive_alpha", "contrastive_k")
 GUIDANCE_SETTINGS = (*SCALES, *CONTRASTIVE)
+LAYOUT_SETTINGS = ("min_new_images", "max_new_images", "image_after_token_ids", "image_positions")
+MODALITY_SETTINGS = ("image_temperature", "image_top_k", "image_top_p", "image_min_p")
+# All that is decided here, and what of it transformers' generation config does not know.
+CALL_SETTINGS = ("generation_mode", *GUIDANCE_SETTINGS, *MODALITY_SETTINGS, *LAYOUT_SETTINGS)
+JAM_SETTINGS = tuple(name for name in CALL_SETTINGS if name != "guidance_scale")
 
 
 def settle(config: Any, arguments: dict[str, Any], passed_config: Any, own_config: Any) -> None:
@@ -45,10 +34,9 @@ def settle(config: Any, arguments: dict[str, Any], passed_config: Any, own_confi
         arguments: of the call. passed_config: the config that came with it, or `None`; what it has in common with the model's
             own is the model's (pipelines pass a copy).
     """
-    names = (*JAM_SETTINGS, "guidance_scale")
-    said = {name: getattr(passed_config, name, None) for name in names}
+    said = {name: getattr(passed_config, name, None) for name in CALL_SETTINGS}
     said = {name: value for name, value in said.items() if value != getattr(own_config, name, None)}
-    passed = {name for name in names if (said | arguments).get(name) is not None}
+    passed = {name for name in CALL_SETTINGS if (said | arguments).get(name) is not None}
     for name in JAM_SETTINGS:
         setattr(config, name, arguments.get(name, getattr(config, name, None)))
     if config.generation_mode != "interleaved" and ("generation_mode" in arguments or "generation_mode" in passed):
@@ -107,9 +95,11 @@ def negative_prompts(ids: torch.Tensor | None, mask: Any, image_token_id: int) -
 
 
 __all__ = [
+    "CALL_SETTINGS",
     "GUIDANCE_SETTINGS",
     "JAM_SETTINGS",
     "LAYOUT_SETTINGS",
+    "MODALITY_SETTINGS",
     "document_rules",
     "guidance_settings",
     "negative_prompts",

@@ -18,7 +18,7 @@ from transformers import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
-from .call_settings_jam import document_rules
+from .call_settings_jam import MODALITY_SETTINGS, document_rules
 from .grammar_jam import DocumentRules, PictureGrammar, PictureState
 
 
@@ -90,11 +90,8 @@ class JamContinuousBatchingMixin(ContinuousMixin):
                 "their place: model.model.insert_image_tokens(input_ids, pixel_values)."
             )
         config = self._continuous_config(generation_config)
-        positions, rules, grammar = (
-            self.config.max_position_embeddings,
-            document_rules(config),
-            PictureGrammar(self.config),
-        )
+        positions, rules = self.config.max_position_embeddings, document_rules(config)
+        grammar = PictureGrammar(self.config)
         if rules is not None:
             grammar.check_rules(rules)
         for ids in inputs:  # before anything runs: there an error would be logged and its requests be missing
@@ -171,8 +168,7 @@ def _check_served(config: JamConfig, settings: Any) -> None:
             f"Continuous batching does not guide pictures ({', '.join(guided)}): it runs each request by itself, without the "
             "branch that guidance compares with. Use generate(), or leave guidance out."
         )
-    names = ("image_temperature", "image_top_k", "image_top_p", "image_min_p")
-    if apart := [name for name in names if getattr(settings, name, None) is not None]:
+    if apart := [name for name in MODALITY_SETTINGS if getattr(settings, name, None) is not None]:
         raise ValueError(
             f"Continuous batching has no settings by modality ({', '.join(apart)}). Use generate(), or temperature, top_k and "
             "top_p, which hold for text and codes."

@@ -26,7 +26,15 @@ from transformers import (
 from transformers.utils.generic import is_flash_attention_requested
 
 from .caching_jam import JamBlockCache
-from .call_settings_jam import GUIDANCE_SETTINGS, JAM_SETTINGS, document_rules, guidance_settings, negative_prompts, settle
+from .call_settings_jam import (
+    CALL_SETTINGS,
+    GUIDANCE_SETTINGS,
+    JAM_SETTINGS,
+    document_rules,
+    guidance_settings,
+    negative_prompts,
+    settle,
+)
 from .continuous_batching_jam import JamContinuousBatchingMixin, PictureGrammarContinuousLogitsProcessor
 from .grammar_jam import GENERATION_MODES, PictureGrammar, PictureReader
 from .guidance_jam import (
@@ -154,9 +162,8 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
                 kwargs["max_new_tokens"] = self.config.picture_length + 2
             else:
                 kwargs["max_length"] = self.config.max_position_embeddings
-        negative = kwargs.get("negative_prompt_ids")
-        if negative is not None and not torch.is_tensor(negative):
-            kwargs["negative_prompt_ids"] = torch.as_tensor(negative)
+        if kwargs.get("negative_prompt_ids") is not None:
+            kwargs["negative_prompt_ids"] = torch.as_tensor(kwargs["negative_prompt_ids"])
         if num_candidates is not None or reranker is not None:
             from .candidates_jam import generate_best_pictures
 
@@ -204,15 +211,15 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
 
     def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """As in `GenerationMixin`; the settings of `JAM_SETTINGS` go with it, for this call."""
-        ours = {name: kwargs.pop(name) for name in JAM_SETTINGS if name in kwargs}
+        arguments = {name: kwargs[name] for name in CALL_SETTINGS if name in kwargs}
+        kwargs = {name: value for name, value in kwargs.items() if name not in JAM_SETTINGS}
         negative, own_loop = kwargs.pop("_negative_prompt", None), kwargs.pop("_own_loop", False)
         config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if getattr(generation_config, "document_prompt_length", None) is not None:  # complete: None is a setting, not a gap
             for name, value in vars(generation_config).items():
                 if value is None and name not in kwargs:
                     setattr(config, name, None)
-        scale = {"guidance_scale": kwargs["guidance_scale"]} if "guidance_scale" in kwargs else {}
-        settle(config, ours | scale, generation_config, self.generation_config)
+        settle(config, arguments, generation_config, self.generation_config)
         config._negative_prompt, config._own_loop = negative, own_loop
         return config, model_kwargs
 
@@ -346,8 +353,8 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         if guidance is not None:
             ours.append(PictureGuidanceLogitsProcessor(guidance))
         if rules is not None:  # after guidance: minus infinity minus minus infinity is not a number
+            grammar.check_rules(rules)
             if segment is None:
-                grammar.check_rules(rules)
                 grammar.check_room(rules, room, encoder_input_ids if not embedded else None)
             ours.append(PictureGrammarLogitsProcessor(reader, rules))
             if any(not isinstance(processor, WARPER_CLASSES) for processor in processors):
@@ -411,7 +418,7 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
     def _continuous_config(self, generation_config: Any) -> Any:
         """A copy for continuous batching, which asks the model's own config for nothing; `generate()` does."""
         config = copy.copy(self.generation_config if generation_config is None else generation_config)
-        for name in ("guidance_scale", *JAM_SETTINGS):
+        for name in CALL_SETTINGS:
             setattr(config, name, self._setting(name, config, {}))
         settle(config, {}, generation_config, self.generation_config)
         return config

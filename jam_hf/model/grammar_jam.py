@@ -259,6 +259,8 @@ class PictureGrammar:
 
     def check_rules(self, rules: DocumentRules) -> None:
         """Raises a `ValueError` if pictures are to follow ids that are no text, which none could ever do."""
+        if not rules.image_after_token_ids:
+            return
         words = self.sets(self.vocab_size, torch.device("cpu"))[WORDS]
         wrong = [i for i in rules.image_after_token_ids if not 0 <= i < self.vocab_size or not words[i]]
         if wrong:
@@ -285,14 +287,15 @@ class PictureGrammar:
             state = self.state(input_ids)
             needed = needed - torch.where(state.in_picture, state.position + 1, 0).cpu()
         needed = needed.repeat_interleave(max(1, len(room) // len(needed)))
-        spare = room - needed
-        if bool((spare < 0).any()):
-            room, needed = (int(of_rows.expand_as(spare)[spare.argmin()]) for of_rows in (room, needed))
+        room, needed = torch.broadcast_tensors(room, needed)
+        worst = int((room - needed).argmin())
+        if room[worst] < needed[worst]:
             asked = "generation_mode='image'" if rules.mode == "image" else f"min_new_images={rules.min_images}"
             codes = sum(token < 0 for token in self.template)
             raise ValueError(
                 f"{asked} needs room for {count} picture(s) of {codes} codes and what stands around: max_new_tokens="
-                f"{needed}; got room for {room} (max_new_tokens or max_length, and the model's positions)."
+                f"{int(needed[worst])}; got room for {int(room[worst])} (max_new_tokens or max_length, and the model's "
+                "positions)."
             )
 
     def allowed(

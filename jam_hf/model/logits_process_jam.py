@@ -1,6 +1,6 @@
 """The grammar, settings by modality and stop strings as what transformers' loops call at every step.
 
-They read where each row stands off a `PictureReader`; they know nothing of models, caches or loops.
+Where a row stands they read off a `PictureReader`, stop strings off its last id; they know nothing of models, caches or loops.
 """
 
 from __future__ import annotations

@@ -24,14 +24,16 @@ def as_pairs(documents: Dataset | Sequence[dict[str, Any]]) -> Dataset:
     Raises:
         ValueError: if a column is missing, there are no rows, or ids are not unique.
     """
-    if not isinstance(documents, Dataset):
+    if isinstance(documents, Dataset):
+        dataset = documents
+    else:
         documents = list(documents)
         if strange := next((row for row in documents if not isinstance(row, dict)), None):
             raise ValueError(
                 f"Expected a Dataset, or a list with one dict for each document (text and image or codes); got {strange!r:.80} "
                 "among the rows. Of a dict of columns Dataset.from_dict(...) makes one."
             )
-    dataset = documents if isinstance(documents, Dataset) else Dataset.from_list(documents)
+        dataset = Dataset.from_list(documents)
     dataset = dataset.with_format(None)
     if "text" not in dataset.column_names and "caption" in dataset.column_names:
         dataset = dataset.rename_column("caption", "text")

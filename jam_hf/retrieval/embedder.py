@@ -125,8 +125,9 @@ def embedded(embedder: Embedder, texts: Sequence[str | None], images: Sequence[S
             f"{[len(texts), embedder.size]}."
         )
     lengths = np.linalg.norm(vectors, axis=1)
-    if not (np.abs(lengths - 1) < 1e-2).all():  # false for NaN too; half precision is 1e-3 off
-        wrong = int(np.argmax(~(np.abs(lengths - 1) < 1e-2)))
+    of_length_one = np.abs(lengths - 1) < 1e-2  # false for NaN too; half precision is 1e-3 off
+    if not of_length_one.all():
+        wrong = int(np.argmin(of_length_one))
         raise ValueError(
             f"The embedder '{embedder.name}' gave a vector of length {lengths[wrong]} for input {wrong}; expected length 1, as "
             "the scores are inner products. Divide by the length."
