@@ -5,16 +5,16 @@ It knows pixels only. PIL and numpy do the work: torchvision, which has no CPU b
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from .picture_input_jam import open_picture, picture_of_array
 from .remote_code_jam import AUTO_MAP  # noqa: F401  (its file brings all the others along)
 
 
@@ -22,7 +22,9 @@ class JamImageProcessor(PilBackend):
     """Resize the shorter side to `size`, cut the centre square, scale to [-1, 1].
 
     Grey pictures become RGB, transparent ones are laid on white (not with `do_convert_rgb=False`, which leaves the channels as
-    they are); the sides may have any length.
+    they are); the sides may have any length. Whatever way a picture comes, path, URL, base64, PIL, array, it is decoded by one
+    decoder (picture_input_jam.py), turned upright by its EXIF tag. Arrays are in 0..255, or with `do_rescale=False` floats in
+    0..1: transformers' own rule, which is never guessed from the values.
 
     Args:
         size (`dict`, defaults to `{"shortest_edge": 256}`), crop_size (`dict`, defaults to 256x256): in pixels; both the
@@ -52,7 +54,10 @@ class JamImageProcessor(PilBackend):
         return cls(size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}, **kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Open paths and URLs, one or (nested) lists of them; pictures and arrays pass, 2D arrays as grey pictures.
+        """Open pictures, one or (nested) lists of them, by the one decoder of `open_picture`; arrays pass.
+
+        Arrays are `numpy` ones or tensors, `[H, W]`, `[H, W, C]`, `[C, H, W]` or a batch of the last two; what their values
+        mean says `picture_of_array`.
 
         Raises:
             ValueError: for a file that is no picture or a damaged one (the message names it), and for anything else.
@@ -60,60 +65,44 @@ class JamImageProcessor(PilBackend):
         source = image_url_or_urls
         if isinstance(source, (list, tuple)):
             return [self.fetch_images(image) for image in source]
-        if isinstance(source, os.PathLike):
-            source = os.fspath(source)
-        if not isinstance(source, str):
-            if isinstance(source, (np.ndarray, torch.Tensor)):
-                return source[None] if source.ndim == 2 else source
-            if not isinstance(source, Image.Image):
-                raise ValueError(f"Expected a PIL picture, an array, a path or a URL, got {type(source).__name__}.")
-            return source
-        name = source if len(source) < 200 else source[:200] + "..."
-        try:
-            if os.path.isfile(source):  # transformers' own way drops transparency, and clips 16 bits of grey
-                with Image.open(source) as image:
-                    image.load()
-                    return ImageOps.exif_transpose(image)
-            return super().fetch_images(source)
-        except Exception as error:  # PIL, the file system and the web have no common base class
-            reason = str(error)
-            if len(source) < 200 and not source.startswith(("http://", "https://", "data:")) and not os.path.exists(source):
-                reason = "there is no such file"
+        if isinstance(source, torch.Tensor):
+            source = source.detach().cpu()
+            source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
+        if isinstance(source, np.ndarray):
+            return source[None] if source.ndim == 2 else source
+        return open_picture(source)
+
+    def process_image(
+        self,
+        image: Any,
+        do_convert_rgb: bool | None = None,
+        do_rescale: bool | None = None,
+        input_data_format: Any = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
+        in_unit_range = isinstance(image, np.ndarray) and image.dtype.kind == "f" and not do_rescale
+        if isinstance(image, np.ndarray):
+            image = picture_of_array(image, bool(do_rescale), input_data_format)
+        if do_convert_rgb and image.mode not in ("RGB", "L"):
+            image = image.convert("RGBA")  # palettes and grey with alpha included
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        pixels = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
+        return pixels.astype(np.float32) / 255 if in_unit_range else pixels
+
+    def _preprocess(
+        self, images: list[np.ndarray], *args: Any, do_rescale: bool, do_normalize: bool, rescale_factor: float, **kwargs: Any
+    ) -> Any:
+        in_unit_range = [image.dtype.kind == "f" for image in images]  # as process_image leaves them
+        if not do_rescale and not all(in_unit_range) and (do_normalize or any(in_unit_range)):
             raise ValueError(
-                f"Cannot read a picture from {name!r}: {reason}. Expected the path or URL of an undamaged picture file."
-            ) from error
-
-    def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs: Any) -> np.ndarray:
-        if isinstance(image, Image.Image):
-            try:
-                image.load()
-            except OSError as error:
-                name = getattr(image, "filename", "") or "a picture"
-                raise ValueError(f"Cannot read {name}: {error}. The file is damaged or cut short.") from error
-            if image.mode.startswith("I;16"):  # 16 bits of grey; PIL itself would clip them at 255
-                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-            if image.mode in ("I", "F"):
-                raise ValueError(
-                    f"A picture has the mode '{image.mode}', which does not say what white is. Expected 8 or 16 bits a "
-                    "channel; scale it to 0..255 and convert it to 'L' or 'RGB'."
-                )
-            if do_convert_rgb and image.mode not in ("RGB", "L"):
-                image = image.convert("RGBA")  # palettes and grey with alpha included
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        image = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
-        return _three_channels(image) if do_convert_rgb else image
-
-    def _preprocess(self, images: list[np.ndarray], *args: Any, do_rescale: bool = True, **kwargs: Any) -> Any:
-        for index, image in enumerate(images):
-            if 0 in image.shape:
-                raise ValueError(f"Picture {index} is empty: its shape is {image.shape}; expected at least 1x1 pixels.")
-            if do_rescale and image.dtype != np.uint8 and 0 < image.max() <= 1:
-                raise ValueError(
-                    f"Picture {index} is an array of {image.dtype} in {image.min():g}..{image.max():g}; expected 0..255. For "
-                    "values in 0..1, pass do_rescale=False."
-                )
-        kwargs["do_rescale"] = do_rescale
-        return super()._preprocess(images, *args, **kwargs)
+                f"Picture {in_unit_range.index(False)} has values in 0..255, and do_rescale=False says that values are in "
+                "0..1, as floats. Leave do_rescale out for pictures and for arrays in 0..255; a call takes one of the two."
+            )
+        if any(in_unit_range):  # in 8 bits again: where transformers resizes floats, it cuts off fractions
+            images = [(image * 255).round().astype(np.uint8) for image in images]
+            do_rescale, rescale_factor = True, 1 / 255
+        scales = {"do_rescale": do_rescale, "do_normalize": do_normalize, "rescale_factor": rescale_factor}
+        return super()._preprocess(images, *args, **scales, **kwargs)
 
     def postprocess(self, pixel_values: torch.Tensor) -> list[Image.Image]:
         """Float `[P, 3, H, W]` in [-1, 1] (as `decode_image_tokens` returns it) to P RGB pictures."""
@@ -121,18 +110,6 @@ class JamImageProcessor(PilBackend):
         pixels = pixel_values.detach().float().cpu() * std + mean
         pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         return [Image.fromarray(picture) for picture in pixels]
-
-
-def _three_channels(image: np.ndarray) -> np.ndarray:
-    """Arrays `[C, H, W]` that came without a mode: grey is repeated, alpha is laid on white."""
-    if image.shape[0] == 1:
-        return np.repeat(image, 3, axis=0)
-    if image.shape[0] == 4:
-        top = 255.0 if image.dtype == np.uint8 else 1.0
-        alpha = image[3:].astype(np.float32) / top
-        blended = image[:3].astype(np.float32) * alpha + top * (1.0 - alpha)
-        return blended.astype(image.dtype)
-    return image
 
 
 JamImageProcessor.register_for_auto_class()

@@ -260,7 +260,8 @@ def test_grey_arrays_and_sixteen_bits(processor):
     [
         (Image.new("F", (9, 9), 0.5), "mode 'F'"),
         (np.full((9, 9, 3), 0.5, np.float32), "do_rescale=False"),
-        (b"bytes", "got bytes"),
+        (b"bytes", "picture from bytes: it is no picture"),
+        (5, "got int"),
         ("absent.png", "there is no such file"),
     ],
 )
