@@ -14,6 +14,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .class_names_jam import MODEL_TYPE
 from .remote_code_jam import AUTO_MAP, VQ_AUTO_MAP
 from .sharding_jam import tensor_parallel_plan
 
@@ -239,7 +240,7 @@ class JamConfig(PreTrainedConfig):
         ValueError: if the parts contradict each other; the message says what was expected and what came.
     """
 
-    model_type = "jam"
+    model_type = MODEL_TYPE
     keys_to_ignore_at_inference = ["past_key_values"]
     sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),

@@ -27,6 +27,7 @@ from .grammar_jam import PictureGrammar
 from .modeling_jam_cross import JamCrossDecoder, JamModelOutputWithPast, JamPreTrainedModel
 from .modeling_jam_families import FAMILIES, family_of
 from .modeling_jam_vq import JamVQModel
+from .trainer_jam import teach_trainers
 from .trl_jam import answering_trl, is_trl_forward
 
 
@@ -172,6 +173,7 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
 
     def __init__(self, config: JamConfig):
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # transformers reads it off the name of the class, which a subclass may change
         self.model = JamModel(config)
         self.vocab_size = config.vocab_size
         if len(config.embedding_sizes) == 1:  # one output projection cannot be tied to two embeddings side by side
@@ -190,6 +192,12 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
         elif len(config.embedding_sizes) == 2:
             self.image_head = nn.Linear(config.embedding_sizes[1], config.num_image_tokens, bias=False)
         self.post_init()
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """The loss takes `num_items_in_batch`. A Trainer asks when it is made, and is told of codes (trainer_jam.py)."""
+        teach_trainers()
+        return True
 
     def init_parallel_plans(self) -> None:
         """As in `JamPreTrainedModel`; an MLP is split by its layers, not as one."""

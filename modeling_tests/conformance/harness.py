@@ -15,9 +15,8 @@ from jam_hf.model import modeling_jam_cross
 
 torch.set_num_threads(1)
 
-# The tests tell a base model from one with a head by its name in these tables.
+# The tests tell a base model from one with a head by its name in such tables; jam_hf itself puts JamForCausalLM into them.
 modeling_auto.MODEL_MAPPING_NAMES["jam"] = "JamModel"
-modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["jam"] = "JamForCausalLM"
 
 # By default these run for the model types that transformers' own CI pays for; without a list they run for all.
 test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None

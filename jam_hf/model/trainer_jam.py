@@ -1,0 +1,71 @@
+"""What transformers' Trainer does with labels outside of a model's `forward`, made right for a JAM.
+
+A Trainer takes the labels away before `forward` for label smoothing and for `compute_loss_func`, and hands them to
+`compute_metrics`; trl's preference losses take `input_ids` themselves for labels. There the placeholders `<image>` would stand
+where codes belong. And it shifts labels for smoothing only where it finds the *name* of the class in a static table, which it
+does not once a wrapper (FSDP2, `torch.compile`) or a subclass has another. So a Trainer that trains a JAM gets codes in ids and
+labels as soon as the batch is on its device, and a smoother that shifts. It imports no Trainer: where there is none, nothing is
+changed, and for other models nothing is either.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+
+def jam_inside(model: nn.Module) -> nn.Module | None:
+    """The JAM that a Trainer's model is, or holds under peft or `torch.compile`; None of another model."""
+    model = getattr(model, "_orig_mod", model)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return model if hasattr(model, "encode_pictures") else None
+
+
+def with_codes(model: nn.Module, jam: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """A batch with the codes of its `pixel_values` in `input_ids` and `labels`, and without `pixel_values`.
+
+    Args:
+        model: what the Trainer trains: `jam`, or what wraps it.
+    Raises:
+        ValueError: if placeholders and pictures do not match, or a placeholder would be learned.
+    """
+    caller = jam
+    if isinstance(model, FSDPModule):  # its weights come together around the calls that FSDP2 knows of
+        caller = model
+        if "encode_pictures" not in vars(model):
+            register_fsdp_forward_method(model, "encode_pictures")
+    with torch.no_grad():
+        ids, labels = caller.encode_pictures(inputs["input_ids"], inputs.get("labels"), inputs.get("pixel_values"))
+    inputs = {name: value for name, value in inputs.items() if name != "pixel_values"} | {"input_ids": ids}
+    return inputs if labels is None else inputs | {"labels": labels}
+
+
+def teach_trainers() -> None:
+    """Make `Trainer._prepare_inputs` put codes into the batches of JAMs; once, and only where the Trainer is imported."""
+    trainer = sys.modules.get("transformers.trainer")
+    if trainer is None or hasattr(trainer.Trainer._prepare_inputs, "gives_jam_codes"):
+        return
+    stock = trainer.Trainer._prepare_inputs
+
+    @functools.wraps(stock)
+    def _prepare_inputs(self: Any, inputs: Any) -> Any:
+        inputs = stock(self, inputs)
+        jam = jam_inside(self.model)
+        if jam is None:
+            return inputs
+        if isinstance(self.label_smoother, trainer.LabelSmoother):
+            self.label_smoother = functools.partial(self.label_smoother, shift_labels=True)
+        given = isinstance(inputs, dict) and inputs.get("input_ids") is not None
+        return with_codes(self.model, jam, inputs) if given else inputs
+
+    _prepare_inputs.gives_jam_codes = True
+    trainer.Trainer._prepare_inputs = _prepare_inputs
+
+
+__all__ = ["jam_inside", "teach_trainers", "with_codes"]
