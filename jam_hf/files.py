@@ -1,47 +1,69 @@
 """Files and folders that appear whole or not at all. It knows nothing of what is in them.
 
-Beside a folder `jam` that is being made lie `.jam.unfinished` (what there is of it), `.jam.unfinished.recipe` (whose it is, and
-a lock on it) or `.jam.partial-...`; and, between the two renames that put it in place of an older one, that one as
-`.jam.replaced`.
+Beside a folder `jam` that is being made lie `.jam.unfinished.recipe` (the lock of whoever makes it; for a run that can be taken
+up again, also what it makes) and `.jam.unfinished` or `.jam.partial-...` (what there is of it); and, between the two renames
+that put it in place of an older one, that one as `.jam.replaced`. What was made while somebody else filled `jam` stays beside
+it, as `jam.new` or `.jam.unfinished`; the error says which.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
+import json
 import os
+import re
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
+
+
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # what a rename of a folder says where something lies
 
 
 @contextlib.contextmanager
-def whole_folder(output_dir: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+def whole_folder(output_dir: str | os.PathLike, overwrite: bool = False, lock: BinaryIO | None = None) -> Iterator[Path]:
     """A temporary sibling of `output_dir` that becomes `output_dir` when the block ends well, and vanishes otherwise.
 
+    Args:
+        overwrite: whether it may replace what lies there, now and when the block ends.
+        lock: of `folder_lock`, where the caller holds it already.
     Raises:
-        FileExistsError: if `output_dir` holds anything and `overwrite` is False. OSError: if its parent cannot be written.
+        FileExistsError: if `output_dir` holds anything and `overwrite` is False, or another run writes it. If it was filled
+            while the block ran, it stays as it is, and the error says where the new folder lies. OSError: if it cannot be
+            written.
     """
     target = _target(output_dir)
-    check_free(output_dir, overwrite)
-    with _explained(output_dir):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    _check_target(target, output_dir)
+    with contextlib.ExitStack() as stack:
+        if lock is None:
+            lock = stack.enter_context(folder_lock(output_dir))
         if not _remove_abandoned(target):
             _recover(target)
-        prefix = f"{_partial_prefix(target)}{os.getpid()}-"
-        partial = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-    try:
-        partial.chmod(0o755)
-        yield partial
-        _put_in_place(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        _refuse_full(target, overwrite)
+        with _explained(output_dir):
+            prefix = f"{_partial_prefix(target)}{os.getpid()}-"
+            partial = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+        try:
+            partial.chmod(0o755)
+            with naming(partial):
+                yield partial
+            _sync(partial)
+            _put_in_place(partial, target, overwrite)
+        except BaseException as error:
+            if not isinstance(error, _NotPlacedError):
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            kept = _free_name(target)
+            partial.replace(kept)
+            raise _not_placed(error.reason, target, kept) from error.reason
 
 
 @contextlib.contextmanager
@@ -56,58 +78,71 @@ def resumable_folder(output_dir: str | os.PathLike, recipe: str, overwrite: bool
         the temporary folder, `.<name>.unfinished` beside `output_dir`, or None where the last run was killed after its last
         step: `output_dir` is complete then.
     Raises:
-        FileExistsError: if `output_dir` holds anything and `overwrite` is False, or another run writes it now. OSError: if its
-            parent cannot be written.
+        FileExistsError, OSError: as `whole_folder`; after them the temporary folder stays, and the next run goes on with it.
+        ValueError: if the note beside the temporary folder is damaged.
     """
     target = _target(output_dir)
     partial, note = _unfinished(target)
-    check_free(output_dir, overwrite)
-    with _explained(output_dir):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(note, output_dir) as file:
-        try:
-            noted, _, listing = file.read().partition("\n")
-            if listing and not partial.exists() and target.is_dir() and _listing(target) == listing:
-                shutil.rmtree(_replaced(target), ignore_errors=True)  # killed behind its last rename
-                if noted == recipe:
-                    yield None
-                    return
-            _recover(target)
-            _refuse_full(target, overwrite)
-            if noted == recipe and partial.is_dir():
-                file.truncate(len(f"{recipe}\n".encode()))  # what stood behind says that it is complete
-            else:
+    _check_target(target, output_dir)
+    with folder_lock(output_dir) as file:
+        noted, _, listing = _read_note(file, note, partial).partition("\n")
+        if listing and not partial.exists() and target.is_dir() and _listing(target) == listing:
+            shutil.rmtree(_replaced(target), ignore_errors=True)  # killed behind its last rename
+            if noted == recipe:
+                yield None
+                return
+        _recover(target)
+        _refuse_full(target, overwrite)
+        if noted == recipe and partial.is_dir():
+            file.truncate(len(f"{recipe}\n".encode()))  # what stood behind says that it is complete
+        else:
+            with _explained(output_dir):
                 if partial.exists():
                     shutil.rmtree(partial)
                 partial.mkdir()
-                file.truncate(0)
-                _append(file, f"{recipe}\n")
-            yield partial
+            file.truncate(0)
+            _append(file, f"{recipe}\n", note)
+        try:
+            with naming(partial):
+                yield partial
             _sync(partial)
-            _append(file, _listing(partial))
-            _put_in_place(partial, target)
+            _append(file, _listing(partial), note)
+            _put_in_place(partial, target, overwrite)
         except ValueError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        except _NotPlacedError as error:
+            raise _not_placed(error.reason, target, partial) from error.reason
         finally:
             with contextlib.suppress(OSError):
                 partial.rmdir()  # where nothing was written, nothing stays
-            if not partial.exists():
-                note.unlink(missing_ok=True)
 
 
 def check_free(output_dir: str | os.PathLike, overwrite: bool = False) -> None:
-    """Raise a `FileExistsError` if no folder can be made at `output_dir`; nothing is written.
+    """Raise a `FileExistsError` if no folder can be made at `output_dir`, or another run makes it now; nothing is written.
 
-    What a killed run left there is looked at by the run that goes on with it.
+    It says no more than how things are now: whoever makes the folder looks again. What a killed run left there is looked at
+    by the run that goes on with it.
     """
     target = _target(output_dir)
+    note = _unfinished(target)[1]
+    _check_target(target, output_dir)
+    noted = False
+    with contextlib.suppress(FileNotFoundError), note.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _busy(output_dir, note) from error
+        noted = note.stat().st_size > 0
+    if not noted:
+        _refuse_full(target, overwrite)
+
+
+def _check_target(target: Path, output_dir: str | os.PathLike) -> None:
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"'{output_dir}' is a file. Choose another output folder.")
     if os.path.ismount(target):
         raise FileExistsError(f"'{output_dir}' is a mount point, which cannot be replaced. Choose a folder inside it.")
-    if not _unfinished(target)[1].exists():
-        _refuse_full(target, overwrite)
 
 
 def check_apart(output_dir: str | os.PathLike, *sources: Any, called: str = "an input") -> None:
@@ -153,36 +188,75 @@ def _explained(output_dir: str | os.PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(note: Path, output_dir: str | os.PathLike) -> Iterator[TextIO]:
-    """The note, open and locked. Only who holds the lock removes it; who then gets a lock on the removed file opens the new."""
+def folder_lock(output_dir: str | os.PathLike) -> Iterator[BinaryIO]:
+    """The right to write `output_dir`, for one run at a time, until the block ends; yields the open file that is the lock.
+
+    The lock is the system's (flock): when a run is killed, it is free. Only who holds it removes the file; who then gets a
+    lock on the removed file opens the new one.
+
+    Raises:
+        FileExistsError: if another run holds it. OSError: if nothing can be written beside `output_dir`.
+    """
+    target = _target(output_dir)
+    partial, note = _unfinished(target)
     while True:
         with contextlib.ExitStack() as stack:
             with _explained(output_dir):
-                file = stack.enter_context(note.open("a+", encoding="utf-8"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise FileExistsError(
-                    f"Another run is writing '{output_dir}' (it holds {note}). Wait for it to end, or choose another folder."
-                ) from error
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(note.open("a+b"))
+                flocked = _flocked(file)
+            if not flocked:
+                raise _busy(output_dir, note)
             if not _is_still(note, file):
                 continue
-            file.seek(0)
-            yield file
+            try:
+                yield file
+            finally:
+                if not partial.exists():
+                    note.unlink(missing_ok=True)
             return
 
 
-def _is_still(path: Path, file: TextIO) -> bool:
+def _flocked(file: BinaryIO) -> bool:
+    """Whether we hold it now. `check_free` of others holds it for a moment, so that once is not enough."""
+    for _ in range(5):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.01)
+    return False
+
+
+def _busy(output_dir: str | os.PathLike, note: Path) -> FileExistsError:
+    return FileExistsError(
+        f"Another run is writing '{output_dir}' (it holds {note}). Wait for it to end, or choose another folder."
+    )
+
+
+def _read_note(file: BinaryIO, note: Path, partial: Path) -> str:
+    file.seek(0)
+    try:
+        return file.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"The note '{note}', which says what an unfinished run makes, is damaged ({error}). Delete it and '{partial}' to "
+            "begin again."
+        ) from error
+
+
+def _is_still(path: Path, file: BinaryIO) -> bool:
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
         return False
 
 
-def _append(file: TextIO, text: str) -> None:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
+def _append(file: BinaryIO, text: str, note: Path) -> None:
+    with naming(note):
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _listing(folder: Path) -> str:
@@ -199,23 +273,49 @@ def _sync(folder: Path) -> None:
     for path in (*(path for path in folder.rglob("*") if path.is_file()), folder):
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            with naming(path):
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
 
-def _put_in_place(partial: Path, target: Path) -> None:
-    """Two renames, so that at any moment either the old folder or the new one is whole under some name."""
+class _NotPlacedError(Exception):
+    """A whole folder that could not get its name. reason: what the system said."""
+
+    def __init__(self, reason: OSError):
+        self.reason = reason
+
+
+def _put_in_place(partial: Path, target: Path, overwrite: bool) -> None:
+    """Two renames, so that at any moment either the old folder or the new one is whole under some name.
+
+    Without `overwrite` it is one, and the system refuses it if anything lies in `target` at that moment.
+    """
     replaced = _replaced(target)
-    shutil.rmtree(replaced, ignore_errors=True)
-    if target.is_dir():
-        target.replace(replaced)
     try:
+        if overwrite and target.is_dir():
+            shutil.rmtree(replaced, ignore_errors=True)
+            target.replace(replaced)
         partial.replace(target)
-    except OSError:
+    except BaseException as error:
         _recover(target)
+        if isinstance(error, OSError):
+            raise _NotPlacedError(error) from error
         raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _not_placed(reason: OSError, target: Path, kept: Path) -> OSError:
+    rest = f"What this run made is whole, and lies in '{kept}': rename it, or run again with another output folder"
+    old = f" (what lay there before is in '{_replaced(target)}')" if _replaced(target).is_dir() else ""
+    if reason.errno in _TAKEN:
+        return FileExistsError(f"'{target}' was filled while this run worked, and stays as it is{old}. {rest}.")
+    return OSError(reason.errno, f"cannot give '{target}' its name: {reason.strerror}{old}. {rest}")
+
+
+def _free_name(target: Path) -> Path:
+    names = (f"{target.name}.new{f'-{number}' * (number > 1)}" for number in range(1, 10**6))
+    return next(path for path in map(target.with_name, names) if not path.exists())
 
 
 def _recover(target: Path) -> None:
@@ -245,12 +345,51 @@ def _remove_abandoned(target: Path) -> bool:
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Write a text file (UTF-8) aside, then rename it."""
+    """Write a text file (UTF-8) aside, then rename it, once it lies on the disk."""
     path = Path(path)
-    aside = path.with_name(f".{path.name}.partial")
-    try:
-        aside.write_text(text, encoding="utf-8")
+    with naming(path), tempfile.TemporaryDirectory(prefix=f".{path.name}.partial-", dir=path.parent) as folder:
+        aside = Path(folder) / path.name  # made in the usual way, so that others may read it
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Errors of the file system that do not say which file they are about say `path`; those of a full disk do not.
+
+    What Rust's libraries (safetensors, tokenizers) raise, with the system's number at its end, becomes an `OSError` as well.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None or f"{Path(path).name}" in str(error):
+            raise
+        raise OSError(error.errno, f"cannot write '{path}': {error.strerror}") from error
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, f"cannot write in '{path}': {os.strerror(code)} ({type(error).__name__})") from error
+
+
+def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: if it is no JSON (damaged, cut short, nested too deep), or no `kind`; the message names the file. OSError:
+            if it cannot be read.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"'{path}' cannot be read: its JSON is nested too deep.") from error
+    except ValueError as error:  # of json or of UTF-8
+        raise ValueError(f"'{path}' is damaged or no JSON file: {error}.") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"'{path}' is damaged: expected a JSON {kind.__name__}, got {content!r:.80}.")
+    return content

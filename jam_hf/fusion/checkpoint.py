@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from ..files import write_whole
 from .tensor_files import DTYPES, TensorFile, TensorFileWriter, TensorSpec, no_duplicates
 
 
@@ -379,8 +380,9 @@ def write_plans(folder: Path, plans: dict[str, TensorPlan], max_shard_size: str 
         _one_torch_thread(),
         ThreadPoolExecutor(1, "sync") as syncing,
     ):
-        pending = []
+        pending: list[Future] = []
         for name, keys in shards.items():
+            _raise_of_done(pending)
             path = folder / name
             if path.is_file():
                 continue
@@ -392,15 +394,13 @@ def write_plans(folder: Path, plans: dict[str, TensorPlan], max_shard_size: str 
             try:
                 _write_shard(writer, {key: plans[key] for key in keys}, progress, syncing)
             except BaseException:
-                writer.close(sync=False)
+                syncing.submit(writer.close, sync=False).result()  # behind its flushes
                 raise
             pending.append(syncing.submit(_finish, writer, path))
         for future in pending:
             future.result()
     if index is not None:
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / f"{INDEX}.partial").write_text(text, encoding="utf-8")
-        (folder / f"{INDEX}.partial").replace(folder / INDEX)
+        write_whole(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _finish(writer: TensorFileWriter, path: Path) -> None:
@@ -408,7 +408,7 @@ def _finish(writer: TensorFileWriter, path: Path) -> None:
         writer.close(sync=True)
         writer.path.replace(path)
     except OSError as error:
-        raise OSError(error.errno, f"cannot finish {path.name} in {path.parent}: {error.strerror}") from error
+        raise OSError(error.errno, f"cannot finish {path}: {error.strerror}") from error
 
 
 def _write_shard(writer: TensorFileWriter, plans: dict[str, TensorPlan], progress: tqdm, syncing: ThreadPoolExecutor) -> None:
@@ -449,12 +449,14 @@ def _write_shard(writer: TensorFileWriter, plans: dict[str, TensorPlan], progres
             room.release()
 
     with ThreadPoolExecutor(_THREADS, "fuse") as pool:
-        futures, unflushed = [], 0
+        futures: list[Future] = []
+        flushes: list[Future] = []
+        unflushed = 0
         try:
             for key, plan in plans.items():
                 unflushed += plan.spec.nbytes
                 if unflushed > _FLUSH_BYTES:
-                    syncing.submit(writer.flush)
+                    flushes.append(syncing.submit(_flush, writer))
                     unflushed = 0
                 for first, rows, make in plan.blocks():
                     room.acquire()
@@ -462,21 +464,36 @@ def _write_shard(writer: TensorFileWriter, plans: dict[str, TensorPlan], progres
                         room.release()
                         break
                     futures.append(pool.submit(work, key, first, rows, make))
+                _raise_of_done(flushes)
                 if plan.loads:  # what its sources keep is the largest thing in memory: let go before the next tensor
                     _wait(futures)
                     _release(plan)
                 if failed.is_set():
                     break
             _wait(futures)
+            _wait(flushes)  # the system tells of a lost page once: what a flush has told, the last one does not tell again
         except BaseException:
             failed.set()
             raise
 
 
-def _wait(futures: list) -> None:
+def _flush(writer: TensorFileWriter) -> None:
+    try:
+        writer.flush()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {writer.path} to the disk: {error.strerror}") from error
+
+
+def _wait(futures: list[Future]) -> None:
     for future in futures:
         future.result()
     futures.clear()
+
+
+def _raise_of_done(futures: list[Future]) -> None:
+    for future in futures:
+        if future.done():
+            future.result()
 
 
 def _release(plan: TensorPlan) -> None:

@@ -9,7 +9,9 @@ the tensors are for.
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST_HEADER = 100_000_000  # as the safetensors package has it
+_LARGEST_TENSOR = 2**63 - 1  # bytes, as torch counts them
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class TensorSpec:
 
     @property
     def row_numel(self) -> int:
-        return torch.Size(self.shape[1:]).numel()
+        return math.prod(self.shape[1:])  # torch's own product wraps around
 
     @property
     def nbytes(self) -> int:
@@ -109,6 +112,8 @@ class TensorFile:
             shape, offsets = entry["shape"], entry["data_offsets"]
             if len(offsets) != 2 or not all(type(number) is int and number >= 0 for number in (*shape, *offsets)):
                 raise ValueError(f"tensor '{key}' has the shape {shape} and the place {offsets}")
+            if math.prod(max(size, 1) for size in shape) * DTYPES[entry["dtype"]].itemsize > _LARGEST_TENSOR:
+                raise ValueError(f"tensor '{key}' has the shape {shape}, of more elements than can be counted")
             self.specs[key] = TensorSpec(tuple(shape), DTYPES[entry["dtype"]])
             self._starts[key] = start + offsets[0]
             if offsets[1] - offsets[0] != self.specs[key].nbytes:
@@ -187,7 +192,10 @@ class TensorFileWriter:
     def _write(self, data: bytes | memoryview, start: int) -> None:
         view, done = memoryview(data), 0
         while done < len(view):
-            done += os.pwrite(self._descriptor, view[done:], start + done)
+            count = os.pwrite(self._descriptor, view[done:], start + done)
+            if not count:
+                raise OSError(errno.EIO, "nothing more is taken", str(self.path))
+            done += count
 
     def flush(self) -> None:
         """What was written so far goes to the disk."""
