@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..model.rotation_jam import rotated_alone, rotation
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,23 @@ def padded(rows: Iterable[list[int]], pad: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def batches(
-    documents: Iterable[list[int]], batch_size: int, pad: int, description: str
+    documents: Iterable[list[int]], batch_size: int, pad: int, description: str, config: PreTrainedConfig
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Documents as `padded` batches, sorted by length so that little is padding, with a progress bar."""
+    """Documents as `padded` batches, sorted by length so that little is padding, with a progress bar.
+
+    `config`: of the model that reads them. Documents that it would rotate differently alone (`longrope`, `dynamic`) are not in
+    one batch.
+    """
+    decoders = getattr(config, "decoder_configs", None) or [config.get_text_config()]
+    starts: list[int] = []
     documents = sorted(documents, key=len)
-    for start in tqdm(range(0, len(documents), batch_size), desc=description, unit="batch", leave=False):
-        yield padded(documents[start : start + batch_size], pad)
+    turned = [rotation(decoders, len(document)) for document in documents]
+    for index in range(len(documents)):
+        if not starts or index == starts[-1] + batch_size or turned[index] != turned[index - 1]:
+            starts.append(index)
+    ends = [*starts[1:], len(documents)]
+    for start, end in tqdm(list(zip(starts, ends)), desc=description, unit="batch", leave=False):
+        yield padded(documents[start:end], pad)
 
 
 Places = tuple[torch.Tensor, torch.Tensor]
@@ -133,9 +146,10 @@ def perplexity(
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.int64)
-    for ids, mask in batches(dataset["input_ids"], batch_size, model.config.pad_token_id or 0, description):
+    for ids, mask in batches(dataset["input_ids"], batch_size, model.config.pad_token_id or 0, description, model.config):
         ids, mask = ids.to(model.device), mask.to(model.device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        with rotated_alone(model):
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         targets = ids[:, 1:]
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").double()
         counted = (mask[:, 1:].bool() & ~torch.isin(targets, structure)).flatten()
@@ -168,13 +182,14 @@ def divergence(
     fusion.eval()
     first, last = ids_of_interest
     total, count = 0.0, 0
-    for ids, mask in batches(dataset["input_ids"], batch_size, parent.config.pad_token_id or 0, "divergence"):
+    for ids, mask in batches(dataset["input_ids"], batch_size, parent.config.pad_token_id or 0, "divergence", fusion.config):
         targets = ids[:, 1:]
         places = (mask[:, 1:].bool() & (targets >= first) & (targets < last)).nonzero(as_tuple=True)
-        logits = [
-            model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
-            for model in (parent, fusion)
-        ]
+        with rotated_alone(parent), rotated_alone(fusion):
+            logits = [
+                model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+                for model in (parent, fusion)
+            ]
         total += float(compare_logits(*logits, places, places, targets[places] - first, slice(first, last))[0])
         count += len(places[0])
     return total / max(count, 1)

@@ -238,7 +238,7 @@ def _measure_texts(
     place[columns] = torch.arange(len(columns))
     sums, count = torch.zeros(3, dtype=torch.float64), 0
     chosen = columns.to(device)
-    for ids, mask in batches(documents, batch_size, jam.config.pad_token_id or 0, "certify: texts"):
+    for ids, mask in batches(documents, batch_size, jam.config.pad_token_id or 0, "certify: texts", jam.config):
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
         counted = mask[:, 1:].nonzero(as_tuple=True)
         logits = parent(**inputs).logits, jam(**inputs).logits

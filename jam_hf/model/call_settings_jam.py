@@ -11,12 +11,13 @@ import torch
 
 from .grammar_jam import DocumentRules
 from .guidance_jam import GuidanceSettings
+from .history_jam import IMAGE_HISTORY
 
 
 SCALES, CONTRASTIVE = ("guidance_scale", "image_guidance_scale"), ("contrastive_alpha", "contrastive_k")
 GUIDANCE_SETTINGS = (*SCALES, *CONTRASTIVE)
 LAYOUT_SETTINGS = ("min_new_images", "max_new_images", "image_after_token_ids", "image_positions")
-MODALITY_SETTINGS = ("image_temperature", "image_top_k", "image_top_p", "image_min_p")
+MODALITY_SETTINGS = ("image_temperature", "image_top_k", "image_top_p", "image_min_p", *IMAGE_HISTORY)
 # All that is decided here, and what of it transformers' generation config does not know.
 CALL_SETTINGS = ("generation_mode", *GUIDANCE_SETTINGS, *MODALITY_SETTINGS, *LAYOUT_SETTINGS)
 JAM_SETTINGS = tuple(name for name in CALL_SETTINGS if name != "guidance_scale")

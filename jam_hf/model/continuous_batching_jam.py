@@ -9,21 +9,19 @@ Shape suffixes: R requests with a new id, V vocabulary.
 
 from __future__ import annotations
 
-import copy
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
-from .call_settings_jam import MODALITY_SETTINGS, document_rules
+from .call_settings_jam import document_rules
+from .continuous_settings_jam import check_model, check_rotation, check_settings, sized
 from .grammar_jam import DocumentRules, PictureGrammar, PictureState
 
 
-if TYPE_CHECKING:
-    from .configuration_jam import JamConfig
+NEW_TOKENS_BY_DEFAULT = 20  # transformers' default of max_length, which generate() counts from the prompt's end
 
 
 class PictureGrammarContinuousLogitsProcessor(ContinuousBatchingLogitsProcessor):
@@ -71,13 +69,19 @@ class PictureGrammarContinuousLogitsProcessor(ContinuousBatchingLogitsProcessor)
 class JamContinuousBatchingMixin(ContinuousMixin):
     """`generate_batch` and its like: text, and pictures without guidance."""
 
-    def generate_batch(self, inputs: list[list[int]], generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def generate_batch(
+        self, inputs: list[list[int]], generation_config: Any = None, continuous_batching_config: Any = None, **kwargs: Any
+    ) -> Any:
         """As in `ContinuousMixin`; a JAM's settings stand in `generation_config`, or in the model's own.
 
+        What neither says is as in `generate()`. Pools are as large as these requests need, at most a quarter of the memory that
+        is free, where `continuous_batching_config` does not say otherwise.
+
         Raises:
-            ValueError: on arguments that would be passed over, placeholders `<image>`, and what is not served (see
-                `init_continuous_batching`).
+            ValueError: on arguments and settings that would be passed over, placeholders `<image>`, and what is not served
+                (see `init_continuous_batching`).
         """
+        kwargs["continuous_batching_config"] = continuous_batching_config
         known = ("continuous_batching_config", "record_timestamps", "progress_bar", "persistent_manager", "warmup")
         if unknown := set(kwargs) - {*known, "max_new_tokens"}:
             raise ValueError(
@@ -90,34 +94,51 @@ class JamContinuousBatchingMixin(ContinuousMixin):
                 "their place: model.model.insert_image_tokens(input_ids, pixel_values)."
             )
         config = self._continuous_config(generation_config)
+        check_settings(config)
+        check_model(self.config)
         positions, rules = self.config.max_position_embeddings, document_rules(config)
         grammar = PictureGrammar(self.config)
         if rules is not None:
             grammar.check_rules(rules)
+        lengths = []
         for ids in inputs:  # before anything runs: there an error would be logged and its requests be missing
             budget = _budget(config, positions, ids, kwargs.get("max_new_tokens"))
             if rules is not None:
                 grammar.check_room(rules, min(positions - len(ids), budget), torch.tensor([ids], dtype=torch.int64))
-        return super().generate_batch(inputs, config, *args, **kwargs)
+            lengths.append(len(ids) + budget)
+        if not inputs:
+            return {}
+        check_rotation(self.config, max(lengths))
+        batching = kwargs.pop("continuous_batching_config", None) or config.continuous_batching_config
+        lengths = [length for length in lengths for _ in range(config.num_return_sequences or 1)]
+        batching = sized(batching, self.config, self.dtype, self.device, lengths)
+        return super().generate_batch(inputs, config, batching, **kwargs)
 
     def init_continuous_batching(
         self, generation_config: Any = None, continuous_batching_config: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As in `ContinuousMixin`.
+        """As in `ContinuousMixin`. Pools are sized for sixteen documents of full length, within a quarter of the memory that is
+        free, where `continuous_batching_config` does not say otherwise.
 
         Raises:
-            ValueError: on guidance, settings by modality, beams, `no_repeat_ngram_size`, windows, streams with unlike heads,
-                and asynchronous batching of pictures, none of which are served.
+            ValueError: on settings that would be passed over (continuous_settings_jam.py), windows, streams with unlike heads,
+                asynchronous batching of pictures, and a manager that was kept (`persistent_manager`) with other settings.
         """
         config = self._continuous_config(generation_config)
-        _check_served(self.config, config)
+        check_settings(config)
+        check_model(self.config)
+        kept = getattr(self, "_cached_continuous_batching_manager", None)
+        if kept is not None:
+            _check_same_settings(kept.generation_config, config)
+            return super().init_continuous_batching(config, continuous_batching_config, *args, **kwargs)
+        batching = continuous_batching_config or config.continuous_batching_config
+        batching = sized(batching, self.config, self.dtype, self.device, [self.config.max_position_embeddings] * 16)
         if config.generation_mode is not None:
             # Asynchronous batches are prepared before the ids of the last one are known.
-            continuous_batching_config = copy.copy(continuous_batching_config or ContinuousBatchingConfig())
-            if continuous_batching_config.use_async_batching:
+            if batching.use_async_batching:
                 raise ValueError("generation_mode needs each id before the next step: set use_async_batching=False, or None.")
-            continuous_batching_config.use_async_batching = False
-        manager = super().init_continuous_batching(config, continuous_batching_config, *args, **kwargs)
+            batching.use_async_batching = False
+        manager = super().init_continuous_batching(config, batching, *args, **kwargs)
         # transformers counts the processors that it has made itself from others; each gets a row of numbers.
         processors = manager.logit_processor
         processors.tensors_required = sum(
@@ -136,13 +157,14 @@ class JamContinuousBatchingMixin(ContinuousMixin):
             input_ids: list[int], request_id: str | None = None, max_new_tokens: int | None = None, *args: Any, **kwargs: Any
         ) -> str | None:
             budget = _budget(settings, positions, input_ids, max_new_tokens)
+            check_rotation(self.config, len(input_ids) + budget)
             return add_request(input_ids, request_id, budget, *args, **kwargs)
 
         manager.add_request = bounded
 
 
-def _budget(settings: Any, positions: int, input_ids: list[int], max_new_tokens: int | None) -> int | None:
-    """Ids to be written after a prompt, None where nothing was said; `max_new_tokens` goes first, as in `generate()`.
+def _budget(settings: Any, positions: int, input_ids: list[int], max_new_tokens: int | None) -> int:
+    """Ids to be written after a prompt; `max_new_tokens` goes first, and where nothing was said it is as in `generate()`.
 
     Raises:
         ValueError: if there is no room for one.
@@ -152,7 +174,9 @@ def _budget(settings: Any, positions: int, input_ids: list[int], max_new_tokens:
         budget = settings.max_length - len(input_ids)
     elif budget is None and settings.generation_mode is not None:
         budget = positions - len(input_ids)
-    if budget is not None and budget < 1:
+    elif budget is None:
+        budget = NEW_TOKENS_BY_DEFAULT
+    if budget < 1:
         raise ValueError(
             f"A prompt of {len(input_ids)} ids leaves no room to write: max_new_tokens={max_new_tokens}, max_length="
             f"{settings.max_length}, and the model has {positions} positions."
@@ -160,38 +184,13 @@ def _budget(settings: Any, positions: int, input_ids: list[int], max_new_tokens:
     return budget
 
 
-def _check_served(config: JamConfig, settings: Any) -> None:
-    guided = [name for name in ("image_guidance_scale", "contrastive_alpha") if getattr(settings, name, None) is not None]
-    guided += ["guidance_scale"] if settings.guidance_scale not in (None, 1) else []
-    if guided:
+def _check_same_settings(kept: Any, config: Any) -> None:
+    """Raises a `ValueError` where a manager that was kept goes by other settings: transformers would go on with those."""
+    before, now = ({n: v for n, v in vars(c).items() if not n.startswith("_")} for c in (kept, config))
+    if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
         raise ValueError(
-            f"Continuous batching does not guide pictures ({', '.join(guided)}): it runs each request by itself, without the "
-            "branch that guidance compares with. Use generate(), or leave guidance out."
-        )
-    if apart := [name for name in MODALITY_SETTINGS if getattr(settings, name, None) is not None]:
-        raise ValueError(
-            f"Continuous batching has no settings by modality ({', '.join(apart)}). Use generate(), or temperature, top_k and "
-            "top_p, which hold for text and codes."
-        )
-    if (settings.num_beams or 1) > 1 or settings.no_repeat_ngram_size:
-        raise ValueError(
-            "Continuous batching of transformers has no beams (num_beams) and no no_repeat_ngram_size: a processor sees one id "
-            "of each request. Use generate()."
-        )
-    if "sliding_attention" in config.layer_types:
-        raise ValueError(
-            "Continuous batching builds one mask for all layers of a JAM, and some of them have a sliding window. Use "
-            "generate()."
-        )
-    heads = set()
-    for decoder in config.decoder_configs:
-        count = getattr(decoder, "num_key_value_heads", None) or decoder.num_attention_heads
-        size = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
-        heads.add((count, size))
-    if len(heads) > 1:
-        raise ValueError(
-            "Continuous batching keeps pages of one shape, and the streams have different key/value heads (number, size): "
-            f"{sorted(heads)}. Use generate()."
+            f"A manager is kept from an earlier call (persistent_manager) with other settings: {', '.join(changed)}. Call "
+            "model.destroy_cached_continuous_batching_manager() first."
         )
 
 

@@ -44,6 +44,7 @@ from .guidance_jam import (
     PictureGuidanceLogitsProcessor,
     SeparateGuidance,
 )
+from .history_jam import look_back_by_modality
 from .infilling_jam import InfillLogitsProcessor
 from .logits_process_jam import (
     WARPER_CLASSES,
@@ -123,6 +124,8 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
             contrastive_alpha (`float`), contrastive_k (`int`, *optional*): CD-K [C] instead of guidance.
             image_temperature, image_top_k, image_top_p, image_min_p (*optional*): for codes, where they differ from
                 `temperature` and so on, which hold for both where these are `None`.
+            image_repetition_penalty (`float`), image_no_repeat_ngram_size (`int`, *optional*): over the codes of the document.
+                Without `image_`, these and all that look back at what was written (history_jam.py) go by text alone.
             pixel_values (float `[P, 3, H, W]`, *optional*): pictures of the prompt, as the processor makes them.
             memory (`Memory`, *optional*): documents found for each prompt are put before it (memory_jam.py); they are in none
                 of the sequences that come back.
@@ -357,8 +360,10 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
             if segment is None:
                 grammar.check_room(rules, room, encoder_input_ids if not embedded else None)
             ours.append(PictureGrammarLogitsProcessor(reader, rules))
-            if any(not isinstance(processor, WARPER_CLASSES) for processor in processors):
-                processors.append(PictureGrammarGuardLogitsProcessor(ours[-1]))
+        history_mask = None if mask is None else mask[:, embedded:]
+        processors = look_back_by_modality(processors, generation_config, reader, history_mask, encoder_input_ids)
+        if ours and any(not isinstance(processor, WARPER_CLASSES) for processor in processors):
+            processors.append(PictureGrammarGuardLogitsProcessor(ours[-1]))
         if generation_config.do_sample:
             warp_by_modality(processors, generation_config, reader)
         codes_alone = rules is not None and follows and not generation_config.output_logits and self._has_image_rows()
@@ -411,16 +416,22 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         shared = (self, settings, reader, contexts, mask, embedded)
         beside = self._columns_beside(generation_config, settings)
         stepwise = (reader.follows or generation_config.num_beams > 1) and not generation_config.output_attentions
-        if stepwise and PackedGuidance.serves(self, cache, beside, generation_config.max_length):
+        longest = max(generation_config.max_length + embedded, beside // (2 * len(settings.branches)))
+        if stepwise and PackedGuidance.serves(self, cache, beside, generation_config.max_length, longest):
             return PackedGuidance(*shared, cache=cache, beside=beside)
         return SeparateGuidance(*shared)
 
     def _continuous_config(self, generation_config: Any) -> Any:
-        """A copy for continuous batching, which asks the model's own config for nothing; `generate()` does."""
-        config = copy.copy(self.generation_config if generation_config is None else generation_config)
-        for name in CALL_SETTINGS:
-            setattr(config, name, self._setting(name, config, {}))
-        settle(config, {}, generation_config, self.generation_config)
+        """A complete copy, as `generate()` makes it; continuous batching asks the model's own config for nothing."""
+        if getattr(generation_config, "_complete", False):
+            return generation_config
+        said = any(getattr(config, "max_length", None) is not None for config in (generation_config, self.generation_config))
+        config, _ = self._prepare_generation_config(generation_config)
+        if not said:  # a default of transformers' that counts from the prompt's end
+            config.max_length = None
+        if config.eos_token_id is None:
+            config.eos_token_id = -1
+        config._complete = True
         return config
 
     def _continuous_grammar(self, generation_config: Any) -> list[PictureGrammarContinuousLogitsProcessor]:

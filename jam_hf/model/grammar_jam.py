@@ -129,6 +129,11 @@ class PictureGrammar:
         tokens = tokens | (input_ids == self.image_token_id)
         return tokens | torch.isin(input_ids, self._on(input_ids.device, self.structure)) if self.structure else tokens
 
+    def of_pictures(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        """What is no text: the tokens of pictures, and those that open and close them."""
+        marks = (input_ids == self.break_token_id) | (input_ids == self.end_token_id)
+        return self.is_picture_token(input_ids) | marks
+
     def state(
         self, input_ids: torch.LongTensor, prompt_length: int | None = None, room: torch.LongTensor | int = 0
     ) -> PictureState:

@@ -19,6 +19,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessor
 
 from .grammar_jam import PictureGrammar, PictureReader
+from .rotation_jam import rotated_alone, rotation
 
 
 if TYPE_CHECKING:
@@ -213,12 +214,13 @@ class Guidance:
 class SeparateGuidance(Guidance):
     """Each branch in forwards of its own over the rows inside pictures, with a cache of its own.
 
-    A cache is used while its branch grows by one token a call, and made anew when rows enter, leave or move.
+    A cache is used while its branch grows by one token a call, and made anew when rows enter, leave or move. Rows whose
+    branches are rotated differently (rotation_jam.py) go apart; one that comes to be rotated otherwise is read anew.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.caches: dict[str, tuple[torch.LongTensor, DynamicCache]] = {}
+        self.caches: dict[tuple[Any, ...], tuple[torch.LongTensor, DynamicCache]] = {}
 
     def logits(self, input_ids: torch.LongTensor) -> list[torch.Tensor] | None:
         """For each branch, the logits of codes `[B, K]` (of no meaning for rows that are not guided); None where none is."""
@@ -227,24 +229,39 @@ class SeparateGuidance(Guidance):
         if not rows:
             self.caches.clear()
             return None
-        results = []
+        results, earlier, self.caches = [], self.caches, {}
         for branch in self.settings.branches:
-            told = [self.branch_ids(branch, input_ids, row, positions[row]) for row in rows]
-            logits_RK = self._branch_logits(branch, *self.left_padded(told, input_ids.device))
-            logits_BK = logits_RK.new_zeros(len(positions), logits_RK.shape[-1])
-            results.append(logits_BK.index_copy(0, torch.tensor(rows, device=logits_RK.device), logits_RK))
+            told = {row: self.branch_ids(branch, input_ids, row, positions[row]) for row in rows}
+            together: dict[tuple[int, ...], list[int]] = {}
+            for row, ids in told.items():
+                together.setdefault(rotation(self.model.config.decoder_configs, len(ids)), []).append(row)
+            logits_BK = None
+            for turned, group in together.items():
+                ids, mask = self.left_padded([told[row] for row in group], input_ids.device)
+                logits_RK = self._branch_logits((branch, turned), ids, mask, earlier)
+                if logits_BK is None:
+                    logits_BK = logits_RK.new_zeros(len(positions), logits_RK.shape[-1])
+                logits_BK = logits_BK.index_copy(0, torch.tensor(group, device=logits_RK.device), logits_RK)
+            results.append(logits_BK)
         return results
 
-    def _branch_logits(self, branch: str, ids: torch.LongTensor, mask: torch.LongTensor) -> torch.Tensor:
-        """Ids and mask int64 `[R, Q]` -> logits of codes `[R, K]`."""
+    def _branch_logits(
+        self,
+        branch: tuple[Any, ...],
+        ids: torch.LongTensor,
+        mask: torch.LongTensor,
+        earlier: dict[tuple[Any, ...], tuple[torch.LongTensor, DynamicCache]],
+    ) -> torch.Tensor:
+        """Ids and mask int64 `[R, Q]` -> logits of codes `[R, K]`. `earlier`: the caches of the call before this one."""
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-        seen, cache = self.caches.get(branch, (None, None))
+        seen, cache = earlier.get(branch, (None, None))
         grown = seen is not None and torch.equal(ids[:, :-1], seen)
         if not grown:
             cache = DynamicCache(config=self.model.config)
         new = 1 if grown else ids.shape[1]
         self.caches[branch] = (ids, cache)
-        return self._forward(ids[:, -new:], mask, position_ids[:, -new:], cache)
+        with rotated_alone(self.model):
+            return self._forward(ids[:, -new:], mask, position_ids[:, -new:], cache)
 
 
 class PictureGuidanceLogitsProcessor(LogitsProcessor):
@@ -255,8 +272,13 @@ class PictureGuidanceLogitsProcessor(LogitsProcessor):
 
     def __init__(self, guidance: Guidance):
         self.guidance = guidance
+        self.last_scores: torch.FloatTensor | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self.last_scores = self._guided(input_ids, scores)
+        return self.last_scores
+
+    def _guided(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         guidance, grammar = self.guidance, self.guidance.grammar
         branches = guidance.logits(input_ids)
         if branches is None:

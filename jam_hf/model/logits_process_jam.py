@@ -48,11 +48,13 @@ class PictureGrammarLogitsProcessor(LogitsProcessor):
 class PictureGrammarGuardLogitsProcessor(LogitsProcessor):
     """The last word is the grammar's: where the processors after it left a row none of its ids, its scores come back.
 
-    `no_repeat_ngram_size`, `suppress_tokens` and `min_new_tokens` may forbid the one id that can follow (a closing `<break>`,
-    an `<eos>`); without this the row would go on with id 0.
+    `suppress_tokens`, `image_no_repeat_ngram_size` and `min_new_tokens` may forbid the one id that can follow (a closing
+    `<break>`, an `<eos>`); without this the row would go on with id 0. What others made of minus infinity (a number, or none:
+    `exponential_decay_length_penalty`) is minus infinity again.
     """
 
-    def __init__(self, first: PictureGrammarLogitsProcessor):
+    def __init__(self, first: Any):
+        """`first`: a processor that keeps the scores that it gave as `last_scores`."""
         self.first = first
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -81,13 +83,16 @@ class PictureWarperLogitsProcessor(LogitsProcessor):
 
 
 class TextStopStringCriteria(StoppingCriteria):
-    """Stop strings of text: those that stand in the name of a code (":" in "<img:4>") end no document inside a picture."""
+    """Stop strings of text, in one run of it: the names of codes and marks (":" in "<img:4>", ">" of "<break>") are none, nor
+    is what a picture parts."""
 
     def __init__(self, stock: StopStringCriteria, grammar: PictureGrammar):
         self.stock, self.grammar = stock, grammar
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
-        return self.stock(input_ids, scores, **kwargs) & ~self.grammar.is_picture_token(input_ids[:, -1])
+        # An id that no tokenizer has matches nothing: the stock criterion has a place for those.
+        text_ids = input_ids.masked_fill(self.grammar.of_pictures(input_ids), torch.iinfo(torch.int32).max)
+        return self.stock(text_ids, scores, **kwargs)
 
 
 def warp_by_modality(processors: LogitsProcessorList, generation_config: Any, reader: PictureReader) -> None:

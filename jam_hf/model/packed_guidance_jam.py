@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from .caching_jam import JamBlockCache, JamBlockLayer
 from .guidance_jam import Guidance, GuidanceSettings, SeparateGuidance
 from .packed_columns_jam import DEAD, DOCUMENT, LANES, LaneColumns, MixedColumns
+from .rotation_jam import one_rotation
 
 
 if TYPE_CHECKING:
@@ -44,8 +45,11 @@ class PackedGuidance(Guidance):
         self.fed: tuple[int, list[torch.Tensor]] | None = None  # a length of the document, and what the branches say of it
 
     @staticmethod
-    def serves(model: Any, cache: Any, beside: int, max_length: int) -> bool:
-        """Whether columns may be laid into this cache under this model's attention, `beside` of them beyond `max_length`."""
+    def serves(model: Any, cache: Any, beside: int, max_length: int, longest: int) -> bool:
+        """Whether columns may be laid into this cache under this model's attention, `beside` of them beyond `max_length`.
+
+        `longest`: positions of the document or of a branch, whichever has more: all are rotated together.
+        """
         layers = getattr(cache, "layers", None)
         if not layers or type(cache) not in (DynamicCache, StaticCache, JamBlockCache) or cache.offloading:
             return False
@@ -54,6 +58,8 @@ class PackedGuidance(Guidance):
         if any(isinstance(layer, StaticLayer) and layer.max_cache_len < max_length - 1 + beside for layer in layers):
             return False
         configs = model.config.decoder_configs
+        if not one_rotation(configs, longest):
+            return False
         return all(config._attn_implementation in ("eager", "sdpa", LANES) for config in configs)
 
     @staticmethod

@@ -1,15 +1,19 @@
 """Continuous batching (`generate_batch`) against ordinary `generate()`, request by request: text, pictures, what is refused."""
 
+import copy
 import logging
 
 import pytest
 import torch
 from conftest import VQ_SETTINGS, random_ids
 from decoding_oracles import BREAK, CASES, SHORT, unequal_streams
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig, WatermarkingConfig
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.requests import RequestState
 
 from jam_hf import JamConfig, JamForCausalLM
+from jam_hf.model.call_settings_jam import JAM_SETTINGS
+from jam_hf.model.continuous_settings_jam import OBEYED, REFUSED, WITHOUT_EFFECT, sized
 
 
 SECTION = "Continuous batching"
@@ -154,16 +158,16 @@ def test_documents_end_where_those_of_generate_do(bound, jam):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"guidance_scale": 3.0, "generation_mode": "image"}, r"does not guide pictures \(guidance_scale\)"),
-        ({"contrastive_alpha": 0.1, "contrastive_k": 3}, r"does not guide pictures \(contrastive_alpha\)"),
-        ({"generation_mode": "image", "image_top_k": 5}, r"no settings by modality \(image_top_k\)"),
+        ({"guidance_scale": 3.0, "generation_mode": "image"}, r"guidance_scale=3.0 \(it runs each request by itself"),
+        ({"contrastive_alpha": 0.1, "contrastive_k": 3}, r"contrastive_alpha=0.1 .*contrastive_k=3"),
+        ({"generation_mode": "image", "image_top_k": 5}, r"image_top_k=5 \(it has no settings by modality"),
         ({"generation_mode": "image", "max_new_tokens": 10}, r"needs room for 1 picture\(s\) of 16 codes.*got room for 10"),
         (
             {"generation_mode": "interleaved", "min_new_images": 3},
             r"min_new_images=3 needs room for 3 .*max_new_tokens=54.* for 40",
         ),
-        ({"num_beams": 2}, r"no beams \(num_beams\)"),
-        ({"no_repeat_ngram_size": 2}, "no no_repeat_ngram_size"),
+        ({"num_beams": 2}, "does not obey num_beams=2"),
+        ({"no_repeat_ngram_size": 2}, "does not obey no_repeat_ngram_size=2"),
         ({"max_new_tokens": None, "max_length": 2}, "A prompt of 2 ids leaves no room to write"),
         ({"max_new_tokens": None, "max_length": 10, "generation_mode": "image"}, "needs room for 1 .* got room for 8"),
         ({"generation_mode": "interleaved", "image_after_token_ids": [BREAK]}, "expected ids of text"),
@@ -175,6 +179,112 @@ def test_settings_that_are_refused(settings, message, jam):
     model = jam("llama", "uniform", "average")
     with pytest.raises(ValueError, match=message):
         batched(model, [[1, 30]], GenerationConfig(**{"max_new_tokens": 40, "eos_token_id": 2, **settings}))
+
+
+# A value for each setting that would change what is written, or what comes back.
+TELLING = {
+    **{"min_length": 5, "min_new_tokens": 5, "max_time": 1e-9, "stop_strings": ["a"], "num_beams": 2, "use_mtp": True},
+    **{"use_cache": False, "cache_implementation": "static", "min_p": 0.5, "top_h": 0.4, "typical_p": 0.5},
+    **{"epsilon_cutoff": 0.1, "eta_cutoff": 0.1, "repetition_penalty": 1.3, "encoder_repetition_penalty": 1.3},
+    **{"no_repeat_ngram_size": 2, "encoder_no_repeat_ngram_size": 2, "bad_words_ids": [[30]], "renormalize_logits": True},
+    **{"forced_bos_token_id": 1, "forced_eos_token_id": 2, "remove_invalid_values": True, "suppress_tokens": [30]},
+    **{"exponential_decay_length_penalty": (1, 1.1), "begin_suppress_tokens": [30], "sequence_bias": [[[30], 1.0]]},
+    **{"token_healing": True, "guidance_scale": 2.0, "watermarking_config": {"bias": 2.0}, "output_attentions": True},
+    **{"output_hidden_states": True, "output_scores": True, "output_logits": True, "return_dict_in_generate": True},
+    **{"prompt_lookup_num_tokens": 2, "assistant_early_exit": 1, "penalty_alpha": 0.5, "dola_layers": "low"},
+    **{"diversity_penalty": 0.5, "num_beam_groups": 2, "constraints": [1], "force_words_ids": [[30]]},
+    **{"image_guidance_scale": 2.0, "contrastive_alpha": 0.1, "contrastive_k": 3, "image_temperature": 0.5},
+    **{"image_top_k": 5, "image_top_p": 0.5, "image_min_p": 0.1, "image_repetition_penalty": 1.3},
+    **{"image_no_repeat_ngram_size": 2},
+}
+
+
+@pytest.mark.feature(SECTION, "every setting: obeyed, or refused with the reason")
+def test_every_setting_is_in_one_table():
+    """A field that transformers or the JAM adds fails here until somebody says what becomes of it."""
+    fields = {*vars(GenerationConfig()), *JAM_SETTINGS}
+    tables = [*OBEYED, *WITHOUT_EFFECT, *REFUSED]
+    assert sorted(tables) == sorted(fields)
+    assert set(TELLING) == set(REFUSED)
+
+
+@pytest.mark.feature(SECTION, "every setting: obeyed, or refused with the reason")
+@pytest.mark.parametrize("name", ["call", "model"])
+def test_what_is_not_obeyed_is_refused(name, jam):
+    model = jam("llama", "uniform", "average")
+    saved = model.generation_config
+    for setting, value in TELLING.items():
+        config = GenerationConfig(max_new_tokens=40, eos_token_id=2)
+        model.generation_config = copy.deepcopy(saved)
+        if setting == "watermarking_config":
+            value = WatermarkingConfig(**value)
+        setattr(config if name == "call" else model.generation_config, setting, value)
+        with pytest.raises(ValueError, match=f"does not obey .*{setting}="):
+            model.generate_batch([[1, 30]], config)
+
+
+@pytest.mark.feature(SECTION, "every setting: obeyed, or refused with the reason")
+def test_what_a_call_leaves_out_is_the_models_own(jam, monkeypatch):
+    """As in generate(): also the end of a document, and how many ids are written where nobody says it."""
+    model = jam("llama", "uniform", "average")
+    prompts = [[1, 30, 31], [1, 40]]
+    monkeypatch.setattr(model.generation_config, "generation_mode", None, raising=False)
+    assert batched(model, prompts, GenerationConfig()) == one_by_one(model, prompts, GenerationConfig())
+    end = one_by_one(model, prompts, GenerationConfig())[0][5]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", end)
+    found = batched(model, prompts, GenerationConfig(do_sample=False))
+    assert found == one_by_one(model, prompts, GenerationConfig(do_sample=False)) and len(found[0]) <= 6
+    monkeypatch.setattr(model.generation_config, "max_new_tokens", 3)
+    assert [len(row) for row in batched(model, prompts, None)] == [3, 3]
+    monkeypatch.setattr(model.generation_config, "do_sample", True)
+    monkeypatch.setattr(model.generation_config, "top_k", 1)
+    assert batched(model, prompts, GenerationConfig(temperature=9.0)) == batched(
+        model, prompts, GenerationConfig(do_sample=False)
+    )
+
+
+@pytest.mark.feature(SECTION, "every setting: obeyed, or refused with the reason")
+def test_a_kept_manager_is_for_its_own_settings(jam):
+    model = jam("llama", "uniform", "average")
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, generation_mode="text")
+    first = batched(model, [[1, 30]], config, persistent_manager=True)
+    assert batched(model, [[1, 30]], config, persistent_manager=True) == first
+    with pytest.raises(ValueError, match="other settings: generation_mode"):
+        batched(model, [[1, 30]], GenerationConfig(max_new_tokens=4, do_sample=False, generation_mode="interleaved"))
+    model.destroy_cached_continuous_batching_manager()
+
+
+@pytest.mark.feature(SECTION, "pools as large as the requests need, within the free memory")
+@pytest.mark.parametrize("mode_and_init", [("uniform", "average"), ("cross", "preserving")])
+def test_pools_are_as_large_as_the_requests_need(mode_and_init, jam, monkeypatch):
+    model = jam("llama", *mode_and_init)
+    made = []
+    original = PagedAttentionCache.__init__
+    monkeypatch.setattr(PagedAttentionCache, "__init__", lambda self, *a, **k: original(self, *a, **k) or made.append(self))
+    prompts = [[1, 30], [1, *range(30, 60)]]
+    config = GenerationConfig(max_new_tokens=40, do_sample=False, generation_mode="text")
+    model.generate_batch(prompts, config)
+    tokens = made[0].max_tokens_read
+    assert sum(map(len, prompts)) + 80 <= tokens <= sum(map(len, prompts)) + 80 + 6 * 32
+    mebibytes = made[0].cache_tensor.numel() / 2**20
+    assert mebibytes < 2  # a share of all memory otherwise
+
+
+@pytest.mark.feature(SECTION, "pools as large as the requests need, within the free memory")
+def test_pools_stay_within_the_free_memory(jam, monkeypatch):
+    from jam_hf.model import continuous_settings_jam
+
+    model = jam("llama", "uniform", "average")
+    sizes = (None, model.config, model.dtype, model.device)
+    plenty = sized(*sizes, [100] * 1000).num_blocks
+    assert plenty >= 4000
+    monkeypatch.setattr(continuous_settings_jam, "_free_memory", lambda device: 2**26)
+    narrow = sized(*sizes, [100] * 1000)
+    assert 5 <= narrow.num_blocks < plenty / 4
+    with pytest.raises(ValueError, match="longest request has 90000 ids"):
+        sized(*sizes, [90000])
+    asked = ContinuousBatchingConfig(num_blocks=7, max_batch_tokens=9, page_size=16)
+    assert vars(sized(asked, *sizes[1:], [100])) == vars(asked)
 
 
 @pytest.mark.feature(SECTION, "guidance, windows, streams with unlike heads: refused with the reason")
