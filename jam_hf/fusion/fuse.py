@@ -33,7 +33,7 @@ from .parents import IMAGE_PARENTS, TEXT_PARENTS, Decoder, image_codes, picture_
 from .recipe import FusionRecipe
 from .shapes import check_parents, jam_config
 from .tensor_files import TensorSpec, named_dtype
-from .vocabulary import TokenNames, Vocabulary, differing_tokens, joined_vocabulary, shared_vocabulary
+from .vocabulary import TokenNames, Vocabulary, check_added_ids, differing_tokens, joined_vocabulary, shared_vocabulary
 from .vq_source import vq_model_of
 
 
@@ -175,6 +175,9 @@ def plan_fusion(
     warnings += vq_warnings
     tokenizer = _tokenizer(tokenizer, text.parent)
     image_tokenizer = _image_tokenizer(image_tokenizer, image.parent)
+    check_added_ids(tokenizer, "text parent")
+    if image_tokenizer is not None:
+        check_added_ids(image_tokenizer, "image parent")
     warnings += _read_otherwise(tokenizer, "text parent", "tokenizer")
     warnings += _read_otherwise(image_tokenizer, "image parent", "image_tokenizer")
     codes = image_codes(image, vq.config.num_vq_embeddings, recipe.image_token_offset, image_tokenizer or tokenizer)

@@ -98,6 +98,8 @@ def describe(plan: FusionPlan, tensors: bool = True) -> str:
         ),
         f"  vocabulary: {config.vocab_size}, image codes {config.image_token_offset}.."
         f"{config.image_token_offset + config.num_image_tokens - 1}",
+        f"  CM3 sentinels: {config.num_mask_tokens} from "
+        f"{plan.vocabulary.tokenizer.convert_ids_to_tokens(config.mask_token_id)} on",
         f"  picture: {config.vq_config.sample_size}x{config.vq_config.sample_size} pixels, {config.image_seq_length} codes",
         f"  parameters: {parameters:,} ({config.dtype}; VQ model float32)",
         f"  disk: {size(plan.num_bytes)} in {len(shards)} file(s)",

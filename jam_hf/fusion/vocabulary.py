@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,11 +100,14 @@ SAME_TEXT, SAME_ROLE, PIECES, BYTES, NONE = (
 )
 
 
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+
+
 def surfaces(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     """The bytes that each id stands for, by id; None for special tokens and for ids that are no token.
 
-    Byte-level BPE writes bytes as letters, SentencePiece a space as U+2581 and lone bytes as `<0x41>`, WordPiece "##" where no
-    space stands before; all are undone here.
+    Byte-level BPE writes bytes as letters, SentencePiece a space as U+2581 (in added tokens too: Gemma's runs of spaces) and
+    lone bytes as `<0x41>`, WordPiece "##" where no space stands before; all are undone here.
     """
     vocabulary = tokenizer.get_vocab()
     found: list[bytes | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
@@ -123,17 +127,24 @@ def surfaces(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
         if index in special:
             continue
         if index in added:
-            found[index] = token.encode()
+            found[index] = (token.replace("\u2581", " ") if letters is None and inside is None else token).encode()
         elif letters is not None:
             if all(letter in letters for letter in token):
                 found[index] = bytes(letters[letter] for letter in token)
         elif inside is not None:
             found[index] = token.removeprefix(inside).encode() if token.startswith(inside) else f" {token}".encode()
-        elif re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+        elif _BYTE_TOKEN.fullmatch(token):
             found[index] = bytes([int(token[3:5], 16)])
         else:
             found[index] = token.replace("\u2581", " ").encode()
     return found
+
+
+def _marked(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The special and added tokens, by id: those that encoding finds by their names, whatever the model would make of them."""
+    specials = tokenizer.all_special_ids
+    found = dict(zip(specials, tokenizer.convert_ids_to_tokens(specials)))
+    return found | {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
 
 
 def transplant(
@@ -145,37 +156,48 @@ def transplant(
 ) -> tuple[list[tuple[int, ...]], Coverage]:
     """For each of `num_rows` ids of the text tokenizer, the rows of the image parent whose mean stands for it.
 
+    Tokens match by what they spell. A character that the image parent has as an ordinary token and as a byte `<0x41>` is the
+    ordinary one, which is what its training read; a byte token of the text parent is the image parent's byte token, where it
+    has one. Special and added tokens match by name, and only special and added ones: an ordinary entry of that name may be
+    nothing that the other tokenizer ever yields. An added token without a counterpart is what that tokenizer makes of its text.
+
     Args:
         declared: image parent's id by text id, which wins over everything else. new: tokens that the text tokenizer has just
             got; they are no part of the report, but for those that are declared.
     """
     ours, theirs = surfaces(text), surfaces(image)
     by_text: dict[bytes, int] = {}
-    for index, surface in enumerate(theirs):
-        if surface is not None:
-            by_text.setdefault(surface, index)
+    their_bytes: dict[bytes, int] = {}
+    for index, name in enumerate(image.convert_ids_to_tokens(list(range(len(theirs))))):
+        if theirs[index] is not None:
+            is_byte = len(theirs[index]) == 1 and _BYTE_TOKEN.fullmatch(name) is not None
+            (their_bytes if is_byte else by_text).setdefault(theirs[index], index)
+    by_text = {**their_bytes, **by_text}
     single_bytes = {surface: index for surface, index in by_text.items() if len(surface) == 1}
     roles = dict(declared)
     for role in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
         mine, other = getattr(text, role), getattr(image, role)
         if mine is not None and other is not None:
             roles.setdefault(mine, other)
-    their_vocabulary = image.get_vocab()
+    marked, their_marked = _marked(text), {name: index for index, name in _marked(image).items()}
     names = text.convert_ids_to_tokens(list(range(len(ours))))
     pieces: list[tuple[int, ...]] = [()] * num_rows
     coverage = Coverage()
     left: list[int] = []
     for index in range(min(num_rows, len(ours))):
         surface, name = ours[index], names[index]
-        if name is None or (name in new and index not in declared and name not in their_vocabulary):
+        if name is None or (name in new and index not in declared and name not in their_marked):
             continue
         if index in roles:
             pieces[index] = (roles[index],)
             coverage.add(SAME_ROLE, name)
-        elif surface is None and name in their_vocabulary:
-            pieces[index] = (their_vocabulary[name],)
+        elif index in marked and name in their_marked:
+            pieces[index] = (their_marked[name],)
             coverage.add(SAME_TEXT, name)
-        elif surface is not None and surface in by_text:
+        elif surface in their_bytes and _BYTE_TOKEN.fullmatch(name):
+            pieces[index] = (their_bytes[surface],)
+            coverage.add(SAME_TEXT, name)
+        elif surface is not None and surface in by_text and (index not in marked or not surface.strip()):
             pieces[index] = (by_text[surface],)
             coverage.add(SAME_TEXT, name)
         elif surface:
@@ -183,8 +205,10 @@ def transplant(
         else:
             coverage.add(NONE, name)
     for index, found in zip(left, _tokenised([ours[index] for index in left], image, theirs)):
-        way = PIECES
-        if not found and all(bytes([byte]) in single_bytes for byte in ours[index]):
+        way = PIECES if len(found) > 1 else SAME_TEXT
+        if not found and ours[index] in by_text:
+            found = (by_text[ours[index]],)
+        elif not found and all(bytes([byte]) in single_bytes for byte in ours[index]):
             found, way = tuple(single_bytes[bytes([byte])] for byte in ours[index]), BYTES
         pieces[index] = found
         coverage.add(way if found else NONE, names[index])
@@ -229,12 +253,62 @@ def _tokenised(texts: list[bytes], tokenizer: PreTrainedTokenizerBase, known: li
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> list[str]:
-    """Add what the tokenizer lacks, as special tokens, behind all others. Returns what was added."""
+    """Add what the tokenizer lacks, as special tokens, behind all others. Returns what was added, in the order of the ids.
+
+    Raises:
+        ValueError: if a token is an ordinary one, or the new ones did not get the ids behind all that are in use: tokenizers
+            counts tokens, it does not look for the largest id.
+    """
     vocabulary = tokenizer.get_vocab()
-    missing = [token for token in dict.fromkeys(tokens) if token not in vocabulary]
-    if missing:
-        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special.update(tokenizer.all_special_tokens)
+    tokens = list(dict.fromkeys(tokens))
+    ordinary = [token for token in tokens if token in vocabulary and token not in special]
+    if ordinary:
+        raise ValueError(
+            f"The tokenizer has {ordinary[0]!r} as an ordinary token (id {vocabulary[ordinary[0]]}), so it cannot be markup. "
+            "Name others for the JAM's markup: break_token=..., image_token=..., mask_token=..., mask_end_token=..."
+        )
+    missing = [token for token in tokens if token not in vocabulary]
+    if not missing:
+        return []
+    added = [AddedToken(token, special=True, normalized=False) for token in missing]
+    count = tokenizer.add_tokens(added, special_tokens=True)
+    ids, first = tokenizer.convert_tokens_to_ids(missing), max(vocabulary.values(), default=-1) + 1
+    if count != len(missing) or ids != list(range(first, first + len(missing))):
+        used = set(vocabulary.values())
+        holes = [index for index in range(first) if index not in used]
+        raise ValueError(
+            f"{len(missing)} new tokens ({missing[0]!r}, ...) should get the ids {first}..{first + len(missing) - 1}, "
+            f"behind all others; {count} got ids, {sorted(ids)[:3]}... The tokenizer has {len(used)} tokens and ids up to "
+            f"{first - 1}; {len(holes)} ids have no token, e.g. {holes[:3]}. Give each of them a token that no text has, in "
+            "the vocabulary of its tokenizer.json."
+        )
     return missing
+
+
+def check_added_ids(tokenizer: PreTrainedTokenizerBase, role: str) -> None:
+    """Raise `ValueError` if an added token was read at another id than the one that its file puts it at.
+
+    tokenizers counts: a token that a file puts behind a hole is read in the hole.
+    """
+    folder = Path(getattr(tokenizer, "name_or_path", None) or "")
+    written: dict[str, int] = {}
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            continue
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        for index, token in (content.get("added_tokens_decoder") or {}).items():
+            written[token["content"]] = int(index)
+        written |= {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+    read = tokenizer.get_vocab()
+    moved = [token for token in written if read.get(token) != written[token]]
+    if moved:
+        raise ValueError(
+            f"The tokenizer of the {role}, '{folder}', puts its token {moved[0]!r} at the id {written[moved[0]]}; it is read "
+            f"as {read.get(moved[0])} ({len(moved)} such tokens), so that its rows would be another token's. A vocabulary with "
+            "unused ids before an added token cannot be read: give each of them a token that no text has."
+        )
 
 
 def differing_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> list[str]:
@@ -256,8 +330,32 @@ class TokenNames:
     @property
     def masks(self) -> list[str]:
         """CM3 sentinels: `<mask>`, `<mask:1>`, ..."""
-        stem = self.mask_token.removesuffix(">")
-        return [self.mask_token, *(f"{stem}:{i}>" for i in range(1, self.num_mask_tokens))]
+        return [self.sentinel(i) for i in range(self.num_mask_tokens)]
+
+    def sentinel(self, index: int) -> str:
+        """The name of sentinel `index`: `<mask>`, `<mask:1>`, ...; `[MASK]`, `[MASK]:1`, ..."""
+        if index == 0:
+            return self.mask_token
+        closing = ">" if self.mask_token.endswith(">") else ""
+        return f"{self.mask_token.removesuffix('>')}:{index}{closing}"
+
+    def with_new_sentinels(self, tokenizer: PreTrainedTokenizerBase) -> TokenNames:
+        """These names, or `<jam:mask>` for `<mask>` where the tokenizer has some of the sentinels, but not all side by side.
+
+        Raises:
+            ValueError: if that is so of a `mask_token` that was asked for.
+        """
+        known = tokenizer.get_vocab()
+        for name in (self.mask_token, "<jam:mask>", "<jam:mask/2>"):
+            names = replace(self, mask_token=name)
+            if not any(mask in known for mask in names.masks) or num_sentinels(tokenizer, names) >= self.num_mask_tokens:
+                return names
+            if name == self.mask_token != TokenNames.mask_token:
+                break
+        raise ValueError(
+            f"The tokenizer has some of the {self.num_mask_tokens} sentinels {self.mask_token!r}, {self.sentinel(1)!r}, ..., "
+            "but not all with one id behind the other. Name another: mask_token=..."
+        )
 
     def required(self) -> list[str]:
         return [self.break_token, self.image_token, self.mask_token, self.mask_end_token]
@@ -287,12 +385,12 @@ def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, codes: torc
     Raises:
         ValueError: if the tokenizer lacks a special token.
     """
-    known = tokenizer.get_vocab()
+    known = set(_marked(tokenizer).values())  # an ordinary entry of that name may be nothing that encoding yields
     missing = [token for token in names.required() if token not in known]
     if missing:
         raise ValueError(
-            f"The tokenizer has no {', '.join(map(repr, missing))}. Add them as special tokens before fusing (and give the "
-            "parents' embeddings rows for them), or name the tokens that play their part: break_token=..., "
+            f"The tokenizer has no special token {', '.join(map(repr, missing))}. Add them as special tokens before fusing "
+            "(and give the parents' embeddings rows for them), or name the tokens that play their part: break_token=..., "
             "image_token=..., mask_token=..., mask_end_token=..."
         )
     row_map = RowMap(torch.arange(size + 1), torch.arange(size), size)
@@ -321,20 +419,29 @@ def joined_vocabulary(
     layout: dict[str, Any] = {}
     if pictures.begin is not None:
         structure[names.break_token] = pictures.begin
+
+    def dedicated(name: str) -> str:
+        """The name, or another where an ordinary token has it."""
+        entry = known.get(name)
+        return name if entry is None or entry in _marked(tokenizer) else f"<jam:{name.removeprefix('<')}"
+
+    known = tokenizer.get_vocab()
     if pictures.end is not None:
-        layout["image_end_token"] = "</break>" if names.break_token == "<break>" else f"{names.break_token}/end"
+        end = "</break>" if names.break_token == "<break>" else f"{names.break_token}/end"
+        layout["image_end_token"] = dedicated(end)
         structure[layout["image_end_token"]] = pictures.end
     for field_name, stem, ids in (
         ("image_prefix_tokens", "picture", pictures.prefix),
         ("image_suffix_tokens", "/picture", pictures.suffix),
     ):
         if ids:
-            layout[field_name] = [f"<{stem}:{i}>" for i in range(len(ids))]
+            layout[field_name] = [dedicated(f"<{stem}:{i}>") for i in range(len(ids))]
             structure |= dict(zip(layout[field_name], ids))
     if pictures.row_end is not None:
-        layout["image_row_end_token"] = "<row>"
-        structure["<row>"] = pictures.row_end
+        layout["image_row_end_token"] = dedicated("<row>")
+        structure[layout["image_row_end_token"]] = pictures.row_end
 
+    names = names.with_new_sentinels(tokenizer)
     wanted = [*names.required()[:2], *structure, *names.masks, names.mask_end_token]
     added = [] if tokenizer.pad_token_id is not None else ["<pad>"]
     added = add_special_tokens(tokenizer, [*added, *wanted])
@@ -365,20 +472,25 @@ def joined_vocabulary(
     return Vocabulary(tokenizer, size, text_map, image_map, ids, layout, coverage, added)
 
 
+def num_sentinels(tokenizer: PreTrainedTokenizerBase, names: TokenNames) -> int:
+    """How many sentinels the tokenizer has with one id behind the other, from `names.mask_token` on."""
+    known = tokenizer.get_vocab()
+    first, count = known.get(names.mask_token), 0
+    while first is not None and known.get(names.sentinel(count)) == first + count:
+        count += 1
+    return count
+
+
 def _ids(tokenizer: PreTrainedTokenizerBase, names: TokenNames, image_token_offset: int) -> dict[str, Any]:
     known = tokenizer.get_vocab()
-    first = known[names.mask_token]
-    count = 1
-    while names.mask_token.endswith(">") and known.get(f"{names.mask_token[:-1]}:{count}>") == first + count:
-        count += 1
     return {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "break_token_id": known[names.break_token],
         "image_token_id": known[names.image_token],
-        "mask_token_id": first,
-        "num_mask_tokens": count,
+        "mask_token_id": known[names.mask_token],
+        "num_mask_tokens": num_sentinels(tokenizer, names),
         "mask_end_token_id": known[names.mask_end_token],
         "image_token_offset": image_token_offset,
     }

@@ -9,12 +9,25 @@ from fusion_zoo import SENTENCES, byte_level_tokenizer, sentencepiece_like_token
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from jam_hf.fusion.checkpoint import Parent
-from jam_hf.fusion.parents import Decoder, ImageCodes
+from jam_hf.fusion.parents import Decoder, ImageCodes, PictureTokens
 from jam_hf.fusion.sources import VocabularyRows
-from jam_hf.fusion.vocabulary import BYTES, NONE, PIECES, SAME_ROLE, SAME_TEXT, RowMap, surfaces, transplant
+from jam_hf.fusion.vocabulary import (
+    BYTES,
+    NONE,
+    PIECES,
+    SAME_ROLE,
+    SAME_TEXT,
+    RowMap,
+    TokenNames,
+    add_special_tokens,
+    check_added_ids,
+    joined_vocabulary,
+    surfaces,
+    transplant,
+)
 
 
 ROLES = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -101,6 +114,14 @@ def test_byte_level_without_a_decoder_is_seen_by_its_pre_tokenizer():
 # ----- whose rows they get ---------------------------------------------------------------------------------------------
 
 
+def is_byte(name):
+    return name in {f"<0x{byte:02X}>" for byte in range(256)}
+
+
+def marked(tokenizer):
+    return {*tokenizer.all_special_tokens, *(token.content for token in tokenizer.added_tokens_decoder.values())}
+
+
 def slow(text, image, declared=()):
     """The rule, token by token, said as plainly as it can be."""
     ours, theirs, names = surfaces(text), surfaces(image), {index: token for token, index in text.get_vocab().items()}
@@ -109,18 +130,26 @@ def slow(text, image, declared=()):
         if getattr(text, role) is not None and getattr(image, role) is not None and getattr(text, role) not in roles:
             roles[getattr(text, role)] = getattr(image, role)
     found = {}
+
+    def whose(spelled, byte_first=False):
+        """Their token that spells it: an ordinary one before a byte, by which only bytes are read."""
+        ids = [index for index, other in enumerate(theirs) if other == spelled]
+        return min(ids, key=lambda index: (is_byte(image.convert_ids_to_tokens(index)) != byte_first, index))
+
     for index, name in names.items():
         spelled = ours[index]
         if index in roles:
             found[index] = (roles[index],), SAME_ROLE
-        elif spelled is None and name in image.get_vocab():
+        elif name in marked(text) and name in marked(image):
             found[index] = (image.get_vocab()[name],), SAME_TEXT
-        elif spelled is not None and spelled in theirs:
-            found[index] = (theirs.index(spelled),), SAME_TEXT
+        elif spelled is not None and spelled in theirs and (name not in marked(text) or spelled.isspace()):
+            found[index] = (whose(spelled, is_byte(name)),), SAME_TEXT
         elif spelled:
             found[index] = (), NONE
-            if all(bytes([byte]) in theirs for byte in spelled):
-                found[index] = tuple(theirs.index(bytes([byte])) for byte in spelled), BYTES
+            if spelled in theirs:
+                found[index] = (whose(spelled),), SAME_TEXT
+            elif all(bytes([byte]) in theirs for byte in spelled):
+                found[index] = tuple(whose(bytes([byte])) for byte in spelled), BYTES
             try:
                 ids = image(spelled.decode(), add_special_tokens=False)["input_ids"]
                 after = image("\n" + spelled.decode(), add_special_tokens=False)["input_ids"]
@@ -129,7 +158,7 @@ def slow(text, image, declared=()):
             for candidate in [ids, *(after[skip:] for skip in range(1, len(after)))]:
                 if candidate and all(theirs[i] is not None for i in candidate):
                     if b"".join(theirs[i] for i in candidate) == spelled:
-                        found[index] = tuple(candidate), PIECES
+                        found[index] = tuple(candidate), PIECES if len(candidate) > 1 else SAME_TEXT
                         break
         else:
             found[index] = (), NONE
@@ -162,7 +191,11 @@ def test_parts_of_a_character_are_matched_byte_by_byte():
     assert parts
     pieces, _ = transplant(text, image, len(text), {})
     for index in parts:
-        assert pieces[index] == tuple(names[f"<0x{byte:02X}>"] for byte in ours[index])
+        letters = [chr(byte).replace(" ", "\u2581") for byte in ours[index]]  # what is a token by itself is no byte there
+        expected = [
+            names.get(a if a.isascii() or a == "\u2581" else "", names[f"<0x{b:02X}>"]) for a, b in zip(letters, ours[index])
+        ]
+        assert pieces[index] == tuple(expected)
 
 
 def is_part(text):
@@ -197,14 +230,83 @@ def test_special_tokens_go_by_role_and_declaration():
     assert pieces[ids["<new>"]] == () and pieces[ids["<newer>"]] == (9,) and coverage.total == len(text) - 1
 
 
-def test_of_tokens_that_spell_the_same_the_first_counts():
-    vocabulary = {"<unk>": 0, "<0x61>": 1, "a": 2, "b": 3}
-    image = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
-    image.decoder = decoders.ByteFallback()
+def test_ordinary_tokens_come_before_bytes():
+    """Training never touched the row of `<0x61>` where "a" is a token; what is a byte in both is a byte in both."""
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "a", "b", "b ", "\u2581"]
+    image = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True))
+    image.normalizer = normalizers.Replace(" ", "\u2581")
+    image.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback()])
     image = PreTrainedTokenizerFast(tokenizer_object=image, unk_token="<unk>")
+    theirs = image.get_vocab()
     text = byte_level()
     pieces, _ = transplant(text, image, len(text), {})
-    assert pieces[text.get_vocab()["a"]] == (1,) and pieces[text.get_vocab()["b"]] == (3,)
+    for token, wanted in {"a": "a", "b": "b", "\u0120": "\u2581", "c": "<0x63>", "\u010a": "<0x0A>"}.items():
+        assert pieces[text.get_vocab()[token]] == (theirs[wanted],), token
+    text = sentencepiece()
+    pieces, _ = transplant(text, image, len(text), {})
+    for token, wanted in {"a": "a", "<0x61>": "<0x61>", "<0x0A>": "<0x0A>", "\u2581": "\u2581"}.items():
+        assert pieces[text.get_vocab()[token]] == (theirs[wanted],), token
+
+
+@pytest.mark.parametrize("image_kind", ("byte level", "sentencepiece"))
+def test_a_texts_tokens_get_the_rows_that_the_image_parent_reads_for_it(image_kind):
+    """Where both split a text alike, the transplant gives each token what the image parent itself reads there."""
+    text, image = sentencepiece("text"), KINDS[image_kind]("image")
+    pieces, _ = transplant(text, image, len(text), {})
+    for word in ["A", "3.", "x", "the circle is red, 12 %", "a\nb"]:
+        mine = text(word, add_special_tokens=False)["input_ids"]
+        theirs = image(" " + word if image_kind == "byte level" else word, add_special_tokens=False)["input_ids"]
+        ours, others = surfaces(text), surfaces(image)
+        if [ours[i] for i in mine] == [others[i] for i in theirs]:
+            assert [pieces[i] for i in mine] == [(i,) for i in theirs], word
+    assert pieces[text.get_vocab()["a"]] == (image.get_vocab()["a"],)
+
+
+def test_special_tokens_match_special_and_added_tokens_alone():
+    """Qwen3 has ordinary entries `<s>` and `</s>`, which its encoding never yields: no counterpart of a bos."""
+    vocabulary = {**byte_level().get_vocab()}
+    ordinary = ["<mark>", "<other>", "<tool>"]
+    state = json.loads(byte_level("image").backend_tokenizer.to_str())
+    state["model"]["vocab"] |= {name: len(vocabulary) + 10 + i for i, name in enumerate(ordinary)}
+    image = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
+    for name in ordinary:  # as Qwen3 does
+        assert image.get_vocab()[name] not in image(f"a {name} b")["input_ids"]
+    text = byte_level()
+    text.add_tokens([AddedToken("<mark>", special=True), AddedToken("<tool>"), AddedToken("<other>", special=True)])
+    ids = text.get_vocab()
+    pieces, coverage = transplant(text, image, len(text), {})
+    assert pieces[ids["<mark>"]] == pieces[ids["<other>"]] == () and coverage.counts[NONE] >= 2
+    # An added token that is no special one spells its name; what the image parent reads there are the pieces of the name.
+    assert pieces[ids["<tool>"]] == tuple(image("<tool>", add_special_tokens=False)["input_ids"])
+    # Added on both sides, special or not, it is one token.
+    image = byte_level("image")
+    image.add_tokens([AddedToken("<tool>", special=True), AddedToken("<mark>")])
+    pieces, _ = transplant(text, image, len(text), {})
+    for name in ("<tool>", "<mark>"):
+        assert pieces[ids[name]] == (image.get_vocab()[name],)
+
+
+def test_added_runs_of_spaces_are_spaces():
+    """Gemma 3 adds runs of U+2581, which decode to spaces; a byte-level tokenizer has such runs as ordinary tokens."""
+    gemma = sentencepiece()
+    gemma.add_tokens([AddedToken("\u2581" * count, normalized=False) for count in (2, 3, 5)])
+    qwen = byte_level()
+    qwen.add_tokens(["  ", "   "])
+    found, theirs = surfaces(gemma), gemma.get_vocab()
+    for count in (2, 3, 5):
+        assert found[theirs["\u2581" * count]] == b" " * count
+        assert gemma.decode([theirs["a"], theirs["\u2581" * count], theirs["a"]]) == "a" + " " * count + "a"
+    pieces, _ = transplant(qwen, gemma, len(qwen), {})
+    for count in (2, 3):
+        assert pieces[qwen.get_vocab()[" " * count]] == (theirs["\u2581" * count],)
+    pieces, _ = transplant(gemma, qwen, len(gemma), {})
+    for count in (2, 3):
+        assert pieces[theirs["\u2581" * count]] == (qwen.get_vocab()[" " * count],)
+    read = surfaces(qwen)
+    assert b"".join(read[index] for index in pieces[theirs["\u2581" * 5]]) == b" " * 5
+    literal = byte_level()  # a byte-level decoder leaves them what they are
+    literal.add_tokens([AddedToken("\u2581\u2581", normalized=False)])
+    assert surfaces(literal)[-1] == "\u2581\u2581".encode()
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -285,3 +387,95 @@ def test_rows_that_are_the_parents_own_are_never_kept(decoder):
     rows = VocabularyRows(one, one.embedding_key, RowMap.of([*((row,) for row in range(9)), (), ()]))
     assert torch.equal(rows.read(0, 11)[:9], one.parent.get(one.embedding_key))
     assert rows._table is None and rows.loads == 0
+
+
+# ----- new ids ---------------------------------------------------------------------------------------------------------
+
+
+def with_holes(vocabulary):
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocabulary, [])))
+
+
+@pytest.mark.parametrize("vocabulary", [{"a": 0, "b": 1, "c": 2, "d": 5, "e": 4}, {"a": 0, "b": 1, "c": 9}, {"a": 1, "b": 2}])
+def test_new_tokens_in_a_vocabulary_with_holes_are_refused(vocabulary):
+    """tokenizers counts: the new token would get the id of "d"."""
+    with pytest.raises(ValueError, match="behind all others.* ids have no token.*tokenizer.json"):
+        add_special_tokens(with_holes(vocabulary), ["<break>", "<image>"])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.sets(st.integers(0, 12), min_size=1, max_size=8), st.integers(1, 4))
+def test_new_ids_are_new_or_refused(ids, count):
+    vocabulary = {chr(ord("a") + index): index for index in ids}
+    tokenizer, names = with_holes(vocabulary), [f"<new:{i}>" for i in range(count)]
+    try:
+        assert add_special_tokens(tokenizer, names) == names
+    except ValueError:
+        assert max(ids) + 1 > len(ids)  # only where there are holes
+    else:
+        assert tokenizer.convert_tokens_to_ids(names) == list(range(max(ids) + 1, max(ids) + 1 + count))
+        assert tokenizer.convert_ids_to_tokens(sorted(ids)) == [chr(ord("a") + index) for index in sorted(ids)]
+
+
+def test_an_ordinary_token_is_no_markup():
+    tokenizer = with_holes({"a": 0, "<break>": 1})
+    with pytest.raises(ValueError, match="'<break>' as an ordinary token .*break_token="):
+        add_special_tokens(tokenizer, ["<break>"])
+
+
+def test_an_added_token_that_is_read_at_another_id_is_refused(tmp_path):
+    byte_level().save_pretrained(tmp_path)
+    check_added_ids(AutoTokenizer.from_pretrained(tmp_path), "text parent")
+    path = tmp_path / "tokenizer.json"
+    state = json.loads(path.read_text())
+    last = len(AutoTokenizer.from_pretrained(tmp_path))
+    state["added_tokens"].append({**state["added_tokens"][0], "id": last + 8, "content": "<far>"})
+    path.write_text(json.dumps(state))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.convert_tokens_to_ids("<far>") == last
+    with pytest.raises(ValueError, match=f"'<far>' at the id {last + 8}; it is read as {last}"):
+        check_added_ids(tokenizer, "text parent")
+
+
+@pytest.mark.parametrize(
+    ("there", "first"),
+    [
+        ([], "<mask>"),
+        (["<mask>"], "<jam:mask>"),
+        (["<image>", "<mask:3>"], "<jam:mask>"),
+        (["<mask>", "<other>", *(f"<mask:{i}>" for i in range(1, 8))], "<jam:mask>"),
+        (["<mask>", *(f"<mask:{i}>" for i in range(1, 12))], "<mask>"),
+    ],
+)
+def test_markup_that_is_there_does_not_shrink_the_sentinels(there, first):
+    text, image = byte_level(), byte_level("image")
+    text.add_tokens([AddedToken(token, special=True) for token in there])
+    names = TokenNames()
+    joined = joined_vocabulary(text, len(text), image, torch.arange(5), PictureTokens(), names, {})
+    mask, count = joined.ids["mask_token_id"], joined.ids["num_mask_tokens"]
+    assert count == (12 if len(there) == 12 else names.num_mask_tokens)
+    sentinels = joined.tokenizer.convert_ids_to_tokens(list(range(mask, mask + count)))
+    assert sentinels == [first, *(f"{first[:-1]}:{i}>" for i in range(1, count))]
+    assert all(
+        joined.tokenizer(token, add_special_tokens=False)["input_ids"] == [mask + i] for i, token in enumerate(sentinels)
+    )
+
+
+def test_a_mask_token_that_was_asked_for_is_not_renamed():
+    text = byte_level()
+    text.add_tokens([AddedToken("[MASK]", special=True)])
+    arguments = (byte_level("image"), torch.arange(5), PictureTokens())
+    with pytest.raises(ValueError, match=r"some of the 8 sentinels '\[MASK\]'.*mask_token="):
+        joined_vocabulary(text, len(text), *arguments, TokenNames(mask_token="[MASK]"), {})
+    joined = joined_vocabulary(text, len(text), *arguments, TokenNames(mask_token="[GAP]"), {})
+    assert joined.ids["num_mask_tokens"] == 8 and "[GAP]:7" in joined.added
+
+
+def test_layout_tokens_take_no_ordinary_tokens_place():
+    state = json.loads(byte_level().backend_tokenizer.to_str())
+    state["model"]["vocab"]["<row>"] = len(byte_level())
+    text = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **ROLES)
+    joined = joined_vocabulary(
+        text, len(text), byte_level("image"), torch.arange(5), PictureTokens(begin=1, end=2, row_end=0), TokenNames(), {}
+    )
+    assert joined.layout["image_row_end_token"] == "<jam:row>" and joined.ids["image_row_end_token_id"] >= len(byte_level()) + 1
