@@ -5,6 +5,7 @@ It knows ids, not models. Every token but padding is a label, image codes includ
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,8 @@ class JamDataCollator:
         max_length: longer documents raise a `ValueError` (they are never cut in silence); CM3 cuts as [M] says.
         pad_to_multiple_of: of the batch's length.
         seed: documents are masked anew each time they are seen; the order of calls and the seed decide how. In dataloader
-            workers, which start afresh each epoch, the seed that torch gives the worker decides as well.
+            workers, which start afresh each epoch, the seed that torch gives the worker decides as well. Processes that
+            share the batches (data parallelism) mask each in its own way.
         cm3_probability: share of documents that go through `cm3`; the others stay plain.
         packing: several documents a row; less padding where lengths differ, without batches of one kind of document.
     """
@@ -54,7 +56,8 @@ class JamDataCollator:
     def _generator(self) -> np.random.Generator:
         worker = torch.utils.data.get_worker_info()
         self._calls += 1
-        return np.random.default_rng([self.seed, worker.seed if worker else 0, self._calls])
+        rank = _rank()
+        return np.random.default_rng([self.seed, worker.seed if worker else 0, self._calls, *([rank] if rank else [])])
 
     def skip_batches(self, count: int) -> None:
         """Go on as if `count` batches had been made: for a run that continues."""
@@ -130,6 +133,13 @@ class JamDataCollator:
             return cm3(ids, self.cm3, rng, self.max_length)
         except ValueError as error:
             raise ValueError(f"Row {index} of the batch: {error}") from None
+
+
+def _rank() -> int:
+    """Which of the processes that train together this is; a dataloader worker is told by its environment."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(os.environ.get("RANK", 0))
 
 
 def supports_packing(config: PreTrainedConfig) -> bool:

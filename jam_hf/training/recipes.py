@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,10 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import EvalPrediction
 
 from ..files import whole_folder, write_whole
+from . import fingerprints
 from .collator import JamDataCollator, supports_packing
 from .muon import MuonAdamW, muon_parameter_groups
 
@@ -93,6 +97,8 @@ PAPER_INSTRUCT = RecipeSettings(learning_rate=5e-5, warmup_steps=150, max_steps=
 def freeze(model: PreTrainedModel, preset: str) -> list[str]:
     """Make trainable what `preset` (see FREEZE_PRESETS) says, and nothing of the VQ model.
 
+    In a model with an adapter (peft's `get_peft_model`, or `add_adapter`), what is frozen already stays so.
+
     Returns:
         the names of the trainable parameters.
     Raises:
@@ -107,15 +113,40 @@ def freeze(model: PreTrainedModel, preset: str) -> list[str]:
             f"freeze: preset {preset!r} leaves nothing to train in a {type(model).__name__} without cross blocks; "
             "use 'none' or 'vq'."
         )
-    trainable = []
+    trainable, adapted = [], has_adapter(model)
     for name, parameter in model.named_parameters():
         keep = pattern.fullmatch(name) is not None and not {"vq_model", "vqmodel"} & set(name.split("."))
+        keep = keep and (parameter.requires_grad or not adapted)
         parameter.requires_grad_(keep)
         if keep:
             trainable.append(name)
     if not trainable:
         raise ValueError(f"freeze: preset {preset!r} leaves nothing to train in a {type(model).__name__}.")
     return trainable
+
+
+def has_adapter(model: PreTrainedModel) -> bool:
+    """Whether peft's adapters are in `model`, around it (`get_peft_model`) or inside (`add_adapter`)."""
+    return hasattr(model, "peft_config") and bool(model.peft_config)
+
+
+def _check_that_all_is_saved(model: PreTrainedModel) -> None:
+    """An adapter is saved without its base: what else was made trainable by hand would be lost."""
+    from peft import get_peft_model_state_dict
+
+    saved = {
+        tensor.data_ptr()
+        for adapter in model.peft_config
+        for tensor in get_peft_model_state_dict(model, adapter_name=adapter).values()
+    }
+    lost = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.data_ptr() not in saved
+    ]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} parameter(s) would be trained that the adapter does not save, e.g. {lost[0]}. Name their modules in "
+            "modules_to_save of the peft config, or freeze them."
+        )
 
 
 @contextlib.contextmanager
@@ -134,13 +165,23 @@ def fast_arithmetic(model: PreTrainedModel, settings: RecipeSettings) -> Iterato
             model.set_attn_implementation(attention)
 
 
+class _AlreadyTrained(Exception):
+    """The checkpoint that a run continues from is that of its last step."""
+
+
 class _Continue(TrainerCallback):
-    """When a run continues, the Trainer skips the batches seen without collating them; the masking must skip them too."""
+    """When a run continues, the Trainer skips the batches seen without collating them; the masking must skip them too.
+
+    Where no step is left, the Trainer would take one all the same, so it is stopped here: its model and its state are those of
+    the checkpoint by now.
+    """
 
     def __init__(self, collator: JamDataCollator):
         self.collator = collator
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise _AlreadyTrained
         # The last step of an epoch may have fewer batches than gradient_accumulation_steps.
         batches = len(kwargs["train_dataloader"])
         epochs, steps = divmod(state.global_step, -(-batches // args.gradient_accumulation_steps))
@@ -173,20 +214,33 @@ def _last_whole_checkpoint(run_dir: Path) -> str | None:
 _REPORTING = ("save_steps", "logging_steps", "eval_steps")
 
 
-def _check_continues(run_dir: Path, settings: RecipeSettings) -> None:
-    """Refuse to continue a run with other settings; leave these behind for the next time."""
-    described = {k: v for k, v in asdict(settings).items() if k not in _REPORTING}
+def _check_continues(run_dir: Path, settings: RecipeSettings, beginning: dict[str, Any]) -> None:
+    """Refuse to continue a run that began with something else (see fingerprints.py); leave this behind for the next time."""
+    described = {k: v for k, v in asdict(settings).items() if k not in _REPORTING} | beginning
     path = run_dir / "settings.json"
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = sorted(k for k in described if before.get(k) != described[k])
         if changed:
             raise ValueError(
-                f"'{run_dir}' holds an interrupted run with other settings ({', '.join(changed)}). Delete it to begin "
-                "again, or go on with the settings it has."
+                f"'{run_dir}' holds an interrupted run that began with other settings, data or weights ({', '.join(changed)}). "
+                "Delete it to begin again, or go on with what it began with."
             )
     run_dir.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(described, indent=1) + "\n")
+
+
+def _in_main_process(trainer: Trainer, check: Any) -> None:
+    """Run `check()` in the main process; what it raises is raised in all, so that none waits for the others for ever."""
+    error: list[Exception | None] = [None]
+    if trainer.is_world_process_zero():
+        try:
+            check()
+        except Exception as raised:
+            error[0] = raised
+    broadcast_object_list(error)
+    if error[0] is not None:
+        raise error[0]
 
 
 class _LengthGroupedSampler(torch.utils.data.Sampler):
@@ -218,11 +272,25 @@ class _LengthGroupedSampler(torch.utils.data.Sampler):
         yield from order[whole * self.batch_size :].tolist()
 
 
+def _loss_of_rows(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
+    """Of each row, the sum of -log p of its labels and their number: `[B, T, V]`, `[B, T]` -> float32 `[B, 2]`."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    targets = labels[:, 1:].to(logits.device)
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
+    return torch.stack((losses.sum(1), (targets != -100).sum(1)), dim=1)
+
+
+def _loss_by_tokens(prediction: EvalPrediction) -> dict[str, float]:
+    """In place of the Trainer's mean of the means of batches, in which a token of a short batch counts for more."""
+    total, count = np.asarray(prediction.predictions, dtype=np.float64).sum(0)
+    return {"loss": float(total / count)}
+
+
 class _JamTrainer(Trainer):
-    """Evaluates on documents as they are, without CM3 masking, and groups by length in an order that can be continued."""
+    """Evaluates by tokens, on documents as they are, without CM3; groups by length in an order that can be continued."""
 
     def __init__(self, *args: Any, muon_learning_rate: float = 0.0, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, compute_metrics=_loss_by_tokens, preprocess_logits_for_metrics=_loss_of_rows, **kwargs)
         self.muon_learning_rate = muon_learning_rate
 
     def create_optimizer(self, model: PreTrainedModel | None = None) -> torch.optim.Optimizer:
@@ -269,10 +337,14 @@ def train_causal_lm(
     Args:
         train_dataset, eval_datasets: column `input_ids`; evaluation losses carry the datasets' names.
         tokenizer: anything with `save_pretrained`, saved beside the model.
+    Under peft the adapter is trained and saved, and what peft froze stays as it is; under FSDP2 (`accelerate launch`) the whole
+    model is saved. Evaluation losses are means over tokens.
+
     Returns:
         the loss curve, `{"step", "loss", ...}` as the Trainer logs it; also in `history.json`.
     Raises:
-        ValueError: if `<output_dir>.run` holds a run with other settings, or the model cannot keep packed documents apart.
+        ValueError: if `<output_dir>.run` holds a run that began with other settings, documents, masking or weights, if the
+            model cannot keep packed documents apart, or if something is trainable that its adapter does not save.
     """
     if settings.packing:
         if not supports_packing(model.config):
@@ -283,6 +355,8 @@ def train_causal_lm(
         collator = replace(collator, packing=True)
     set_seed(settings.seed)
     freeze(model, settings.freeze)
+    if has_adapter(model):
+        _check_that_all_is_saved(model)
     run_dir = Path(f"{output_dir}.run")
     arguments = TrainingArguments(
         output_dir=str(run_dir),
@@ -315,6 +389,8 @@ def train_causal_lm(
         dataloader_num_workers=0,
         dataloader_pin_memory=torch.accelerator.is_available(),
     )
+    processes, main = arguments.world_size, arguments.process_index == 0
+    beginning = fingerprints.of_run(model, train_dataset, collator, processes) if main else {}
     trainer = _JamTrainer(
         model=model,
         args=arguments,
@@ -326,18 +402,21 @@ def train_causal_lm(
     )
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(_Progress)
-    if trainer.is_world_process_zero():
-        _check_continues(run_dir, settings)
-    with fast_arithmetic(model, settings):
+    _in_main_process(trainer, lambda: _check_continues(run_dir, settings, beginning))
+    with fast_arithmetic(model, settings), contextlib.suppress(_AlreadyTrained):
         trainer.train(resume_from_checkpoint=_last_whole_checkpoint(run_dir))
     history = [row for row in trainer.state.log_history if "loss" in row or any(k.startswith("eval_") for k in row)]
-    if trainer.is_world_process_zero():
-        with whole_folder(output_dir, overwrite=True) as folder:
-            model.save_pretrained(folder)
+    # Weights in shards come together in all processes at once; the main process writes them.
+    state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    place = whole_folder(output_dir, overwrite=True) if main else tempfile.TemporaryDirectory()
+    with place as folder:
+        model.save_pretrained(folder, is_main_process=main, state_dict=state)
+        if main:
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             described = {"settings": asdict(settings), "history": history}
             write_whole(folder / "history.json", json.dumps(described, indent=1) + "\n")
+    if main:
         shutil.rmtree(run_dir, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return history

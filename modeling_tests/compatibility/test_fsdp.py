@@ -6,6 +6,8 @@ that decision back. All that follows it is accelerate's own code.
 """
 
 import copy
+import json
+import os
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,11 +19,15 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import VQ_SETTINGS, parent_model, random_ids, randomise
+from datasets import Dataset
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainingArguments
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from jam_hf import JamConfig, JamForCausalLM
+from jam_hf.training.cm3 import CM3Settings
+from jam_hf.training.collator import JamDataCollator
+from jam_hf.training.recipes import RecipeSettings, train_causal_lm
 
 
 SECTION = "Sharding"
@@ -164,6 +170,46 @@ def trainer_worker(folder: str, kind: str, settings: dict[str, Any]) -> dict[str
     return {"units": units_of(trainer.model_wrapped), "losses": losses}
 
 
+FSDP_OF_ACCELERATE_LAUNCH = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+
+
+def recipe(folder: Path, name: str, batch_size: int, masked: bool = False) -> dict[str, Any]:
+    """A run of `train_causal_lm` on documents of unlike lengths, evaluated on an odd number of them."""
+    model = JamForCausalLM.from_pretrained(folder / "start")
+    rows = [[1, *random_ids(model, 1, 3 + 2 * i % 7, seed=i)[0].tolist(), 2] for i in range(12)]
+    documents = Dataset.from_dict({"input_ids": rows})
+    cm3 = CM3Settings.from_config(model.config, mean_spans=3.0) if masked else None
+    collator, seen = JamDataCollator(0, model.config.vocab_size, cm3), []
+    with mock.patch.object(JamDataCollator, "_mask", autospec=True, side_effect=JamDataCollator._mask) as masks:
+        history = train_causal_lm(
+            model,
+            documents,
+            folder / name,
+            RecipeSettings(max_steps=STEPS, batch_size=batch_size, warmup_steps=0, logging_steps=1, eval_steps=STEPS),
+            collator,
+            {"rest": documents.select(range(5))},
+        )
+        seen = [call.args[3].bit_generator.state["state"]["state"] for call in masks.call_args_list]
+    return {"history": history, "generators": seen, "units": units_of(model)}
+
+
+def recipe_worker(root: str, case: str) -> dict[str, Any]:
+    folder = Path(root) / case
+    found = {"ddp": recipe(folder, "ddp", 2, masked=True)}
+    AcceleratorState._reset_state()
+    with fsdp_on_cpu(), mock.patch.dict(os.environ, FSDP_OF_ACCELERATE_LAUNCH):
+        found["fsdp"] = recipe(folder, "recipe", 2)
+        AcceleratorState._reset_state()
+        settings = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
+        found["smoothed"] = trainer_worker(str(folder), "smoothed", settings | {"label_smoothing_factor": 0.1})
+    return found
+
+
 WORKERS = {
     "accelerate": (accelerate_worker, ()),
     "native": (native_worker, ()),
@@ -235,6 +281,60 @@ def check_units(units: list[str]) -> None:
     """One depth, one unit."""
     depths = [unit for unit in units if ".layers." in unit]
     assert depths == [f"model.language_model.layers.{depth}" for depth in range(2)]
+
+
+@pytest.fixture(scope="module")
+def recipes_in_two_processes(tmp_path_factory):
+    """Folder, what two processes found, what one process finds."""
+    root, case = tmp_path_factory.mktemp("recipes"), "cross-preserving"
+    build(case).save_pretrained(root / case / "start")
+    parallel = processes.run(recipe_worker, 2, str(root), case, limit=200)
+    alone = recipe(root / case, "alone", 4)
+    model = JamForCausalLM.from_pretrained(root / case / "start").train()
+    rows = documents(model)
+    rows = [{name: tensor[i] for name, tensor in batch.items()} for batch in rows for i in range(4)]
+    return root / case, parallel, alone, smoothed_losses(model, rows)
+
+
+def smoothed_losses(model: JamForCausalLM, rows: list[dict[str, torch.Tensor]]) -> list[float]:
+    """Plain arithmetic, and plain gradient descent: four rows a step, the codes of the pictures as targets."""
+    optimizer, losses = optimizer_of(model), []
+    for start in range(0, len(rows), 4):
+        batch = {name: torch.stack([row[name] for row in rows[start : start + 4]]) for name in rows[0]}
+        ids = model.model.insert_image_tokens(batch["input_ids"], batch["pixel_values"])
+        log_p = model(ids).logits[:, :-1].log_softmax(-1)
+        loss = (-0.9 * log_p.gather(-1, ids[:, 1:, None])[..., 0] - 0.1 * log_p.mean(-1)).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.feature(SECTION, "`train_causal_lm` with FSDP2: trained, evaluated by tokens, saved whole", modes=("cross",))
+def test_a_recipe_under_fsdp_is_that_of_one_process(recipes_in_two_processes):
+    folder, parallel, alone, _ = recipes_in_two_processes
+    check_units(parallel[0]["fsdp"]["units"])
+    for name in ("loss", "eval_rest_loss"):
+        found, expected = ([row[name] for row in h if name in row] for h in (parallel[0]["fsdp"]["history"], alone["history"]))
+        assert found and found == pytest.approx(expected, rel=1e-3), name
+    assert not (folder / "recipe.run").exists()
+    saved, expected = (JamForCausalLM.from_pretrained(folder / name).state_dict() for name in ("recipe", "alone"))
+    for name, tensor in saved.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-4, msg=name)
+    assert json.loads((folder / "recipe" / "config.json").read_text())["architectures"] == ["JamForCausalLM"]
+
+
+def test_data_parallel_processes_mask_in_their_own_ways(recipes_in_two_processes):
+    _, parallel, _, _ = recipes_in_two_processes
+    first, second = (set(found["ddp"]["generators"]) for found in parallel)
+    assert first and second and not first & second
+
+
+@pytest.mark.feature("Trainer", "label smoothing under FSDP2", modes=("cross",))
+def test_smoothing_under_fsdp_is_that_of_shifted_labels_and_codes(recipes_in_two_processes):
+    _, parallel, _, expected = recipes_in_two_processes
+    assert parallel[0]["smoothed"]["losses"] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.feature(SECTION, "FSDP2 by accelerate: same losses, full and sharded checkpoints")

@@ -186,7 +186,7 @@ def test_a_run_with_other_settings_is_not_continued(parents, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run()
-    with pytest.raises(ValueError, match=r"interrupted run with other settings \(learning_rate\)"):
+    with pytest.raises(ValueError, match=r"began with other settings, data or weights \(learning_rate\)"):
         run(learning_rate=2e-2)
     run(logging_steps=2)  # decides what is reported, not what is learned
     assert (tmp_path / "out" / "history.json").is_file() and not (tmp_path / "out.run").exists()
