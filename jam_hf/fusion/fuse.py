@@ -26,7 +26,7 @@ from ..model.image_processing_jam import JamImageProcessor
 from ..model.modeling_jam import JamForCausalLM
 from ..model.modeling_jam_vq import JamVQModel
 from ..model.processing_jam import JamProcessor
-from . import report, tables
+from . import chat_templates, report, tables
 from .checkpoint import BLOCK_BYTES, Parent, TensorPlan, plan_shards, specs_of, write_plans
 from .model_card import model_card
 from .parents import IMAGE_PARENTS, TEXT_PARENTS, Decoder, image_codes, picture_tokens
@@ -198,6 +198,8 @@ def plan_fusion(
     tensors = tables.plan_tensors(_specs(config), tables.table(mode, init, config), parts)
     tables.check_all_used(parts, mode)
     warnings += report.warnings(text, image, config, vocabulary, mode, init)
+    vocabulary.tokenizer.chat_template, template_warnings = chat_templates.fitted(vocabulary.tokenizer, recipe.image_token)
+    warnings += template_warnings
     plan = FusionPlan(recipe, config, vocabulary, text, image, tensors, warnings, None, None)
     if text.parent.headers_only or image.parent.headers_only:
         return plan

@@ -6,16 +6,20 @@ where the layout has it. It does not know the codebook: the model turns pixels i
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+from transformers import processing_utils
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
+from .chats_jam import chat_pictures, check_that_parts_are_written, plain_chat
 from .documents_jam import load_json, save_html, save_json, save_markdown
 from .grammar_jam import PictureGrammar
 from .infilling_jam import JamInfill
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
     from .modeling_jam import JamForCausalLM
 
 
+# A token that a user typed into a chat, as transformers marks it under `sanitize_control_tokens=True`.
+_MARKED = processing_utils._MARKED_RE
 SENTENCE_ENDS = (".", "!", "?", "…", "。", "！", "？")
 CLOSING_MARKS = " \n\"')]»”’」』"
 
@@ -177,13 +183,75 @@ class JamProcessor(ProcessorMixin):
                 ]
             images = self.image_processor.fetch_images(list(images))
             if nested or not images:
-                self.validate_inputs(images=images, text=[text] if isinstance(text, str) else text)
+                samples = [text] if isinstance(text, str) else text
+                if kwargs.get("sanitize_control_tokens"):  # what a user typed is text, and the place of no picture
+                    samples = [_MARKED.sub("", sample) for sample in samples]
+                self.validate_inputs(images=images, text=samples)
             flat = [picture for entry in images for picture in entry] if nested else images
             flat = flat or None  # a batch in which no prompt has a picture
         bos = self.tokenizer.bos_token
         if bos and text is not None and kwargs.get("add_special_tokens", True):
             text = text.removeprefix(bos) if isinstance(text, str) else [sample.removeprefix(bos) for sample in text]
+            # transformers tokenizes such texts piece by piece and puts nothing in front
+            if kwargs.get("sanitize_control_tokens") and self.tokenizer("")["input_ids"] == [self.tokenizer.bos_token_id]:
+                text = bos + text if isinstance(text, str) else [bos + sample for sample in text]
+                kwargs["add_special_tokens"] = False
         return super().__call__(images=flat, text=text, **kwargs)
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in `ProcessorMixin`; a message may be a list of texts and pictures.
+
+        Args:
+            conversation: one chat or a list of them. A picture part names its picture under "image", "url", "path", "base64"
+                or, as OpenAI has it, "image_url", as anything that the image processor reads.
+            args, kwargs: of `ProcessorMixin.apply_chat_template`. With `tokenize=True`, `images=` are the pictures of the parts
+                (and of placeholders typed into texts) that name none, in reading order: a list, or one for each chat.
+        Raises:
+            ValueError: if the template would not write the parts as text or leaves out a picture; with `tokenize=True`, if a
+                picture part brings no picture, or more pictures came than places.
+        """
+        call = inspect.signature(super().apply_chat_template).bind(conversation, *args, **kwargs).arguments
+        call |= call.pop("kwargs", {})
+        conversation = call.pop("conversation")
+        if not isinstance(conversation, (list, tuple)) or not conversation:
+            return super().apply_chat_template(conversation, **call)
+        batched = isinstance(conversation[0], (list, tuple))
+        chats = [plain_chat(chat) for chat in (conversation if batched else [conversation])]
+        # What the template itself reads, without what is about tokens.
+        others = {"tokenize", "return_tensors", "return_dict", "processor_kwargs", "sanitize_control_tokens", "images"}
+        others |= {"return_assistant_tokens_mask", "continue_final_message", "load_audio_from_video"}
+        reads = {name: value for name, value in call.items() if name not in others}
+        for chat in chats:
+            check_that_parts_are_written(chat, partial(super().apply_chat_template, **reads), self.image_token)
+        if call.get("tokenize"):
+            settings = dict(call.get("processor_kwargs") or {})
+            beside = call.pop("images", None) if "images" in call else settings.pop("images", None)
+            typed = not call.get("sanitize_control_tokens")
+            pictures = self._pictures_of_chats(chats, beside, typed)
+            if any(pictures):
+                settings["images"] = pictures if batched else pictures[0]
+            call["processor_kwargs"] = settings
+        return super().apply_chat_template(chats if batched else chats[0], **call)
+
+    def _pictures_of_chats(self, chats: list[list[Any]], beside: Any, typed: bool) -> list[list[Any]]:
+        """The pictures of each chat in reading order; `beside` came in `images=`, see `apply_chat_template`."""
+        if beside is not None and not isinstance(beside, (list, tuple)):
+            beside = [beside]
+        nested = beside is not None and any(entry is None or isinstance(entry, (list, tuple)) for entry in beside)
+        if nested and len(beside) != len(chats):
+            raise ValueError(f"images has {len(beside)} list(s) of pictures for {len(chats)} chat(s); expected one for each.")
+        if nested:
+            stocks = [list(entry) if isinstance(entry, (list, tuple)) else [entry] * (entry is not None) for entry in beside]
+        else:
+            stocks = [None if beside is None else list(beside)] * len(chats)  # one list, which the chats use up in order
+        pictures = [chat_pictures(chat, self.image_token, stock, typed) for chat, stock in zip(chats, stocks)]
+        left = sum(map(len, stocks if nested else stocks[:1])) if beside is not None else 0
+        if left:
+            raise ValueError(
+                f"images has {left} picture(s) more than the chat(s) have places without one. Expected one for each image part "
+                f"that names none and each {self.image_token} in a text."
+            )
+        return pictures
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         if self.image_row_end_token is None:

@@ -8,15 +8,19 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from datasets import Dataset, Features, List, Value
 from PIL import Image
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..model.chats_jam import chat_pictures, check_that_parts_are_written, plain_chat
 from ..model.configuration_jam import JamConfig
+from ..model.picture_input_jam import open_picture
 
 
 logger = logging.getLogger(__name__)
@@ -40,7 +44,8 @@ def encode_documents(
 
     Args:
         dataset: rows with `text` (with `<image>` placeholders) and `images`; or `caption` and `image` (a pair: the caption,
-            then its picture [C]); or `messages` (chat format, or its JSON) and `images`. No pictures: `text` alone.
+            then its picture [C]); or `messages` (chat format, or its JSON), whose parts name their pictures or leave them to
+            `images`, in order. No pictures: `text` alone.
         encode_images: pictures to raw codes, int64 `[P, N]`; needed where there are pictures.
         image_token_offset: id of image code 0; the tokenizer's `<img:0>` where `None`.
         config: of the JAM that the documents are for: its ids, and what stands in its pictures. Where `None`, a picture is
@@ -64,7 +69,9 @@ def encode_documents(
     dropped = 0
     for start in tqdm(range(0, len(dataset), batch_size), desc=description, unit="batch"):
         rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        texts, pictures = zip(*(_text_and_images(row, tokenizer, marks.placeholder) for row in rows))
+        texts, pictures = zip(
+            *(_text_and_images(row, tokenizer, marks.placeholder, start + index) for index, row in enumerate(rows))
+        )
         flat = [picture for row in pictures for picture in row]
         if flat and encode_images is None:
             raise ValueError("The documents have pictures; pass encode_images to turn them into codes.")
@@ -204,12 +211,20 @@ def _laid_out(codes: np.ndarray, num_images: int, marks: PictureMarks) -> np.nda
 
 
 def _text_and_images(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, placeholder: str
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, placeholder: str, index: int
 ) -> tuple[str, list[Image.Image]]:
     if "messages" in row:
-        messages = json.loads(row["messages"]) if isinstance(row["messages"], str) else row["messages"]
-        text = tokenizer.apply_chat_template(messages, tokenize=False).removeprefix(tokenizer.bos_token or "")
-        return text, list(row.get("images") or [])  # the tokenizer puts the <s> first, as for all documents
+        chat = plain_chat(json.loads(row["messages"]) if isinstance(row["messages"], str) else row["messages"])
+        render = partial(tokenizer.apply_chat_template, tokenize=False)
+        beside = list(row["images"]) if row.get("images") else None
+        try:
+            check_that_parts_are_written(chat, render, placeholder)
+            pictures = chat_pictures(chat, placeholder, beside)
+        except ValueError as error:
+            raise ValueError(f"Document {index}: {error}") from None
+        opened = [picture if isinstance(picture, (np.ndarray, torch.Tensor)) else open_picture(picture) for picture in pictures]
+        text = render(chat).removeprefix(tokenizer.bos_token or "")
+        return text, opened + (beside or [])  # the tokenizer puts the <s> first, as for all documents
     if "caption" in row:
         return row["caption"] + placeholder, [row["image"]]
     if "text" not in row:
