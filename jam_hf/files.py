@@ -345,15 +345,25 @@ def _remove_abandoned(target: Path) -> bool:
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Write a text file (UTF-8) aside, then rename it, once it lies on the disk."""
+    """Write a text file (UTF-8) aside, then rename it, once it lies on the disk; of two runs at once, one after the other."""
     path = Path(path)
-    with naming(path), tempfile.TemporaryDirectory(prefix=f".{path.name}.partial-", dir=path.parent) as folder:
-        aside = Path(folder) / path.name  # made in the usual way, so that others may read it
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+    aside = path.with_name(f".{path.name}.partial")  # one name, so that what a killed run left is gone with the next
+    with naming(path):
+        while True:
+            with aside.open("a+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if not _is_still(aside, file):
+                    continue
+                try:
+                    file.truncate(0)
+                    file.write(text.encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+                    aside.replace(path)
+                except BaseException:
+                    aside.unlink(missing_ok=True)
+                    raise
+                return
 
 
 @contextlib.contextmanager

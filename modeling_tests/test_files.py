@@ -312,6 +312,24 @@ def test_errors_that_are_not_the_disks_stay_what_they_are():
         open("/nowhere")
 
 
+def test_what_a_killed_run_left_of_a_file_is_gone_with_the_next(tmp_path):
+    (tmp_path / ".card.md.partial").write_text("half of something much longer")
+    write_whole(tmp_path / "card.md", "text\n")
+    assert (tmp_path / "card.md").read_bytes() == b"text\n" and [path.name for path in tmp_path.iterdir()] == ["card.md"]
+
+
+def test_many_writers_of_one_file_leave_a_whole_one(tmp_path):
+    texts = [str(number) * 100_000 for number in range(6)]
+    threads = [
+        threading.Thread(target=lambda text=text: [write_whole(tmp_path / "x", text) for _ in range(5)]) for text in texts
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (tmp_path / "x").read_text() in texts and [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
 # ----- notes ------------------------------------------------------------------------------------------------------------
 
 
