@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..files import write_whole
 from .tensor_files import DTYPES, TensorFile, TensorFileWriter, TensorSpec, no_duplicates
@@ -58,11 +58,13 @@ class Parent:
         self.hub_id: str | None = None  # where the parent can be found by others
         self.revision: str | None = None
         self.license: str | None = None
+        self.generation_config: GenerationConfig | None = None  # of a model in memory
         self._state: dict[str, torch.Tensor] = {}
         self._files: dict[str, TensorFile] = {}
         if isinstance(source, PreTrainedModel):
             self.name, self.folder = source.name_or_path or type(source).__name__, None
             self.config: PreTrainedConfig = source.config
+            self.generation_config = getattr(source, "generation_config", None)
             _refuse_quantised(self.config, self.name, role)
             self._state = {key: tensor.detach().cpu() for key, tensor in source.state_dict().items()}
             self.specs = {key: TensorSpec(tuple(tensor.shape), tensor.dtype) for key, tensor in self._state.items()}

@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from ..model.modeling_jam_vq import JamVQModel
 from ..model.processing_jam import JamProcessor
 from . import chat_templates, report, tables
 from .checkpoint import BLOCK_BYTES, Parent, TensorPlan, plan_shards, specs_of, write_plans
+from .generation_defaults import one_or_list, stop_ids, text_sampling
 from .model_card import model_card
 from .parents import IMAGE_PARENTS, TEXT_PARENTS, Decoder, image_codes, picture_tokens
 from .recipe import FusionRecipe
@@ -53,6 +54,7 @@ class FusionPlan:
     warnings: list[str]
     digest: str | None  # None: weights were not read, only their headers
     fingerprint: str | None  # None: an input is in memory, so that a stopped run cannot be taken up again
+    sampling: dict[str, Any] = field(default_factory=dict)  # defaults of generation, by the JAM's names
 
     @property
     def num_bytes(self) -> int:
@@ -182,6 +184,10 @@ def plan_fusion(
     warnings += _read_otherwise(image_tokenizer, "image parent", "image_tokenizer")
     codes = image_codes(image, vq.config.num_vq_embeddings, recipe.image_token_offset, image_tokenizer or tokenizer)
     vocabulary = _vocabulary(tokenizer, image_tokenizer, text, image, codes.rows, vq, recipe)
+    ends, end_warnings = stop_ids(text.parent, text.vocab_size, tokenizer, vocabulary.added)
+    vocabulary.ids["eos_token_id"] = one_or_list(ends)
+    sampling, sampling_warnings = text_sampling(text.parent, image.parent)
+    warnings += [*end_warnings, *sampling_warnings]
     config = jam_config(
         text,
         image,
@@ -200,7 +206,7 @@ def plan_fusion(
     warnings += report.warnings(text, image, config, vocabulary, mode, init)
     vocabulary.tokenizer.chat_template, template_warnings = chat_templates.fitted(vocabulary.tokenizer, recipe.image_token)
     warnings += template_warnings
-    plan = FusionPlan(recipe, config, vocabulary, text, image, tensors, warnings, None, None)
+    plan = FusionPlan(recipe, config, vocabulary, text, image, tensors, warnings, None, None, sampling)
     if text.parent.headers_only or image.parent.headers_only:
         return plan
     contents = (
@@ -209,6 +215,7 @@ def plan_fusion(
         _digest(vq_state),
         _tokenizer_digest(tokenizer),
         _tokenizer_digest(image_tokenizer) if image_tokenizer is not None else None,
+        f"{ends} {sorted(sampling.items())}",
     )
     digest = recipe.digest(*contents)
     identities = text.parent.identity(), image.parent.identity()
@@ -255,6 +262,7 @@ def _write_small_files(plan: FusionPlan, folder: Path) -> None:
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
         generation_mode="interleaved",
+        **plan.sampling,
     ).save_pretrained(folder)
     tokenizer = vocabulary.tokenizer
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # what is saved is what it was made with

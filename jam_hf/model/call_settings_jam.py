@@ -50,6 +50,14 @@ def settle(config: Any, arguments: dict[str, Any], passed_config: Any, own_confi
     config.passed_settings = sorted(passed)
 
 
+def end_ids(eos_token_id: Any) -> list[int]:
+    """What ends a document, as settings have it: one id, several, None, or -1 for none (continuous batching)."""
+    if eos_token_id is None:
+        return []
+    ids = torch.as_tensor(eos_token_id).reshape(-1).tolist()
+    return [int(i) for i in ids if i >= 0]
+
+
 def document_rules(config: Any) -> DocumentRules | None:
     """None without a grammar."""
     least, most, after, places = (getattr(config, name) for name in LAYOUT_SETTINGS)
@@ -102,6 +110,7 @@ __all__ = [
     "LAYOUT_SETTINGS",
     "MODALITY_SETTINGS",
     "document_rules",
+    "end_ids",
     "guidance_settings",
     "negative_prompts",
     "settle",

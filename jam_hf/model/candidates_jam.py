@@ -18,7 +18,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.configuration_utils import GenerationMode
 
-from .call_settings_jam import document_rules
+from .call_settings_jam import document_rules, end_ids
 from .grammar_jam import PictureGrammar
 from .reranking_jam import PictureCandidates, Reranker, checked_scores, reranker_of
 
@@ -89,8 +89,8 @@ class _Documents:
     def __init__(self, model: JamForCausalLM, settings: GenerationConfig, kwargs: dict[str, Any]):
         """`settings` are complete; `kwargs` is everything else that was given to `generate()`."""
         self.model, self.settings = model, settings
-        eos, pad = settings.eos_token_id, settings.pad_token_id
-        self.pad = pad if pad is not None else eos[0] if isinstance(eos, list) else eos or 0  # as GenerationMixin has it
+        ends, pad = end_ids(settings.eos_token_id), settings.pad_token_id
+        self.pad = pad if pad is not None else ends[0] if ends else 0  # as GenerationMixin has it
         self.grammar = PictureGrammar(model.config)
         self.criteria = kwargs.pop("stopping_criteria", None)
         self.allowed_fn = kwargs.pop("prefix_allowed_tokens_fn", None)

@@ -566,6 +566,23 @@ class JamConfig(PreTrainedConfig):
         ids = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
         return [i for i in ids if i is not None]
 
+    def document_end(self, tokenizer_eos_token_id: int | None) -> int:
+        """The id in which documents for training end: the tokenizer's eos where `generate()` stops there, else the first of
+        `eos_token_ids`.
+
+        Raises:
+            ValueError: if neither says one.
+        """
+        ids = self.eos_token_ids
+        if ids and tokenizer_eos_token_id not in ids:
+            return ids[0]
+        if tokenizer_eos_token_id is None:
+            raise ValueError(
+                "Neither the tokenizer (eos_token) nor the config (eos_token_id) says what ends a document. Set eos_token_id in "
+                "config.json and generation_config.json."
+            )
+        return tokenizer_eos_token_id
+
     @property
     def picture_end_token_id(self) -> int:
         """The token that closes a picture: `image_end_token_id`, or else `<break>`."""

@@ -12,6 +12,8 @@ import torch
 from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from .call_settings_jam import end_ids
+
 
 if TYPE_CHECKING:
     from .modeling_jam import JamForCausalLM
@@ -94,9 +96,9 @@ class DocumentStreamer(BaseStreamer):
         self.first_code, self.end_of_codes = config.image_token_offset, config.image_token_offset + config.num_image_tokens
         self.marks = {config.break_token_id, config.picture_end_token_id}
         self.structure = set(config.picture_structure_token_ids)
-        eos, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
+        ends, pad = end_ids(model.generation_config.eos_token_id), model.generation_config.pad_token_id
         pad = pad_token_id if pad_token_id is not None else pad
-        self.pad = pad if pad is not None else eos[0] if isinstance(eos, list) else eos  # as GenerationMixin has it
+        self.pad = pad if pad is not None else ends[0] if ends else None  # as GenerationMixin has it
         self.rows: list[_Row] | None = None
         self.events: list[Event] = []
 

@@ -31,6 +31,7 @@ from .call_settings_jam import (
     GUIDANCE_SETTINGS,
     JAM_SETTINGS,
     document_rules,
+    end_ids,
     guidance_settings,
     negative_prompts,
     settle,
@@ -337,8 +338,7 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         if generation_config.is_assistant:  # a draft model: the processors of the model it drafts for come with the call
             return processors
 
-        eos = generation_config.eos_token_id
-        grammar = PictureGrammar(self.config, eos if isinstance(eos, list) else [eos])
+        grammar = PictureGrammar(self.config, end_ids(generation_config.eos_token_id))
         embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
         embedded = embeds.shape[1] if embeds is not None and not input_ids_seq_length else 0
         read = input_ids_seq_length + embedded if mask is None else mask.sum(1)
@@ -436,11 +436,10 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
 
     def _continuous_grammar(self, generation_config: Any) -> list[PictureGrammarContinuousLogitsProcessor]:
         """None, or the one of the grammar, where this is not a call of `generate()`."""
-        rules, eos = document_rules(generation_config), generation_config.eos_token_id
+        rules = document_rules(generation_config)
         if rules is None:
             return []
-        ends = [i for i in (eos if isinstance(eos, list) else [eos]) if i is not None and i >= 0]
-        grammar = PictureGrammar(self.config, ends)
+        grammar = PictureGrammar(self.config, end_ids(generation_config.eos_token_id))
         return [PictureGrammarContinuousLogitsProcessor(grammar, rules, self.config.max_position_embeddings)]
 
     def _has_image_rows(self) -> bool:

@@ -111,7 +111,8 @@ class PictureGrammar:
         reserved = [config.image_token_id, config.mask_end_token_id, config.pad_token_id]
         reserved += [config.mask_token_id + i for i in range(config.num_mask_tokens)]
         reserved += [*self.structure, config.image_end_token_id]
-        self.reserved = [i for i in reserved if i is not None and i not in self.eos_token_ids]
+        ends = {*self.eos_token_ids, *config.eos_token_ids}  # one that pads as well is an end, or text where a call has others
+        self.reserved = [i for i in reserved if i is not None and i not in ends]
         # What stands at each position of a picture (-1: a code), the closing token last, and its kind of set.
         self.next_ids = (*self.template, self.end_token_id)
         self.fixed_ids = tuple(dict.fromkeys(i for i in self.next_ids if i >= 0))

@@ -172,12 +172,8 @@ def masked_documents(
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(sample, str) for sample in texts):
         raise ValueError(f"infill: text must be a string or a non-empty list of strings, got {text!r:.80}.")
-    if tokenizer.eos_token_id not in config.eos_token_ids:
-        raise ValueError(
-            "infill: documents end in the tokenizer's eos_token, behind which the gaps are filled; it is "
-            f"{tokenizer.eos_token!r} (id {tokenizer.eos_token_id}), and the config's eos_token_id is {config.eos_token_id}. "
-            "Both must name one token."
-        )
+    if not config.eos_token_ids:
+        raise ValueError("infill: gaps are filled behind a document's end, and the config's eos_token_id says none. Set it.")
     pictures, masks = (
         _row_by_row(value, isinstance(text, str), len(texts), name)
         for value, name in ((images, "images"), (image_masks, "image_masks"))
@@ -242,7 +238,7 @@ def _masked_document(
     mark = config.mask_token_id
     first, last = config.image_token_offset, config.image_token_offset + config.num_image_tokens
     never = {*ids_that_are_no_text(config), *range(first, last)} - {mark, config.image_token_id, tokenizer.bos_token_id}
-    never -= {config.bos_token_id, tokenizer.eos_token_id}
+    never -= {config.bos_token_id, *config.eos_token_ids}
     if wrong := [token for token in ids if token in never]:
         raise ValueError(
             f"the text has the token {tokenizer.convert_ids_to_tokens(wrong[0])!r}. Write {processor.image_token} for a "
@@ -261,7 +257,7 @@ def _masked_document(
             name = f"image_masks[{index}]"
             masker.picture(pictures[index], None if regions is None else picture_mask(regions, config.grid_size, name))
     masker.text(ids[position:])
-    return masker.finish(tokenizer.eos_token_id)
+    return masker.finish(config.document_end(tokenizer.eos_token_id))
 
 
 __all__ = ["DocumentMasker", "MaskedDocument", "masked_documents", "picture_mask"]

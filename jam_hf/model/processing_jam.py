@@ -395,7 +395,7 @@ class JamProcessor(ProcessorMixin):
         first, last = config.image_token_offset, config.image_token_offset + config.num_image_tokens
         marks = {config.break_token_id, config.picture_end_token_id}
         left_out = set(config.picture_structure_token_ids)
-        left_out |= {config.pad_token_id} - {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id}
+        left_out |= {config.pad_token_id} - {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, *config.eos_token_ids}
         documents: list[list[dict[str, Any]]] = []
         pictures: list[tuple[dict[str, Any], list[int]]] = []
         for ids in rows:

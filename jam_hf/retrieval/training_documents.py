@@ -93,7 +93,8 @@ def _document(
     captions = caption_ids(processor, [*(document["text"] for document in retrieved), text])
     if max_length is not None:
         around = processor.tokenizer("")["input_ids"]
-        around += [] if around[-1:] == [processor.tokenizer.eos_token_id] else [processor.tokenizer.eos_token_id]
+        end = model.config.document_end(processor.tokenizer.eos_token_id)
+        around += [] if around[-1:] == [end] else [end]
         *lengths, own = (len(ids) + model.config.picture_length + 2 for ids in captions)
         retrieved = retrieved[: how_many_fit(lengths, max_length - own - len(around))]
     return {

@@ -48,7 +48,7 @@ def encode_documents(
             `images`, in order. No pictures: `text` alone.
         encode_images: pictures to raw codes, int64 `[P, N]`; needed where there are pictures.
         image_token_offset: id of image code 0; the tokenizer's `<img:0>` where `None`.
-        config: of the JAM that the documents are for: its ids, and what stands in its pictures. Where `None`, a picture is
+        config: of the JAM that the documents are for: its ids, ends, and what stands in its pictures. Where `None`, a picture is
             `<break> codes <break>`, by the tokenizer's ids.
         marks: instead of these two, what another model's pictures are made of (an image parent's, say).
         max_length, too_long: documents with more tokens raise ("error") or are left out with a warning ("drop"); none is cut.
@@ -65,6 +65,10 @@ def encode_documents(
         marks = _picture_marks(tokenizer, image_token_offset, config)
     elif image_token_offset is not None or config is not None:
         raise ValueError("encode_documents: marks say what image_token_offset and config say; pass one of the three.")
+    ends = [] if config is None else config.eos_token_ids
+    end = tokenizer.eos_token_id if config is None else config.document_end(tokenizer.eos_token_id)
+    if end is None:
+        raise ValueError("encode_documents: the tokenizer has no eos_token to end a document in. Pass the JAM's config.")
     documents: list[np.ndarray] = []
     dropped = 0
     for start in tqdm(range(0, len(dataset), batch_size), desc=description, unit="batch"):
@@ -96,8 +100,8 @@ def encode_documents(
                 position = place + 1
             parts.append(ids[position:])
             document = np.concatenate(parts).astype(np.int32)
-            if document[-1] != tokenizer.eos_token_id:
-                document = np.append(document, np.int32(tokenizer.eos_token_id))
+            if document[-1] not in (end, *ends):
+                document = np.append(document, np.int32(end))
             if max_length is not None and len(document) > max_length:
                 if too_long == "error":
                     raise ValueError(

@@ -484,6 +484,11 @@ def test_what_is_no_infill_is_not_put_back(layout_jam, layout_tokenizer):  # noq
 
 def test_a_document_must_have_an_end(layout_jam, layout_tokenizer, monkeypatch):  # noqa: F811
     processor = layout_processor(layout_tokenizer, "plain")
-    monkeypatch.setattr(layout_jam("plain").config, "eos_token_id", [END, 90])
-    with pytest.raises(ValueError, match=r"'</s>' \(id 2\), and the config's eos_token_id is \[316, 90\]"):
+    config = layout_jam("plain").config
+    monkeypatch.setattr(config, "eos_token_id", [END, 90])  # where `generate` stops, whatever the tokenizer calls an end
+    assert processor.infill("a<mask>", model=layout_jam("plain")).documents[0].ids[-1] == END
+    monkeypatch.setattr(config, "eos_token_id", [90, 2])
+    assert processor.infill("a<mask>", model=layout_jam("plain")).documents[0].ids[-1] == 2
+    monkeypatch.setattr(config, "eos_token_id", None)
+    with pytest.raises(ValueError, match="the config's eos_token_id says none"):
         processor.infill("a<mask>", model=layout_jam("plain"))
