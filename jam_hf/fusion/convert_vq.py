@@ -21,6 +21,7 @@ from ..files import check_apart, whole_folder
 from ..model.configuration_jam import JamVQConfig
 from ..model.modeling_jam_vq import JamVQModel
 from .checkpoint import Parent
+from .preprocessing import image_processing_of
 from .vq_tables import (
     LAYOUTS,
     LINEAR_IN_DIFFUSERS,
@@ -80,8 +81,14 @@ def convert_vq(
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}.")
     check_apart(output_dir, source, called="the input")
-    model, layout = _converted(_open(source, allow_pickle), layout, sample_size, codebook_l2_norm)
+    parent = None if Path(source).is_file() else Parent(source, "VQ model")
+    origin = _open(source, allow_pickle) if parent is None else _inside(parent)
+    model, layout = _converted(origin, layout, sample_size, codebook_l2_norm)
     config = model.config
+    if parent is not None:
+        config.image_processing, warnings = image_processing_of(parent, None, config.sample_size)
+        for warning in warnings:
+            print(warning)
     with whole_folder(output_dir, overwrite) as folder:
         model.save_pretrained(folder)
         _check_saved(folder, model)
@@ -135,8 +142,6 @@ def _converted(
 
 def _open(source: str | os.PathLike, allow_pickle: bool) -> Source:
     path = Path(source)
-    if not path.is_file():
-        return _inside(Parent(source, "VQ model"))
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     if path.suffix not in OLD_FILES:

@@ -31,6 +31,7 @@ from .checkpoint import BLOCK_BYTES, Parent, TensorPlan, plan_shards, specs_of, 
 from .generation_defaults import one_or_list, stop_ids, text_sampling
 from .model_card import model_card
 from .parents import IMAGE_PARENTS, TEXT_PARENTS, Decoder, image_codes, picture_tokens
+from .preprocessing import image_processing_of
 from .recipe import FusionRecipe
 from .shapes import check_parents, jam_config
 from .tensor_files import TensorSpec, named_dtype
@@ -175,6 +176,10 @@ def plan_fusion(
     check_parents(text, image, mode, init)
     vq, vq_warnings = vq_model_of(vq_model, image, recipe.image_size)
     warnings += vq_warnings
+    processing, processing_warnings = image_processing_of(
+        image.parent, None if vq_model is None else vq.config, vq.config.sample_size
+    )
+    warnings += processing_warnings
     tokenizer = _tokenizer(tokenizer, text.parent)
     image_tokenizer = _image_tokenizer(image_tokenizer, image.parent)
     check_added_ids(tokenizer, "text parent")
@@ -197,6 +202,7 @@ def plan_fusion(
         recipe.cross_attention_interval,
         {"vocab_size": vocabulary.size, **vocabulary.ids, **codes.head_config},
     )
+    config.vq_config.image_processing = processing
     config.dtype = wanted or _dtype(text, image)
     config.architectures = ["JamForCausalLM"]
     vq_state = {key: tensor if tensor.is_meta else tensor.cpu() for key, tensor in vq.state_dict().items()}
@@ -215,7 +221,7 @@ def plan_fusion(
         _digest(vq_state),
         _tokenizer_digest(tokenizer),
         _tokenizer_digest(image_tokenizer) if image_tokenizer is not None else None,
-        f"{ends} {sorted(sampling.items())}",
+        f"{ends} {sorted(sampling.items())} {sorted((processing or {}).items())}",
     )
     digest = recipe.digest(*contents)
     identities = text.parent.identity(), image.parent.identity()
@@ -269,7 +275,7 @@ def _write_small_files(plan: FusionPlan, folder: Path) -> None:
     for name in ("is_local", "local_files_only"):  # how it was read here, which transformers would write down
         tokenizer.init_kwargs.pop(name, None)
     processor = JamProcessor(
-        JamImageProcessor.from_size(config.vq_config.sample_size),
+        JamImageProcessor.from_vq_config(config.vq_config),
         tokenizer,
         image_seq_length=config.image_seq_length,
         image_token=recipe.image_token,

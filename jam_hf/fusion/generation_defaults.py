@@ -63,8 +63,8 @@ def stop_ids(
     warnings = []
     if never := [i for i in found if i not in ids]:
         warnings.append(
-            f"The {parent.role} ends documents at {found}; {never} are no tokens of its vocabulary of {vocab_size}, so it never "
-            "wrote them. They are left out."
+            f"The {parent.role} ends documents at {found}; {never} are no tokens of its vocabulary of {vocab_size}, so it "
+            "never wrote them. They are left out."
         )
         ids = ids or as_ids(tokenizer.eos_token_id)
     if not ids:

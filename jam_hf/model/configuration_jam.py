@@ -60,6 +60,9 @@ class JamVQConfig(PreTrainedConfig):
             `diffusers.VQModel`. Channels, depth and codebook are then read from it.
         codebook_l2_norm (`bool`, defaults to `False`): with a Janus `vqvae_config`, normalise latents and codebook before the
             nearest code is searched, as LlamaGen does (transformers' class does not).
+        image_processing (`dict`, *optional*): how pictures become `pixel_values`, as arguments of [`JamImageProcessor`] that
+            differ from its own: `resample`, `image_mean`, `image_std`, `rescale_factor`, `size`, `letterbox`, ... What the
+            codes were learned from; `fuse` and `convert_vq` read it off the image parent.
 
         The remaining arguments have the meaning that diffusers gives them. The defaults are our reconstruction of the
         paper's tokenizer (Gafni et al. 2022: 256x256 pixels to 32x32 codes out of 8192); its weights are not public.
@@ -86,6 +89,7 @@ class JamVQConfig(PreTrainedConfig):
     has_decoder: bool = True
     vqvae_config: dict | PreTrainedConfig | None = None
     codebook_l2_norm: bool = False
+    image_processing: dict | None = None
 
     def __post_init__(self, **kwargs):
         if isinstance(self.vqvae_config, dict) and "model_type" not in self.vqvae_config:
@@ -161,6 +165,17 @@ class JamVQConfig(PreTrainedConfig):
     def vq_class(self) -> str:
         """Whose class runs the weights: "diffusers", "janus" or "emu3"."""
         return "diffusers" if self.vqvae_config is None else VQVAE_CLASSES[self.vqvae_config.model_type]
+
+    @property
+    def pixel_range(self) -> tuple[float, float]:
+        """The least and the largest of `pixel_values`: [-1, 1], and what `image_processing` makes of 0 and 255 where more."""
+        said = self.image_processing or {}
+        white = 255 * said.get("rescale_factor", 1 / 255)
+        means, stds = said.get("image_mean", [0.5] * 3), said.get("image_std", [0.5] * 3)
+        if not said.get("do_normalize", True):
+            means, stds = [0.0], [1.0]
+        ends = [(value - mean) / std for value in (0, white) for mean, std in zip(means, stds)]
+        return min(-1.0, *ends), max(1.0, *ends)
 
     @property
     def downsampling_factor(self) -> int:
@@ -578,8 +593,8 @@ class JamConfig(PreTrainedConfig):
             return ids[0]
         if tokenizer_eos_token_id is None:
             raise ValueError(
-                "Neither the tokenizer (eos_token) nor the config (eos_token_id) says what ends a document. Set eos_token_id in "
-                "config.json and generation_config.json."
+                "Neither the tokenizer (eos_token) nor the config (eos_token_id) says what ends a document. Set "
+                "eos_token_id in config.json and generation_config.json."
             )
         return tokenizer_eos_token_id
 

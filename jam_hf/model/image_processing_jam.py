@@ -5,21 +5,33 @@ It knows pixels only. PIL and numpy do the work: torchvision, which has no CPU b
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import PILImageResampling
+from transformers.image_utils import PILImageResampling, SizeDict
+from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .picture_input_jam import open_picture, picture_of_array
 from .remote_code_jam import AUTO_MAP  # noqa: F401  (its file brings all the others along)
 
 
+if TYPE_CHECKING:
+    from .configuration_jam import JamVQConfig
+
+
+class JamImagesKwargs(ImagesKwargs, total=False):
+    """letterbox (`bool`), min_size (`int`): see [`JamImageProcessor`]."""
+
+    letterbox: bool
+    min_size: int
+
+
 class JamImageProcessor(PilBackend):
-    """Resize the shorter side to `size`, cut the centre square, scale to [-1, 1].
+    """Resize the shorter side to `size`, cut the centre square, scale to [-1, 1]; or what the image parent's processor does.
 
     Grey pictures become RGB, transparent ones are laid on white (not with `do_convert_rgb=False`, which leaves the channels as
     they are); the sides may have any length. Whatever way a picture comes, path, URL, base64, PIL, array, it is decoded by one
@@ -29,6 +41,9 @@ class JamImageProcessor(PilBackend):
     Args:
         size (`dict`, defaults to `{"shortest_edge": 256}`), crop_size (`dict`, defaults to 256x256): in pixels; both the
             side that `JamVQConfig.sample_size` says.
+        letterbox (`bool`, defaults to `False`): as Janus does, resize the longer side instead, and pad the shorter one on both
+            sides with `image_mean` to a square. Nothing is cut then.
+        min_size (`int`, defaults to 14): with `letterbox`, the least that the shorter side becomes, in pixels.
     """
 
     resample = PILImageResampling.BICUBIC
@@ -43,15 +58,24 @@ class JamImageProcessor(PilBackend):
     rescale_factor = 1 / 255
     do_normalize = True
     do_convert_rgb = True
+    letterbox = False
+    min_size = 14
     model_input_names = ["pixel_values"]
+    valid_kwargs = JamImagesKwargs
 
-    def __init__(self, **kwargs: Unpack[ImagesKwargs]):
+    def __init__(self, **kwargs: Unpack[JamImagesKwargs]):
         super().__init__(**kwargs)
 
     @classmethod
     def from_size(cls, image_size: int, **kwargs: Any) -> JamImageProcessor:
         """The image processor for square pictures of `image_size` pixels."""
-        return cls(size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}, **kwargs)
+        sizes = {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
+        return cls(**{**sizes, **kwargs})
+
+    @classmethod
+    def from_vq_config(cls, config: JamVQConfig) -> JamImageProcessor:
+        """The image processor for what a VQ model learned from (`JamVQConfig.image_processing`)."""
+        return cls.from_size(config.sample_size, **(config.image_processing or {}))
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Open pictures, one or (nested) lists of them, by the one decoder of `open_picture`; arrays pass.
@@ -100,15 +124,26 @@ class JamImageProcessor(PilBackend):
             )
         if any(in_unit_range):  # in 8 bits again: where transformers resizes floats, it cuts off fractions
             images = [(image * 255).round().astype(np.uint8) for image in images]
-            do_rescale, rescale_factor = True, 1 / 255
+            do_rescale, rescale_factor = True, self.rescale_factor
         scales = {"do_rescale": do_rescale, "do_normalize": do_normalize, "rescale_factor": rescale_factor}
+        if kwargs.pop("letterbox", False):
+            side = kwargs["crop_size"].height
+            resize = {"size": SizeDict(height=side, width=side), "resample": kwargs["resample"], "min_size": kwargs["min_size"]}
+            colour = tuple(int(mean * 255) for mean in kwargs["image_mean"])
+            images = [JanusImageProcessorPil.resize(self, image, **resize) for image in images]
+            images = [JanusImageProcessorPil.pad_to_square(self, image, colour) for image in images]
+            kwargs |= {"do_resize": False, "do_center_crop": False}
         return super()._preprocess(images, *args, **scales, **kwargs)
 
     def postprocess(self, pixel_values: torch.Tensor) -> list[Image.Image]:
-        """Float `[P, 3, H, W]` in [-1, 1] (as `decode_image_tokens` returns it) to P RGB pictures."""
-        mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in (self.image_mean, self.image_std))
-        pixels = pixel_values.detach().float().cpu() * std + mean
-        pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        """Float `[P, 3, H, W]` (as `decode_image_tokens` returns it) to P RGB pictures: scaling and normalising undone."""
+        pixels = pixel_values.detach().float().cpu()
+        if self.do_normalize:
+            mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in (self.image_mean, self.image_std))
+            pixels = pixels * std + mean
+        if self.do_rescale:
+            pixels = pixels * (1 / self.rescale_factor)
+        pixels = pixels.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         return [Image.fromarray(picture) for picture in pixels]
 
 

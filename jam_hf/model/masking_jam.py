@@ -168,7 +168,7 @@ def masked_documents(
     Raises:
         ValueError: if the arguments do not fit each other; the message names the document.
     """
-    config, tokenizer = model.config, processor.tokenizer
+    config = model.config
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(sample, str) for sample in texts):
         raise ValueError(f"infill: text must be a string or a non-empty list of strings, got {text!r:.80}.")

@@ -72,7 +72,7 @@ class JamModel(JamPreTrainedModel):
         if tokens.is_floating_point() or (tokens.numel() and (tokens.min() < first or tokens.max() >= last)):
             found = tokens.dtype if tokens.is_floating_point() else f"{int(tokens.min())}..{int(tokens.max())}"
             raise ValueError(f"image_tokens must be the ids of image codes, {first}..{last - 1}, got {found}.")
-        return self.vq_model.decode(tokens - first).clamp(-1.0, 1.0)
+        return self.vq_model.decode(tokens - first).clamp(*self.config.vq_config.pixel_range)
 
     def insert_image_tokens(self, input_ids: torch.LongTensor, pixel_values: torch.Tensor) -> torch.LongTensor:
         """Replace the placeholders `<image>` of `input_ids` `[B, T]` by the codes of the pictures, in reading order.

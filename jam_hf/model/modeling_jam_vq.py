@@ -77,10 +77,13 @@ class JamVQModel(PreTrainedModel):
                 f"pixel_values must have the shape [pictures, {', '.join(map(str, expected))}], got "
                 f"{list(pixel_values.shape)}. JamImageProcessor makes pictures of the right size."
             )
-        largest = pixel_values.abs().max()
+        largest, (low, high) = pixel_values.abs().max(), self.config.pixel_range
         torch_compilable_check(
-            largest <= 1.01,  # not so for NaN either
-            lambda: f"pixel_values must be in [-1, 1], got a value of size {largest:g}. JamImageProcessor scales pictures so.",
+            largest <= 1.01 * max(-low, high),  # not so for NaN either
+            lambda: (
+                f"pixel_values must be in [{low:g}, {high:g}], got a value of size {largest:g}. JamImageProcessor scales "
+                "pictures so."
+            ),
         )
 
     @torch.no_grad()

@@ -46,7 +46,9 @@ class PictureCandidates:
     @cached_property
     def pictures(self) -> list[Image.Image]:
         """C RGB pictures."""
-        return JamImageProcessor().postprocess(self.model.decode_image_tokens(self.codes))
+        return JamImageProcessor.from_vq_config(self.model.config.vq_config).postprocess(
+            self.model.decode_image_tokens(self.codes)
+        )
 
     @cached_property
     def text(self) -> str:

@@ -110,7 +110,7 @@ class _Measurements:
 
     def round_trip(self) -> dict[str, float]:
         vq, pairs = self.run.vq(), self.run.data("pairs")
-        processor = JamImageProcessor.from_size(vq.config.sample_size)
+        processor = JamImageProcessor.from_vq_config(vq.config)
         images = [image for split in ("validation", "unseen_single", "unseen_pair") for image in pairs[split]["image"]]
         expected = [Picture.from_json(p) for s in ("validation", "unseen_single", "unseen_pair") for p in pairs[s]["picture"]]
         codes = torch.from_numpy(encode_images(vq, images))
@@ -235,6 +235,6 @@ def draw_with_chameleon(model: Any, tokenizer: Any, vq: Any, captions: list[str]
         written = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=size**2, do_sample=False, suppress_tokens=others
         )
-        pixels = vq.decode(code_of[written[:, ids.shape[1] :]]).clamp(-1, 1)
-        images += JamImageProcessor.from_size(vq.config.sample_size).postprocess(pixels)
+        pixels = vq.decode(code_of[written[:, ids.shape[1] :]]).clamp(*vq.config.pixel_range)
+        images += JamImageProcessor.from_vq_config(vq.config).postprocess(pixels)
     return images

@@ -69,7 +69,7 @@ def codes_and_pictures(
                 f"{config.image_seq_length} in 0..{config.num_vq_embeddings - 1}, as this VQ model makes them."
             )
     codes_PN = torch.tensor(batch["codes"])
-    return codes_PN.numpy(), processor.image_processor.postprocess(vq_model.decode(codes_PN).clamp(-1, 1))
+    return codes_PN.numpy(), processor.image_processor.postprocess(vq_model.decode(codes_PN).clamp(*config.pixel_range))
 
 
 def codebook_of(vq_model: JamVQModel) -> dict[str, Any]:

@@ -48,8 +48,8 @@ def encode_documents(
             `images`, in order. No pictures: `text` alone.
         encode_images: pictures to raw codes, int64 `[P, N]`; needed where there are pictures.
         image_token_offset: id of image code 0; the tokenizer's `<img:0>` where `None`.
-        config: of the JAM that the documents are for: its ids, ends, and what stands in its pictures. Where `None`, a picture is
-            `<break> codes <break>`, by the tokenizer's ids.
+        config: of the JAM that the documents are for: its ids, ends, and what stands in its pictures. Where `None`, a
+            picture is `<break> codes <break>`, by the tokenizer's ids.
         marks: instead of these two, what another model's pictures are made of (an image parent's, say).
         max_length, too_long: documents with more tokens raise ("error") or are left out with a warning ("drop"); none is cut.
     Returns:

@@ -46,8 +46,8 @@ class VQTrainingSettings:
 
 
 def pixels_of(images: Sequence[Image.Image], model: JamVQModel, batch_size: int = 512) -> torch.Tensor:
-    """Pictures to float `[P, 3, H, W]` in [-1, 1], by the same image processor that inference uses."""
-    processor = JamImageProcessor.from_size(model.config.sample_size)
+    """Pictures to float `[P, 3, H, W]` in `config.pixel_range`, by the same image processor that inference uses."""
+    processor = JamImageProcessor.from_vq_config(model.config)
     parts = [
         processor(images[i : i + batch_size], return_tensors="pt")["pixel_values"] for i in range(0, len(images), batch_size)
     ]

@@ -1,0 +1,132 @@
+"""How an image parent makes pixels of pictures, as settings of [`JamImageProcessor`].
+
+It knows image processors of transformers, by what they do: resize a side, cut the centre (Chameleon), pad to a square (Janus),
+resize to an area (Emu3). What others do is not guessed at.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from transformers import AutoImageProcessor
+from transformers.image_processing_backends import PilBackend
+from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
+from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor
+from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
+
+from ..model.configuration_jam import JamVQConfig
+from ..model.image_processing_jam import JamImageProcessor
+from .checkpoint import Parent
+
+
+_HAVE_PICTURES = (
+    "chameleon",
+    "emu3",
+    "janus",
+)  # their files say how pictures are read; a plain LM's may say it of something else
+_VALUES = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+
+
+def image_processing_of(parent: Parent, given: JamVQConfig | None, sample_size: int) -> tuple[dict[str, Any] | None, list[str]]:
+    """`JamVQConfig.image_processing` for a JAM of this image parent, and what a user should know of it.
+
+    What the parent's own preprocessor_config.json (or processor_config.json) says; without one, what the config of the VQ
+    model that was given says (`convert_vq` leaves it there); without that, for a Chameleon its class, of which all published ones are.
+
+    Args:
+        given: of a VQ model that is not the parent's own. sample_size: side of the JAM's pictures in pixels.
+    Raises:
+        ValueError: if the parent's file cannot be read, or its class does what `JamImageProcessor` cannot.
+    """
+    kind = parent.config.model_type
+    own = _processor(parent)
+    if own is None and given is not None and given.image_processing is not None:
+        return given.image_processing, []
+    if own is None and kind == "chameleon":
+        own = ChameleonImageProcessorPil()
+    elif own is None:
+        warning = (
+            f"The {parent.role} brings no preprocessor_config.json: the JAM resizes the shorter side (BICUBIC), cuts the "
+            "centre square and scales to [-1, 1]. If the parent saw pictures otherwise, put its file into its folder and fuse again."
+        )
+        return None, [warning] if kind in _HAVE_PICTURES else []
+    try:
+        settings, warnings = _settings(own, sample_size, parent.role)
+    except ValueError as error:
+        if kind in _HAVE_PICTURES:
+            raise
+        return (None if given is None else given.image_processing), [f"{error} It is passed over."]
+    return settings, warnings
+
+
+def _processor(parent: Parent) -> Any:
+    """The image processor of the parent's folder; None where it has none."""
+    folder = parent.folder
+    if folder is None:
+        return None
+    paths = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
+    found = [path for path in paths if path.is_file()]
+    try:
+        if not any("image_processor_type" in json.dumps(json.loads(path.read_text(encoding="utf-8"))) for path in found):
+            return None
+        return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    except Exception as error:  # damaged JSON, unknown classes and code from outside have no common base class
+        if parent.config.model_type not in _HAVE_PICTURES:
+            return None
+        raise ValueError(
+            f"How the {parent.role} reads pictures, {found[0]}, cannot be read: {error}. Expected the image processor of a "
+            "class of transformers."
+        ) from error
+
+
+def _settings(own: Any, size: int, role: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """What differs from `JamImageProcessor`'s own, and what a user should know."""
+    found: dict[str, Any] = {name: getattr(own, name) for name in _VALUES if getattr(own, name, None) is not None}
+    for name in ("image_mean", "image_std"):
+        if name in found:
+            value = found[name]
+            found[name] = [float(v) for v in (value if isinstance(value, (list, tuple)) else [value] * 3)]
+    if not found.pop("do_rescale", True):
+        found["rescale_factor"] = 1.0  # the same, in words that mean nothing else to a JAM's processor
+    resample = own.resample
+    found["resample"] = int(resample if resample is not None else 2)  # transformers' own default is BILINEAR
+    warnings, sides = [], set()
+    square = f"The {role} takes pictures of any shape, a JAM's are squares of {size} pixels: it cuts the centre of others."
+    if isinstance(own, (JanusImageProcessorPil, JamImageProcessor)) and getattr(own, "letterbox", True):
+        found |= {"letterbox": True, "min_size": own.min_size}
+        sides = {own.size["height"] if "height" in own.size else own.crop_size["height"]}
+    elif isinstance(own, Emu3ImageProcessor):
+        warnings.append(square)
+    elif isinstance(own, PilBackend) and type(own)._preprocess in (PilBackend._preprocess, JamImageProcessor._preprocess):
+        resized = {name: side for name, side in dict(own.size or {}).items() if side is not None} if own.do_resize else {}
+        crop = {own.crop_size["height"], own.crop_size["width"]} if own.do_center_crop else set()
+        if crop == {size} and set(resized) == {"shortest_edge"} and resized["shortest_edge"] >= size:
+            found["size"] = resized
+        elif not crop and set(resized) == {"height", "width"}:
+            sides = set(resized.values())
+            found["size"] = {"height": size, "width": size}
+        else:
+            sides = crop or set(resized.values())
+        if not crop and "size" not in found:
+            warnings.append(square)
+    else:
+        raise ValueError(
+            f"The {role} reads pictures by a {type(own).__name__}, and a JAM cannot do what that does. Supported: what "
+            "resizes, cuts the centre, scales and normalises, and the classes of Chameleon, Emu3 and Janus."
+        )
+    if sides and sides != {size}:
+        warnings.append(
+            f"The {role}'s image processor makes pictures of {' x '.join(map(str, sorted(sides)))} pixels; the JAM's have "
+            f"{size}, the VQ model's size."
+        )
+    plain = JamImageProcessor.from_size(size)
+    kept = {name: value for name, value in found.items() if _plain(getattr(plain, name)) != value}
+    return kept or None, warnings
+
+
+def _plain(value: Any) -> Any:
+    """As JSON reads it, without what is not set."""
+    if hasattr(value, "items") or hasattr(value, "height"):
+        return {name: side for name, side in dict(value).items() if side is not None}
+    return list(value) if isinstance(value, tuple) else value
