@@ -20,19 +20,16 @@ from ..model.image_processing_jam import JamImageProcessor
 from .checkpoint import Parent
 
 
-_HAVE_PICTURES = (
-    "chameleon",
-    "emu3",
-    "janus",
-)  # their files say how pictures are read; a plain LM's may say it of something else
+# Their files say how pictures are read; what a plain LM has may be of something else.
+_HAVE_PICTURES = ("chameleon", "emu3", "janus")
 _VALUES = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 
 
 def image_processing_of(parent: Parent, given: JamVQConfig | None, sample_size: int) -> tuple[dict[str, Any] | None, list[str]]:
     """`JamVQConfig.image_processing` for a JAM of this image parent, and what a user should know of it.
 
-    What the parent's own preprocessor_config.json (or processor_config.json) says; without one, what the config of the VQ
-    model that was given says (`convert_vq` leaves it there); without that, for a Chameleon its class, of which all published ones are.
+    What the parent's own preprocessor_config.json (or processor_config.json) says. Without one, what the config of the VQ model
+    that was given says (`convert_vq` leaves it there). Without that, for a Chameleon its class, as all published ones have it.
 
     Args:
         given: of a VQ model that is not the parent's own. sample_size: side of the JAM's pictures in pixels.
@@ -47,8 +44,9 @@ def image_processing_of(parent: Parent, given: JamVQConfig | None, sample_size: 
         own = ChameleonImageProcessorPil()
     elif own is None:
         warning = (
-            f"The {parent.role} brings no preprocessor_config.json: the JAM resizes the shorter side (BICUBIC), cuts the "
-            "centre square and scales to [-1, 1]. If the parent saw pictures otherwise, put its file into its folder and fuse again."
+            f"The {parent.role} brings no preprocessor_config.json: the JAM resizes the shorter side (BICUBIC), cuts a square "
+            "from the centre and scales to [-1, 1]. If the parent saw pictures otherwise, put that file into its folder, and "
+            "fuse again."
         )
         return None, [warning] if kind in _HAVE_PICTURES else []
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -15,19 +16,48 @@ from .parents import Decoder
 # Families whose layers compute the same from the same weights, by the name of the first.
 _SAME_ARITHMETIC = {"llama": "llama", "mistral": "llama", "emu3_text_model": "llama"}
 
-_OPT_FIELDS = (
-    "hidden_size",
-    "ffn_dim",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "word_embed_proj_dim",
-    "max_position_embeddings",
-    "activation_function",
-    "do_layer_norm_before",
-    "_remove_final_layer_norm",
-    "enable_bias",
-    "layer_norm_elementwise_affine",
+# Every field of a decoder's config is one of three. DECIDED: the JAM's own (ids, rows), or settled elsewhere with both parents
+# in view. IDLE: it changes no weights' arithmetic (training, outputs, the file). All others, also those that a later
+# transformers may add, are compared.
+DECIDED = frozenset(
+    {
+        "vocab_size",  # vocabulary.py
+        "vocabulary_map",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",  # generation_defaults.py
+        "tie_word_embeddings",  # parents.Decoder.tied
+        "max_position_embeddings",  # the smaller; compared where positions are learned, or rotations are reckoned from it
+        "vq_config",  # vq_source.py
+    }
 )
+IDLE = frozenset(
+    {
+        "architectures",
+        "attention_dropout",
+        "chunk_size_feed_forward",
+        "dropout",
+        "dtype",
+        "id2label",
+        "init_std",
+        "initializer_range",
+        "is_encoder_decoder",
+        "label2id",
+        "layerdrop",
+        "max_window_layers",  # layer_types says what comes of it
+        "output_hidden_states",
+        "pretraining_tp",
+        "problem_type",
+        "return_dict",
+        "transformers_version",
+        "use_cache",
+        "use_sliding_window",  # sliding_window is None without it
+    }
+)
+# What a family computes that has no such field; some (Emu3's) read it all the same.
+_WITHOUT_FIELD = {"attention_bias": False, "mlp_bias": False, "sliding_window": None, "layer_types": []}
+# Rotations that do not depend on how far the model was meant to read.
+_ROTATIONS_OF_ANY_LENGTH = ("default", "linear", "llama3")
 
 # Sizes that JAM-Width adds up [P] (hidden size, FFN) [A] (heads).
 _ADDED_BY_WIDTH = {
@@ -37,28 +67,25 @@ _ADDED_BY_WIDTH = {
 
 
 def shape_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """All that must agree for one decoder to stand for both parents: sizes, positions, norms, biases, activation."""
+    """All that must agree for one decoder to stand for both parents: every field of the config but `DECIDED` and `IDLE`."""
     family = config.model_type
-    if family == "opt":
-        return {"family": family, **{name: getattr(config, name) for name in _OPT_FIELDS}}
+    found = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    found = {name: value for name, value in found.items() if name not in DECIDED | IDLE}
+    found["family"] = _SAME_ARITHMETIC.get(family, family)
+    if family in LEARNED_POSITIONS:
+        return {**found, "max_position_embeddings": config.max_position_embeddings}
     heads = config.num_attention_heads
-    window = getattr(config, "sliding_window", None)
-    return {
-        "family": _SAME_ARITHMETIC.get(family, family),
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": config.num_key_value_heads or heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
-        "hidden_act": config.hidden_act,
-        "rms_norm_eps": config.rms_norm_eps,
-        "attention_bias": bool(getattr(config, "attention_bias", False)),
-        "mlp_bias": bool(getattr(config, "mlp_bias", False)),
-        "rope_parameters": config.rope_parameters,
-        "sliding_window": window,
-        "layer_types": list(getattr(config, "layer_types", None) or []) if window else [],
-    }
+    found = {name: getattr(config, name, value) for name, value in _WITHOUT_FIELD.items()} | found
+    found["num_key_value_heads"] = config.num_key_value_heads or heads
+    found["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // heads
+    for name in ("attention_bias", "mlp_bias"):
+        found[name] = bool(found[name])
+    found["layer_types"] = list(found["layer_types"] or []) if found["sliding_window"] else []
+    rope = config.rope_parameters
+    stated = rope["rope_type"] in ("yarn", "longrope") and rope.get("factor") is not None
+    if rope["rope_type"] not in _ROTATIONS_OF_ANY_LENGTH and not stated:
+        found["max_position_embeddings"] = config.max_position_embeddings
+    return found
 
 
 def check_parents(text: Decoder, image: Decoder, mode: str, init: str) -> None:

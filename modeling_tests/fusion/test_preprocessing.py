@@ -8,7 +8,6 @@ import torch
 from fusion_zoo import IMAGE_PARENTS, image_parent, save, text_parent, vq_model
 from PIL import Image
 from transformers import AutoImageProcessor
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
 from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
@@ -116,7 +115,7 @@ def test_the_jam_carries_it(parent, tmp_path, kind, name):
     folder = parent(kind)
     text = save(*text_parent("llama"), tmp_path / "text")
     size = plan_fusion(text, folder, "cross").config.vq_config.sample_size
-    settings = settings | {"size": {k: size for k in settings["size"]}, "crop_size": {"height": size, "width": size}}
+    settings = settings | {"size": dict.fromkeys(settings["size"], size), "crop_size": {"height": size, "width": size}}
     parent(kind, processor_class(**settings))
     jam = fuse(text, folder, "cross", tmp_path / "jam")
     own = AutoImageProcessor.from_pretrained(folder, backend="pil")
