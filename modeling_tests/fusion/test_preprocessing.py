@@ -35,6 +35,11 @@ PROCESSORS = {
         {**SQUARE, **HALF, "resample": 2, "rescale_factor": 1 / 255},
     ),
     "chameleon, not normalised": ("chameleon", ChameleonImageProcessorPil, {**SQUARE, "do_normalize": False}),
+    "chameleon, not rescaled": (
+        "chameleon",
+        ChameleonImageProcessorPil,
+        {**SQUARE, "do_rescale": False, "image_mean": [127.5] * 3, "image_std": [127.5] * 3},
+    ),
     "chameleon, squeezed": (
         "chameleon",
         ChameleonImageProcessorPil,
