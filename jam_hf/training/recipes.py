@@ -27,6 +27,7 @@ from ..files import whole_folder, write_whole
 from . import fingerprints
 from .collator import JamDataCollator, supports_packing
 from .muon import MuonAdamW, muon_parameter_groups
+from .saving import check_savable
 
 
 @dataclass(frozen=True)
@@ -344,7 +345,8 @@ def train_causal_lm(
         the loss curve, `{"step", "loss", ...}` as the Trainer logs it; also in `history.json`.
     Raises:
         ValueError: if `<output_dir>.run` holds a run that began with other settings, documents, masking or weights, if the
-            model cannot keep packed documents apart, or if something is trainable that its adapter does not save.
+            model cannot keep packed documents apart, if something is trainable that its adapter does not save, or if the
+            model could not be saved afterwards (asked before the first step).
     """
     if settings.packing:
         if not supports_packing(model.config):
@@ -353,6 +355,7 @@ def train_causal_lm(
                 "other. Use RecipeSettings(packing=False); group_by_length=True saves padding as well."
             )
         collator = replace(collator, packing=True)
+    check_savable(model, tokenizer)
     set_seed(settings.seed)
     freeze(model, settings.freeze)
     if has_adapter(model):

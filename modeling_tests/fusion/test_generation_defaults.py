@@ -10,7 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from jam_hf import JamForCausalLM, JamProcessor, fuse, stream
 from jam_hf.fusion.fuse import plan_fusion
+from jam_hf.training.collator import JamDataCollator
 from jam_hf.training.documents import encode_documents
+from jam_hf.training.recipes import RecipeSettings, train_causal_lm
+from jam_hf.training.saving import check_savable
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +184,69 @@ def test_streaming_and_continuous_batching_stop_there_too(pair, end):
     text = tokenizer.decode(expected[ids.shape[1] :], skip_special_tokens=True)
     assert "".join(event["text"] for event in events) == text
     assert [request.generated_tokens for request in batched] == [expected[ids.shape[1] :].tolist()] * 2
+
+
+SAMPLED = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1, "eos_token_id": 301}
+
+
+def generation_of(folder):
+    return json.loads((folder / "generation_config.json").read_text())
+
+
+def test_sampling_defaults_are_the_parents_for_text_alone(folders, tmp_path):
+    text = with_generation(folders, tmp_path, {**SAMPLED, "max_length": 99})
+    jam = fused(folders, text, tmp_path)
+    found = generation_of(jam)
+    assert {name: found[name] for name in SAMPLED} == SAMPLED and "max_length" not in found
+    assert (found["image_temperature"], found["image_top_k"], found["image_top_p"]) == (1.0, 50, 1.0)  # transformers' own
+    plan = plan_fusion(text, folders / "image", "cross", vq_model=folders / "vq")
+    assert any("not carried over: max_length=99" in warning for warning in plan.warnings)
+    model, parent = JamForCausalLM.from_pretrained(jam), AutoModelForCausalLM.from_pretrained(text)
+    ids = AutoTokenizer.from_pretrained(text)("a ruby is", return_tensors="pt")["input_ids"]
+    # What the parent draws from, after penalty and warpers; codes and the JAM's own tokens have no part in it.
+    settings = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_scores": True}
+    known = len(AutoTokenizer.from_pretrained(text))
+    forbidden = [[i] for i in range(known, parent.config.vocab_size)]
+    expected = parent.generate(ids, **settings, bad_words_ids=forbidden).scores[0]
+    assert torch.isfinite(expected).sum() < 21
+    forbidden = [[i] for i in range(known, model.config.image_token_offset)]
+    drawn = model.generate(input_ids=ids, **settings, generation_mode="text", bad_words_ids=forbidden).scores[0]
+    torch.testing.assert_close(drawn[:, :known], expected[:, :known])
+    assert not torch.isfinite(drawn[:, known:]).any()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"temperature": 0.6, "top_p": 0.9},  # as some parents ship it: transformers loads it, and refuses to save it changed
+        {"do_sample": False, "temperature": 0.0, "top_k": 5, "num_return_sequences": 1},
+        {"do_sample": True, "temperature": 0.6, "early_stopping": True, "length_penalty": 2.0},
+    ],
+    ids=str,
+)
+def test_a_config_that_cannot_be_saved_fuses_and_is_saved(folders, tmp_path, said):
+    text = with_generation(folders, tmp_path, {**said, "eos_token_id": [301, 0]})
+    jam = fused(folders, text, tmp_path)
+    model = JamForCausalLM.from_pretrained(jam)
+    model.generation_config.max_new_tokens = 7  # changed: transformers is strict from here on
+    check_savable(model, JamProcessor.from_pretrained(jam))
+    model.save_pretrained(tmp_path / "again")
+    again = GenerationConfig.from_pretrained(tmp_path / "again")
+    assert again.eos_token_id == [301, 0] and again.generation_mode == "interleaved"
+    assert bool(again.do_sample) == bool(said.get("do_sample"))
+    assert again.temperature == (0.6 if said.get("do_sample") else None)
+
+
+def test_training_asks_first_whether_the_model_can_be_saved(folders, tmp_path):
+    model, tokenizer = text_parent("llama")
+    model.generation_config.temperature = 0.5
+    data = Dataset.from_dict({"input_ids": [[1, 5, 6, 2]] * 4})
+    settings = RecipeSettings(max_steps=1, batch_size=2, warmup_steps=0)
+    collator = JamDataCollator(pad_token_id=0, vocab_size=320)
+    with pytest.raises(ValueError, match="(?s)could not be saved: its generation config .* before training.*temperature"):
+        train_causal_lm(model, data, tmp_path / "out", settings, collator, tokenizer=tokenizer)
+    assert not list(tmp_path.iterdir())
+    # A parent's folder as it was shipped is no obstacle: what was not changed may be written back.
+    shipped = AutoModelForCausalLM.from_pretrained(with_generation(folders, tmp_path, {"temperature": 0.6}))
+    train_causal_lm(shipped, data, tmp_path / "out", settings, collator, tokenizer=tokenizer)
+    assert generation_of(tmp_path / "out")["temperature"] == 0.6
