@@ -71,6 +71,8 @@ def check_settings(settings: Any) -> None:
     for name, value in vars(settings).items():
         if value is None or name in OBEYED or name in WITHOUT_EFFECT or name in OWN_NOTES or name.startswith("_"):
             continue
+        if name in MODALITY_SETTINGS and settings.generation_mode == "text":
+            continue  # no code is drawn: a JAM of a parent that samples has them in its own config
         known = name in REFUSED or name in CALL_SETTINGS
         if known and any(value is neutral or value == neutral for neutral in REFUSED[name]):
             continue
