@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,11 +28,12 @@ def jam_inside(model: nn.Module) -> nn.Module | None:
     return model if hasattr(model, "encode_pictures") else None
 
 
-def with_codes(model: nn.Module, jam: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+def with_codes(model: nn.Module, jam: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """A batch with the codes of its `pixel_values` in `input_ids` and `labels`, and without `pixel_values`.
 
     Args:
         model: what the Trainer trains: `jam`, or what wraps it.
+        inputs: a dict, or what processors return (`BatchFeature`, which is none).
     Raises:
         ValueError: if placeholders and pictures do not match, or a placeholder would be learned.
     """
@@ -61,7 +63,7 @@ def teach_trainers() -> None:
             return inputs
         if isinstance(self.label_smoother, trainer.LabelSmoother):
             self.label_smoother = functools.partial(self.label_smoother, shift_labels=True)
-        given = isinstance(inputs, dict) and inputs.get("input_ids") is not None
+        given = isinstance(inputs, Mapping) and inputs.get("input_ids") is not None
         return with_codes(self.model, jam, inputs) if given else inputs
 
     _prepare_inputs.gives_jam_codes = True

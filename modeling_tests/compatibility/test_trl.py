@@ -177,6 +177,32 @@ def test_statistics_are_those_that_trl_has_for_a_stock_model(family, parents, fu
         model(input_ids=ids, shift_labels=labels, fused_lm_head=True)
 
 
+def test_preferences_take_the_codes_of_pictures_for_ids(jam, processor, tmp_path):
+    """DPO makes its labels of `input_ids` itself. Before the first step policy and reference are one: the loss is log 2."""
+    model = jam("llama", "cross", "preserving", alive=False)
+    question = [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "?"}]}]
+    answers = {"chosen": "red", "rejected": "a ruby"}
+    sides = {n: [{"role": "assistant", "content": [{"type": "text", "text": t}]}] for n, t in answers.items()}
+    rows = [{"prompt": question, **sides, "images": [picture]} for picture in pictures(4)]
+    arguments = trl.DPOConfig(
+        str(tmp_path / "out"),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        learning_rate=0.0,
+    )
+    run = trl.DPOTrainer(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=processor)
+    batch = run._prepare_inputs(run.data_collator([run.train_dataset[i] for i in range(4)]))
+    assert "pixel_values" not in batch and not bool((batch["input_ids"] == model.config.image_token_id).any())
+    run.train()
+    assert losses(run) == pytest.approx([np.log(2)] * 2, rel=1e-4)
+
+
 @pytest.mark.feature("trl", "assistant_only_loss (mask of the assistant's tokens)")
 def test_the_chat_template_marks_what_the_assistant_writes(processor):
     messages = [

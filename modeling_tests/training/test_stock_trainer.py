@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import random_ids
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, BatchFeature, Trainer, TrainingArguments
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from jam_hf import JamForCausalLM
@@ -42,7 +42,12 @@ def rows_of_text(model, count=8):
     return [{"input_ids": ids, "labels": ids.clone()} for ids in random_ids(model, count, 9)]
 
 
-def trainer(model, tmp_path, rows, loss=None, metrics=None, **settings):
+def as_processors_return(rows):
+    """A batch that is no dict."""
+    return BatchFeature({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+
+
+def trainer(model, tmp_path, rows, loss=None, metrics=None, collator=None, **settings):
     settings = {"max_steps": 1, "learning_rate": 0.0, "per_device_train_batch_size": 4, **settings}
     arguments = TrainingArguments(
         str(tmp_path / "out"),
@@ -55,7 +60,15 @@ def trainer(model, tmp_path, rows, loss=None, metrics=None, **settings):
         train_sampling_strategy="sequential",
         **settings,
     )
-    return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, compute_loss_func=loss, compute_metrics=metrics)
+    return Trainer(
+        model,
+        arguments,
+        data_collator=collator,
+        train_dataset=rows,
+        eval_dataset=rows,
+        compute_loss_func=loss,
+        compute_metrics=metrics,
+    )
 
 
 def first_loss(run) -> float:
@@ -147,7 +160,8 @@ def test_smoothing_is_that_of_a_stock_class_with_the_same_weights(fused, parents
 
 @pytest.mark.feature("Trainer", "labels outside of `forward`: `compute_loss_func`, `compute_metrics`")
 @every_mode
-def test_labels_outside_of_forward_are_codes(mode, init, jam, tmp_path):
+@pytest.mark.parametrize("collator", [None, as_processors_return], ids=["dict", "BatchFeature"])
+def test_labels_outside_of_forward_are_codes(collator, mode, init, jam, tmp_path):
     model = jam("llama", mode, init)
     rows = rows_with_pictures(model)
     codes = model.get_image_tokens(torch.stack([row["pixel_values"] for row in rows]))
@@ -164,7 +178,7 @@ def test_labels_outside_of_forward_are_codes(mode, init, jam, tmp_path):
         seen.append(torch.from_numpy(prediction.label_ids))
         return {}
 
-    run = trainer(model, tmp_path, rows, loss=loss, metrics=metrics)
+    run = trainer(model, tmp_path, rows, loss=loss, metrics=metrics, collator=collator)
     with torch.no_grad():
         batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         inside = model.eval()(**batch).loss.item()
