@@ -25,6 +25,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max-tokens", type=int, help="where texts are cut (default: 1024, or the models' positions)")
     command.add_argument("--max-documents", type=int, help="read no more than the first so many texts, and pairs")
     command.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+    command.add_argument(
+        "--softmax",
+        choices=("text", "all"),
+        default="text",
+        help="of texts: text leaves image codes out (the default), all counts them, as lm_eval's own model=hf does",
+    )
     command.add_argument("--no-write", action="store_true", help="leave the model card as it is")
 
 
@@ -44,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
         max_documents=args.max_documents,
         device=args.device,
         write=not args.no_write,
+        softmax=args.softmax,
     )
     print(retention.table())
     if not args.no_write:

@@ -92,11 +92,12 @@ def compare_logits(
     targets: torch.Tensor,
     columns: slice | torch.Tensor = slice(None),
     chunk: int = 2**22,
+    renormalised: bool = True,
 ) -> torch.Tensor:
     """Sums of KL(parent || fusion) and of both negative log-likelihoods, in nats: float64 `[3]`, on the CPU.
 
-    Both distributions are renormalised over `columns`. Logits are taken from their tensors a chunk at a time, so that nothing
-    of their size is copied.
+    Both distributions are renormalised over `columns` unless `renormalised` says otherwise. Logits are taken from their tensors
+    a chunk at a time, so that nothing of their size is copied.
 
     Args:
         parent_logits, fusion_logits: `[B, T, V]`, any float type; V and T may differ between the two.
@@ -111,7 +112,10 @@ def compare_logits(
         logs = []
         for logits, (rows, positions) in ((parent_logits, parent_places), (fusion_logits, fusion_places)):
             taken = logits[rows[part].to(logits.device), positions[part].to(logits.device)]
-            logs.append(taken[:, columns].float().log_softmax(-1).to(parent_logits.device))
+            if renormalised:
+                logs.append(taken[:, columns].float().log_softmax(-1).to(parent_logits.device))
+            else:
+                logs.append(taken.float().log_softmax(-1)[:, columns].to(parent_logits.device))
         target = targets[part, None].to(parent_logits.device)
         sums[0] += (logs[0].exp().double() * (logs[0].double() - logs[1].double())).sum().cpu()
         for index, log in enumerate(logs, start=1):

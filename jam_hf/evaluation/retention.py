@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from ..model.configuration_jam import JamConfig
 from ..model.modeling_jam import JamForCausalLM
 from ..model.processing_jam import JamProcessor
 from ..version import __version__
+from .lm_eval_model import check_softmax
 from .measured_documents import captions_of, read_pairs, read_texts
 from .perplexity import batches, compare_logits, padded
 from .picture_views import MULTIMODAL, PictureView, image_parent_view, jam_view, positions_of
@@ -45,11 +46,12 @@ _LETTERS_PER_TOKEN = 100  # no text has more on average; what is behind need not
 
 @dataclass(frozen=True)
 class Retained:
-    """A parent against the JAM. Means over `tokens`, in nats per token; both renormalised over the same `choices` ids.
+    """A parent against the JAM. Means over `tokens`, in nats per token, of the probabilities of the same `choices` ids.
 
     Args:
         parent: its name (no path). measured_on: the file or folder (no path). documents, tokens: what was counted.
-        choices: ids that both distributions are renormalised over. max_tokens: where documents were cut; None: nowhere.
+        choices: ids that are compared; both distributions are renormalised over them, or with `softmax="all"` each is over all
+            of its own model's ids. max_tokens: where documents were cut; None: nowhere.
         kl: KL(parent || JAM). parent_nll, fusion_nll: negative log-likelihoods of the same tokens.
     """
 
@@ -62,6 +64,7 @@ class Retained:
     kl: float
     parent_nll: float
     fusion_nll: float
+    softmax: str = "text"
 
     @property
     def kl_bits(self) -> float:
@@ -98,6 +101,7 @@ class Retention:
             ("tokens", lambda part: f"{part.tokens:,}"),
             ("KL(parent, fusion), nats per token", lambda part: f"{part.kl:.4g}"),
             ("KL(parent, fusion), bits per token", lambda part: f"{part.kl_bits:.4g}"),
+            ("softmax over", lambda part: "all ids" if part.softmax == "all" else f"{part.choices:,} ids"),
             ("perplexity of the parent", lambda part: f"{part.parent_perplexity:.6g}"),
             ("perplexity of the fusion", lambda part: f"{part.fusion_perplexity:.6g}"),
         ]
@@ -109,10 +113,10 @@ class Retention:
         """The section of the model card, from marker to marker."""
         notes = []
         if self.text is not None:
-            notes.append(
-                f"Text: the next token among the {self.text.choices:,} ids that both know, image codes left out; documents are "
-                f"cut at {self.text.max_tokens:,} tokens."
-            )
+            among = f"the next token among the {self.text.choices:,} ids that both know, image codes left out"
+            if self.text.softmax == "all":
+                among = "the next token among all ids of each model, the fusion's image codes included (softmax: all)"
+            notes.append(f"Text: {among}; documents are cut at {self.text.max_tokens:,} tokens.")
         if self.image is not None:
             notes.append(
                 f"Image codes: the next code among all {self.image.choices:,}, in a picture that follows its caption; each "
@@ -121,7 +125,7 @@ class Retention:
         return (
             f"{SECTION_START}\n## Retention\n\nWhat this fusion keeps of its parents, measured by `jam-hf certify` "
             f"(jam_hf {__version__}): both models read the same documents. KL is 0 where the fusion predicts exactly what its "
-            f"parent predicts.\n\n{self.table()}\n\n{' '.join(notes)} Both distributions are renormalised over those ids.\n"
+            f"parent predicts.\n\n{self.table()}\n\n{' '.join(notes)} Distributions are normalised over those ids.\n"
             f"{SECTION_END}"
         )
 
@@ -147,6 +151,7 @@ def certify(
     max_documents: int | None = None,
     device: str | torch.device | None = None,
     write: bool = True,
+    softmax: str = "text",
 ) -> Retention:
     """Measure how far a JAM is from its parents, and write it into the JAM's model card.
 
@@ -167,10 +172,13 @@ def certify(
         max_tokens: where texts are cut; by default 1024, or the positions of the models if those are fewer. No picture is cut.
         max_documents: read no more than the first so many texts, and pairs.
         device: by default a GPU where there is one.
+        softmax: of texts: "text" leaves image codes out of it, as `generation_mode="text"` writes; "all" counts them, as
+            lm_eval's own `model="hf"` does (`evaluation.lm_eval_model` has both for lm_eval).
         write: put the section "Retention" into README.md of the folder, in place of an earlier one. All else there stays.
     Raises:
         ValueError: if there is nothing to measure, a file is not what it should be, or a parent does not fit the JAM.
     """
+    check_softmax(softmax)
     _check_arguments(model, text_parent, image_parent, texts, pairs, batch_size, max_tokens, max_documents, write)
     card = Path(model) / "README.md"
     before = _read_card(card) if write else ""
@@ -182,7 +190,7 @@ def certify(
     text = image = None
     if text_parent is not None:
         names = public_name(text_parent), public_name(texts)
-        text = _measure_texts(jam, processor.tokenizer, text_parent, documents, names, batch_size, max_tokens, device)
+        text = _measure_texts(jam, processor.tokenizer, text_parent, documents, names, batch_size, max_tokens, device, softmax)
     if image_parent is not None:
         names = public_name(image_parent), public_name(pairs)
         parent = _load_parent(image_parent, "image parent").to(device)
@@ -211,6 +219,7 @@ def _measure_texts(
     batch_size: int,
     max_tokens: int | None,
     device: torch.device,
+    softmax: str,
 ) -> Retained:
     parent = _load_parent(source, "text parent").to(device)
     columns = shared_ids(jam.config, parent.config.get_text_config().vocab_size, names[0])
@@ -242,9 +251,10 @@ def _measure_texts(
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
         counted = mask[:, 1:].nonzero(as_tuple=True)
         logits = parent(**inputs).logits, jam(**inputs).logits
-        sums += compare_logits(*logits, counted, counted, place[ids[:, 1:][counted]], chosen)
+        targets = place[ids[:, 1:][counted]]
+        sums += compare_logits(*logits, counted, counted, targets, chosen, renormalised=softmax == "text")
         count += len(counted[0])
-    return _retained(names, len(documents), count, len(columns), max_tokens, sums)
+    return replace(_retained(names, len(documents), count, len(columns), max_tokens, sums), softmax=softmax)
 
 
 def _measure_pairs(

@@ -19,6 +19,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 from .call_settings_jam import document_rules
 from .continuous_settings_jam import check_model, check_rotation, check_settings, sized
 from .grammar_jam import DocumentRules, PictureGrammar, PictureState
+from .padded_batches_jam import generate_padded
 
 
 NEW_TOKENS_BY_DEFAULT = 20  # transformers' default of max_length, which generate() counts from the prompt's end
@@ -74,8 +75,10 @@ class JamContinuousBatchingMixin(ContinuousMixin):
     ) -> Any:
         """As in `ContinuousMixin`; a JAM's settings stand in `generation_config`, or in the model's own.
 
-        What neither says is as in `generate()`. Pools are as large as these requests need, at most a quarter of the memory that
-        is free, where `continuous_batching_config` does not say otherwise.
+        What neither says is as in `generate()`. On a CPU the requests are written by `generate()`, in padded batches
+        (padded_batches_jam.py), unless a `continuous_batching_config`, `persistent_manager` or `record_timestamps` asks for
+        transformers' pages. Pools and batches are as large as these requests need, at most a quarter of the memory that is
+        free, where `continuous_batching_config` does not say otherwise.
 
         Raises:
             ValueError: on arguments and settings that would be passed over, placeholders `<image>`, and what is not served
@@ -100,16 +103,22 @@ class JamContinuousBatchingMixin(ContinuousMixin):
         grammar = PictureGrammar(self.config)
         if rules is not None:
             grammar.check_rules(rules)
-        lengths = []
+        budgets = []
         for ids in inputs:  # before anything runs: there an error would be logged and its requests be missing
             budget = _budget(config, positions, ids, kwargs.get("max_new_tokens"))
             if rules is not None:
                 grammar.check_room(rules, min(positions - len(ids), budget), torch.tensor([ids], dtype=torch.int64))
-            lengths.append(len(ids) + budget)
+            budgets.append(budget)
         if not inputs:
             return {}
+        lengths = [len(ids) + budget for ids, budget in zip(inputs, budgets)]
         check_rotation(self.config, max(lengths))
         batching = kwargs.pop("continuous_batching_config", None) or config.continuous_batching_config
+        asks_for_pages = batching is not None or kwargs.get("persistent_manager") or kwargs.get("record_timestamps")
+        if self.device.type == "cpu" and not asks_for_pages:
+            pools = sized(None, self.config, self.dtype, self.device, lengths)
+            tokens = pools.num_blocks * pools.page_size * self.config.num_hidden_layers // len(self.config.per_layer_config)
+            return generate_padded(self, inputs, budgets, config, tokens, kwargs.get("progress_bar", False))
         lengths = [length for length in lengths for _ in range(config.num_return_sequences or 1)]
         batching = sized(batching, self.config, self.dtype, self.device, lengths)
         return super().generate_batch(inputs, config, batching, **kwargs)

@@ -177,6 +177,7 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
             kwargs.pop("negative_prompt_attention_mask", None),
             self.config.image_token_id,
         )
+        self._check_draft_model(kwargs)
         kwargs["_own_loop"] = kwargs.get("custom_generate") is not None
         output = None
         try:
@@ -189,6 +190,19 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
                     cache.picture_steps.close()
                     cache.picture_steps = None
         return output
+
+    def _check_draft_model(self, kwargs: dict[str, Any]) -> None:
+        """Raises a `ValueError` where a draft model of other ids comes without what translates between the two."""
+        draft = kwargs.get("assistant_model")
+        if draft is None or not hasattr(draft, "config"):
+            return
+        ours, theirs = (config.get_text_config().vocab_size for config in (self.config, draft.config))
+        if ours != theirs and (kwargs.get("tokenizer") is None or kwargs.get("assistant_tokenizer") is None):
+            raise ValueError(
+                f"The draft model (assistant_model) has {theirs} ids, this JAM {ours}, which has those of pictures too. Drafts "
+                "are translated by both tokenizers: generate(..., assistant_model=draft, tokenizer=processor.tokenizer, "
+                "assistant_tokenizer=AutoTokenizer.from_pretrained(<folder of the draft model>))."
+            )
 
     def prompt_with_codes(self, input_ids: torch.LongTensor, pixel_values: torch.Tensor | None) -> torch.LongTensor:
         """A prompt's ids, int64 `[B, T]`, with the codes of its pictures in place of their placeholders.

@@ -14,6 +14,7 @@ from transformers.generation.continuous_batching.requests import RequestState
 from jam_hf import JamConfig, JamForCausalLM
 from jam_hf.model.call_settings_jam import JAM_SETTINGS
 from jam_hf.model.continuous_settings_jam import OBEYED, REFUSED, WITHOUT_EFFECT, sized
+from jam_hf.model.padded_batches_jam import groups
 
 
 SECTION = "Continuous batching"
@@ -263,11 +264,49 @@ def test_pools_are_as_large_as_the_requests_need(mode_and_init, jam, monkeypatch
     monkeypatch.setattr(PagedAttentionCache, "__init__", lambda self, *a, **k: original(self, *a, **k) or made.append(self))
     prompts = [[1, 30], [1, *range(30, 60)]]
     config = GenerationConfig(max_new_tokens=40, do_sample=False, generation_mode="text")
-    model.generate_batch(prompts, config)
+    model.generate_batch(prompts, config, ContinuousBatchingConfig(page_size=32))
     tokens = made[0].max_tokens_read
     assert sum(map(len, prompts)) + 80 <= tokens <= sum(map(len, prompts)) + 80 + 6 * 32
     mebibytes = made[0].cache_tensor.numel() / 2**20
     assert mebibytes < 2  # a share of all memory otherwise
+
+
+@pytest.mark.feature(SECTION, "on a CPU by generate(), in padded batches, where nothing asks for pages")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"generation_mode": "interleaved", "image_positions": [1, 3], "max_new_tokens": 45},
+        {"generation_mode": "image"},
+        {"generation_mode": "text", "max_length": 20},
+        {"generation_mode": "text", "max_new_tokens": 9, "eos_token_id": -1},
+        {"generation_mode": "text", "max_new_tokens": 6, "num_return_sequences": 2, "do_sample": True, "top_k": 1},
+    ],
+    ids=["at places", "image", "max_length", "no end", "two sequences"],
+)
+def test_padded_batches_are_what_pages_give(settings, jam, monkeypatch):
+    model = jam("llama", "cross", "preserving")
+    config = GenerationConfig(**{"do_sample": False, "eos_token_id": 2, "pad_token_id": 0, **settings})
+    prompts = prompts_of(model)
+    prompts = prompts[:3] if settings["generation_mode"] == "text" else prompts
+    plenty = ContinuousBatchingConfig(max_batch_tokens=64, page_size=16)
+    paged = model.generate_batch(prompts, config, plenty)
+    monkeypatch.setattr(type(model), "init_continuous_batching", None)  # the padded way has no manager
+    padded = model.generate_batch(prompts, config)
+    assert {key: value.generated_tokens for key, value in padded.items()} == {
+        key: value.generated_tokens for key, value in paged.items()
+    }
+    assert [list(padded), [value.prompt_ids for value in padded.values()]] == [
+        list(paged),
+        [value.prompt_ids for value in paged.values()],
+    ]
+    assert all(value.is_finished() and value.error is None for value in padded.values())
+
+
+@pytest.mark.feature(SECTION, "on a CPU by generate(), in padded batches, where nothing asks for pages")
+def test_padded_batches_fit_the_memory():
+    requests = [(5, 10), (40, 10), (6, 10), (7, 4), (5, 10), (90, 10)]
+    assert groups(requests, 60) == [[3], [0, 4, 2], [1], [5]]
+    assert groups(requests, 10**6) == [[3], [0, 4, 2, 1, 5]]
 
 
 @pytest.mark.feature(SECTION, "pools as large as the requests need, within the free memory")

@@ -4,7 +4,11 @@ import pytest
 import torch
 from conftest import NUM_CODES
 from decoding_oracles import BREAK, BY_MODE, SHORT, beam_search, greedy, picture_scores, unequal_streams
+from fusion_zoo import image_parent, save, text_parent, vq_model
 from transformers import AutoModelForCausalLM
+
+import jam_hf
+from jam_hf import JamForCausalLM, JamProcessor
 
 
 SECTION = "Pictures"
@@ -124,6 +128,32 @@ def test_assisted(family, mode, init, generation_mode, scale, draft, jam, parent
         do_sample=False,
     )
     assert output[0, 3:].tolist() == _expected(model, row, generation_mode, scale, CODES + 3)
+
+
+@pytest.mark.feature(SECTION, "assisted decoding (a draft model)")
+@pytest.mark.parametrize("written", ["interleaved", "image"])
+def test_the_text_parent_drafts(written, tmp_path):
+    """Its ids are other ids: both tokenizers are asked for by name, and with them the documents are the same."""
+    text, text_tokenizer = text_parent("llama")
+    jam_hf.fuse(
+        save(text, text_tokenizer, tmp_path / "text"),
+        save(*image_parent("plain"), tmp_path / "image"),
+        "cross",
+        tmp_path / "jam",
+        vq_model=vq_model(),
+    )
+    model = JamForCausalLM.from_pretrained(tmp_path / "jam").eval()
+    processor = JamProcessor.from_pretrained(tmp_path / "jam")
+    inputs = processor(text="the small circle is", return_tensors="pt")
+    settings = {"generation_mode": written, "do_sample": False, "max_new_tokens": 40}
+    settings |= {"image_positions": [4]} if written == "interleaved" else {}
+    text.generation_config.update(assistant_confidence_threshold=0.0, num_assistant_tokens=5)
+    with pytest.raises(ValueError, match="tokenizer=processor.tokenizer, assistant_tokenizer="):
+        model.generate(**inputs, **settings, assistant_model=text, tokenizer=processor.tokenizer)
+    both = {"tokenizer": processor.tokenizer, "assistant_tokenizer": text_tokenizer}
+    found = model.generate(**inputs, **settings, assistant_model=text, **both)
+    assert torch.equal(found, model.generate(**inputs, **settings))
+    assert (found >= model.config.image_token_offset).sum() >= 16
 
 
 @pytest.mark.feature(SECTION, "prompt-lookup decoding")

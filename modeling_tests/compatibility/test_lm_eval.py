@@ -11,6 +11,7 @@ import torch
 from datasets import disable_caching
 
 from jam_hf import JamForCausalLM
+from jam_hf.evaluation.lm_eval_model import harness_model
 
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -107,3 +108,19 @@ def test_a_folder_is_enough(fused, tasks):
     )
     assert by_folder["results"]["jam_choices"]["acc,none"] == by_model["results"]["jam_choices"]["acc,none"]
     assert by_folder["results"]["jam_choices"]["sample_len"] == len(ROWS)
+
+
+@pytest.mark.feature("lm_eval", "image codes in or out of the softmax, as certify has it")
+@pytest.mark.parametrize("softmax", ["text", "all"])
+def test_codes_are_in_or_out_of_the_softmax(softmax, jam, tokenizer):
+    model = jam("llama", "cross", "preserving")
+    harness = harness_model(model, tokenizer, softmax=softmax, batch_size=1)
+    ids = torch.tensor([tokenizer("a small red circle")["input_ids"]])
+    found = torch.log_softmax(harness._model_call(ids), -1)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    first = model.config.image_token_offset
+    text = [i for i in range(model.config.vocab_size) if softmax == "all" or not first <= i < first + 16]
+    torch.testing.assert_close(found[..., text], logits[..., text].log_softmax(-1))
+    with pytest.raises(ValueError, match="softmax must be 'text'"):
+        harness_model(model, tokenizer, softmax="codes")
