@@ -7,8 +7,8 @@ import sys
 
 
 _SETTINGS = (
-    "text image vq mode init tokenizer image_tokenizer text_revision image_revision image_size image_token_offset "
-    "cross_attention_interval dtype max_shard_size"
+    "text image vq mode init tokenizer image_tokenizer tokenizer_reading text_revision image_revision image_size "
+    "image_token_offset cross_attention_interval dtype max_shard_size"
 ).split()
 
 
@@ -26,6 +26,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     group.add_argument("--explain", metavar="TENSOR", help="print where a tensor of the JAM comes from; write nothing")
     group.add_argument("--tokenizer", help="the JAM's tokenizer (default: the text parent's)")
     group.add_argument("--image-tokenizer", help="the image parent's tokenizer, where its folder has none")
+    group.add_argument(
+        "--tokenizer-reading",
+        choices=("transformers", "files"),
+        help="split text as AutoTokenizer, or as tokenizer.json has it",
+    )
     group.add_argument("--text-revision", help="branch, tag or commit on the Hub")
     group.add_argument("--image-revision", help="branch, tag or commit on the Hub")
     group.add_argument("--image-size", type=int, help="side of a picture in pixels, where the VQ model takes any (Emu3)")

@@ -83,8 +83,8 @@ def run(args: argparse.Namespace) -> None:
 
     from .. import JamForCausalLM, JamProcessor
 
-    model = JamForCausalLM.from_pretrained(args.model).eval()
-    processor = JamProcessor.from_pretrained(args.model)
+    model = JamForCausalLM.from_pretrained(args.model, trust_remote_code=False).eval()
+    processor = JamProcessor.from_pretrained(args.model, trust_remote_code=False)
     prompts = list(args.prompt)
     if args.chat:
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     index = build_index(
         pairs,
         load_vq_model(args.model).to(device),
-        JamProcessor.from_pretrained(args.model),
+        JamProcessor.from_pretrained(args.model, trust_remote_code=False),
         args.output,
         embedder=embedder,
         settings=settings,

@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -28,6 +26,7 @@ from ..fusion.vocabulary import differing_tokens
 from ..model.configuration_jam import JamConfig
 from ..model.modeling_jam import JamForCausalLM
 from ..model.processing_jam import JamProcessor
+from ..reading import read_config, read_tokenizer
 from ..version import __version__
 from .lm_eval_model import check_softmax
 from .measured_documents import captions_of, read_pairs, read_texts
@@ -186,7 +185,7 @@ def certify(
     pictures = read_pairs(pairs, max_documents) if pairs is not None else []
     device = _device(device)
     jam = _load_jam(model).to(device)
-    processor = JamProcessor.from_pretrained(model)
+    processor = JamProcessor.from_pretrained(model, trust_remote_code=False)
     text = image = None
     if text_parent is not None:
         names = public_name(text_parent), public_name(texts)
@@ -360,7 +359,7 @@ def _config(source: str | os.PathLike, role: str) -> Any:
     if not Path(source).is_dir() and (str(source).count("/") != 1 or str(source).startswith((".", "/", "~"))):
         raise ValueError(f"The {role} '{source}' is not a folder. Expected a checkpoint folder or a Hub id such as 'a/b'.")
     try:
-        return AutoConfig.from_pretrained(source)
+        return read_config(source)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"The {role} '{source}' is no checkpoint that transformers can read: {reason}") from error
@@ -368,7 +367,7 @@ def _config(source: str | os.PathLike, role: str) -> Any:
 
 def _whole(model_class: Any, source: str | os.PathLike, role: str) -> PreTrainedModel:
     """The model, in evaluation mode; one with weights missing would be measured with noise in their place."""
-    model, info = model_class.from_pretrained(source, output_loading_info=True)
+    model, info = model_class.from_pretrained(source, output_loading_info=True, trust_remote_code=False)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
@@ -388,7 +387,7 @@ def _tokenizer_of(source: str | os.PathLike) -> PreTrainedTokenizerBase | None:
     folder = Path(source)
     if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
         return None
-    return AutoTokenizer.from_pretrained(source)
+    return read_tokenizer(source)
 
 
 def _check_same_ids(tokenizer: PreTrainedTokenizerBase, source: str | os.PathLike, name: str) -> None:

@@ -21,9 +21,10 @@ from typing import Any, Protocol
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm import tqdm
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..files import write_whole
+from ..reading import read_config
 from .tensor_files import DTYPES, TensorFile, TensorFileWriter, TensorSpec, no_duplicates
 
 
@@ -230,8 +231,8 @@ _INCIDENTAL = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dty
 
 
 def _config(folder: Path, role: str) -> PreTrainedConfig:
-    try:  # code that a checkpoint brings along is not run (left out, the argument makes transformers ask on the terminal)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try:
+        config = read_config(folder)
     except Exception as error:  # validators of configs raise classes of their own
         raise ValueError(f"The config of the {role}, {folder / 'config.json'}, cannot be read: {error}") from error
     _refuse_quantised(config, str(folder), role)

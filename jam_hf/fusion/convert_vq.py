@@ -358,7 +358,7 @@ def _fill(
 
 
 def _check_saved(folder: Path, model: JamVQModel) -> None:
-    saved: dict[str, Any] = JamVQModel.from_pretrained(folder).state_dict()
+    saved: dict[str, Any] = JamVQModel.from_pretrained(folder, trust_remote_code=False).state_dict()
     differing = [key for key, tensor in model.state_dict().items() if not torch.equal(saved[key], tensor)]
     if differing:
         raise ValueError(f"What was written reads back differently, e.g. '{differing[0]}'. Is the disk at fault?")

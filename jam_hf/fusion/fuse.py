@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 
 from ..files import check_apart, check_free, resumable_folder, whole_folder
@@ -30,6 +29,7 @@ from . import chat_templates, report, tables
 from .checkpoint import BLOCK_BYTES, Parent, TensorPlan, plan_shards, specs_of, write_plans
 from .generation_defaults import one_or_list, stop_ids, text_sampling
 from .model_card import model_card
+from .parent_tokenizers import asks_otherwise, check_saved, limit_length, read_parent_tokenizer
 from .parents import IMAGE_PARENTS, TEXT_PARENTS, Decoder, image_codes, picture_tokens
 from .preprocessing import image_processing_of
 from .recipe import FusionRecipe
@@ -110,6 +110,9 @@ def fuse(
             break_token, image_token, mask_token, mask_end_token: the JAM's special tokens, by their text.
             special_tokens: image parent's token by JAM's token, for markup that both have under different names.
             cross_attention_interval: cross blocks after layers 0, interval, 2*interval, ... [A]: 2.
+            tokenizer_reading: "transformers" (default): a JAM splits text as `AutoTokenizer` makes the parents' tokenizers;
+                "files": as their tokenizer.json says, with `add_bos_token` of their tokenizer_config.json. A warning says
+                where the two differ.
             dtype: of the decoders; the parents' where `None`. The VQ model stays in float32.
             seed: for what is drawn at random (cross blocks, projections). max_shard_size: as in `save_pretrained`.
     Returns:
@@ -180,13 +183,14 @@ def plan_fusion(
         image.parent, None if vq_model is None else vq.config, vq.config.sample_size
     )
     warnings += processing_warnings
-    tokenizer = _tokenizer(tokenizer, text.parent)
-    image_tokenizer = _image_tokenizer(image_tokenizer, image.parent)
+    tokenizer = _tokenizer(tokenizer, text.parent, recipe.tokenizer_reading)
+    image_tokenizer = _image_tokenizer(image_tokenizer, image.parent, recipe.tokenizer_reading)
     check_added_ids(tokenizer, "text parent")
     if image_tokenizer is not None:
         check_added_ids(image_tokenizer, "image parent")
-    warnings += _read_otherwise(tokenizer, "text parent", "tokenizer")
-    warnings += _read_otherwise(image_tokenizer, "image parent", "image_tokenizer")
+    warnings += asks_otherwise(tokenizer, "text parent", "tokenizer")
+    warnings += asks_otherwise(image_tokenizer, "image parent", "image_tokenizer")
+    parents_tokenizer = copy.deepcopy(tokenizer)
     codes = image_codes(image, vq.config.num_vq_embeddings, recipe.image_token_offset, image_tokenizer or tokenizer)
     vocabulary = _vocabulary(tokenizer, image_tokenizer, text, image, codes.rows, vq, recipe)
     ends, end_warnings = stop_ids(text.parent, text.vocab_size, tokenizer, vocabulary.added)
@@ -205,6 +209,8 @@ def plan_fusion(
     config.vq_config.image_processing = processing
     config.dtype = wanted or _dtype(text, image)
     config.architectures = ["JamForCausalLM"]
+    limit_length(vocabulary.tokenizer, config.max_position_embeddings)
+    check_saved(vocabulary.tokenizer, parents_tokenizer, vocabulary.added)
     vq_state = {key: tensor if tensor.is_meta else tensor.cpu() for key, tensor in vq.state_dict().items()}
     parts = tables.Ingredients(config, text, image, codes, vocabulary.text_map, vocabulary.image_map, vq_state, recipe.seed)
     tensors = tables.plan_tensors(_specs(config), tables.table(mode, init, config), parts)
@@ -272,8 +278,6 @@ def _write_small_files(plan: FusionPlan, folder: Path) -> None:
     ).save_pretrained(folder)
     tokenizer = vocabulary.tokenizer
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # what is saved is what it was made with
-    for name in ("is_local", "local_files_only"):  # how it was read here, which transformers would write down
-        tokenizer.init_kwargs.pop(name, None)
     processor = JamProcessor(
         JamImageProcessor.from_vq_config(config.vq_config),
         tokenizer,
@@ -331,54 +335,20 @@ def _written(source: Any) -> str | None:
     return f"{type(source).__name__} in memory"
 
 
-def _tokenizer(tokenizer: Any, text: Parent) -> PreTrainedTokenizerBase:
-    if isinstance(tokenizer, PreTrainedTokenizerBase):
-        return copy.deepcopy(tokenizer)
+def _tokenizer(tokenizer: Any, text: Parent, reading: str) -> PreTrainedTokenizerBase:
     source = tokenizer if tokenizer is not None else text.folder
     if source is None:
         raise ValueError("The text parent is a model in memory and brings no tokenizer; pass tokenizer=...")
-    return _read_tokenizer(source, "tokenizer")
+    return read_parent_tokenizer(source, "tokenizer", reading)
 
 
-def _image_tokenizer(tokenizer: Any, image: Parent) -> PreTrainedTokenizerBase | None:
+def _image_tokenizer(tokenizer: Any, image: Parent, reading: str) -> PreTrainedTokenizerBase | None:
     """The image parent's; None where it brings none."""
-    if isinstance(tokenizer, PreTrainedTokenizerBase):
-        return tokenizer
     if tokenizer is None:
         if image.folder is None or not (image.folder / "tokenizer_config.json").is_file():
             return None
         tokenizer = image.folder
-    return _read_tokenizer(tokenizer, "image_tokenizer")
-
-
-def _read_tokenizer(source: str | os.PathLike, argument: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"No tokenizer can be read from '{source}' ({error}). Pass {argument}=... .") from error
-
-
-# Where tokenizers of one vocabulary differ: numbers, apostrophes, blanks and line feeds.
-_PROBE = "In 2024, isn't Step 12 done?\n\n  Yes: one  two\tthree."
-
-
-def _read_otherwise(tokenizer: PreTrainedTokenizerBase | None, role: str, argument: str) -> list[str]:
-    """A warning where transformers splits text otherwise than the tokenizer.json that it read.
-
-    For some families it makes the tokenizer anew, by the model's type, and takes only the vocabulary from the file.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    path = Path(getattr(tokenizer, "name_or_path", None) or "") / "tokenizer.json"
-    if backend is None or not path.is_file():
-        return []
-    written, read = (t.encode(_PROBE, add_special_tokens=False).ids for t in (Tokenizer.from_file(str(path)), backend))
-    if written == read:
-        return []
-    return [
-        f"transformers reads the tokenizer of the {role} as a {type(tokenizer).__name__}, which splits text otherwise than its "
-        f"tokenizer.json says. If the parent was trained with the latter, pass {argument}=PreTrainedTokenizerFast."
-        "from_pretrained(...)."
-    ]
+    return read_parent_tokenizer(tokenizer, "image_tokenizer", reading)
 
 
 def _dtype(text: Decoder, image: Decoder) -> torch.dtype:

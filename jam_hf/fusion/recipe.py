@@ -33,6 +33,7 @@ class FusionRecipe:
     vq: str | None = None
     tokenizer: str | None = None
     image_tokenizer: str | None = None
+    tokenizer_reading: str = "transformers"
     text_revision: str | None = None
     image_revision: str | None = None
     image_size: int | None = None

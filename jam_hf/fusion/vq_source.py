@@ -46,7 +46,7 @@ def vq_model_of(source: Any, image: Decoder, image_size: int | None) -> tuple[Ja
                 "Convert others with `jam-hf convert-vq`; a diffusers VQModel goes into the `.vq` of a JamVQModel made with "
                 "its arguments."
             )
-    model = JamVQModel.from_pretrained(source)
+    model = JamVQModel.from_pretrained(source, trust_remote_code=False)
     return model, _halves(model)
 
 

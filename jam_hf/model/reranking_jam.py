@@ -132,9 +132,11 @@ class CLIPReranker:
         self, model: str | CLIPModel, tokenizer: Any = None, image_processor: Any = None, device: torch.device | None = None
     ):
         if isinstance(model, str):
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-            image_processor = image_processor or AutoImageProcessor.from_pretrained(model, backend="pil")
-            model = CLIPModel.from_pretrained(model, use_safetensors=True)
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+            image_processor = image_processor or AutoImageProcessor.from_pretrained(
+                model, backend="pil", trust_remote_code=False
+            )
+            model = CLIPModel.from_pretrained(model, use_safetensors=True, trust_remote_code=False)
         if not isinstance(model, CLIPModel) or tokenizer is None or image_processor is None:
             raise ValueError(
                 "CLIPReranker: expected the name of a CLIP checkpoint, or a CLIPModel with tokenizer=... and "

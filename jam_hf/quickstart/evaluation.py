@@ -80,7 +80,9 @@ class _Measurements:
         models: dict[str, Any] = {}
         for mode in self.run.trained_modes():
             for folder, name in (("pretrained/jam-{}", "jam-{}, stage 1"), ("jam-{}", "jam-{}, stage 2")):
-                model = JamForCausalLM.from_pretrained(self.run.path(folder.format(mode)), **_EVALUATION)
+                model = JamForCausalLM.from_pretrained(
+                    self.run.path(folder.format(mode)), **_EVALUATION, trust_remote_code=False
+                )
                 models[name.format(mode)] = {"perplexity": self._perplexities(model)}
         return models
 
@@ -91,7 +93,10 @@ class _Measurements:
 
     def _drawing(self, folder: Path, scales: dict[str, float | None]) -> dict[str, dict[str, float]]:
         results = {}
-        model, processor = JamForCausalLM.from_pretrained(folder, **_EVALUATION), JamProcessor.from_pretrained(folder)
+        model, processor = (
+            JamForCausalLM.from_pretrained(folder, **_EVALUATION, trust_remote_code=False),
+            JamProcessor.from_pretrained(folder, trust_remote_code=False),
+        )
         pairs = self.run.data("pairs")
         for split in _UNSEEN:
             expected = [Picture.from_json(text) for text in pairs[split]["picture"]]
@@ -128,7 +133,10 @@ class _SharedParents(_Measurements):
 
     def models(self) -> dict[str, Any]:
         run, models = self.run, {}
-        parents = {name: AutoModelForCausalLM.from_pretrained(run.path(name), **_EVALUATION) for name in ("llm", "image-model")}
+        parents = {
+            name: AutoModelForCausalLM.from_pretrained(run.path(name), **_EVALUATION, trust_remote_code=False)
+            for name in ("llm", "image-model")
+        }
         models["LLM parent"] = {"perplexity": self._perplexities(parents["llm"])}
         models["image parent"] = {"perplexity": self._perplexities(parents["image-model"])}
         first, last = self.range
@@ -146,7 +154,7 @@ class _SharedParents(_Measurements):
                 folder = run.path("fused") / f"jam-{mode}-{init}"
                 if not folder.exists():
                     fuse(run.path("llm"), run.path("image-model"), mode, folder, init=init, vq_model=run.path("vq"))
-            model = JamForCausalLM.from_pretrained(folder, **_EVALUATION).eval()
+            model = JamForCausalLM.from_pretrained(folder, **_EVALUATION, trust_remote_code=False).eval()
             models[name] = {
                 "perplexity": self._perplexities(model),
                 "kl_to_llm": divergence(parents["llm"], model, _half(self.texts), (0, first)),
@@ -166,13 +174,13 @@ class _UnlikeParents(_Measurements):
 
     def __init__(self, run: Run):
         super().__init__(run)
-        config = JamForCausalLM.config_class.from_pretrained(run.path("fused") / "jam-cross")
+        config = JamForCausalLM.config_class.from_pretrained(run.path("fused") / "jam-cross", trust_remote_code=False)
         self.range = config.image_token_offset, config.image_token_offset + config.num_image_tokens
 
     def models(self) -> dict[str, Any]:
         run, name = self.run, "jam-cross preserving, fused"
-        llm = AutoModelForCausalLM.from_pretrained(run.path("llm"), **_EVALUATION)
-        fused = JamForCausalLM.from_pretrained(run.path("fused") / "jam-cross", **_EVALUATION)
+        llm = AutoModelForCausalLM.from_pretrained(run.path("llm"), **_EVALUATION, trust_remote_code=False)
+        fused = JamForCausalLM.from_pretrained(run.path("fused") / "jam-cross", **_EVALUATION, trust_remote_code=False)
         kept = self._retention(run.path("fused") / "jam-cross")
         models: dict[str, Any] = {
             "LLM parent": {"perplexity": {"text": perplexity(llm, self.texts, self.range).perplexity}},
@@ -208,7 +216,9 @@ class _UnlikeParents(_Measurements):
             )
 
     def _image_parents_drawing(self) -> dict[str, dict[str, float]]:
-        model = ChameleonForConditionalGeneration.from_pretrained(self.run.path("image-model"), **_EVALUATION).eval()
+        model = ChameleonForConditionalGeneration.from_pretrained(
+            self.run.path("image-model"), **_EVALUATION, trust_remote_code=False
+        ).eval()
         tokenizer, vq, pairs, results = self.run.parents.tokenizer("image-model"), self.run.vq(), self.run.data("pairs"), {}
         for split in _UNSEEN:
             expected = [Picture.from_json(text) for text in pairs[split]["picture"]]

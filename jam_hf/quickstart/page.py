@@ -66,8 +66,8 @@ def document_html(prompt: str, segments: Sequence[dict[str, Any]]) -> str:
 def write_documents(run: Run, folder: Path) -> None:
     """Let jam-cross answer held-out how-to questions and draw unseen captions; leaves PNGs and `documents.json`."""
     settings = run.settings
-    model = JamForCausalLM.from_pretrained(run.path("jam-cross")).eval()
-    processor = JamProcessor.from_pretrained(run.path("jam-cross"))
+    model = JamForCausalLM.from_pretrained(run.path("jam-cross"), trust_remote_code=False).eval()
+    processor = JamProcessor.from_pretrained(run.path("jam-cross"), trust_remote_code=False)
     howtos = run.data("howtos")["validation"].select(range(min(48, settings.sizes.validation)))
     requests = [json.loads(text)[:1] for text in howtos["messages"]]
     prompts = [processor.tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in requests]

@@ -88,7 +88,7 @@ class SharedParents:
 
     @property
     def tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self.run.need("tokenizer", "tokenizer"))
+        return AutoTokenizer.from_pretrained(self.run.need("tokenizer", "tokenizer"), trust_remote_code=False)
 
     @property
     def image_token_range(self) -> tuple[int, int]:
@@ -201,7 +201,7 @@ class UnlikeParents:
     # ----- tokenizers -------------------------------------------------------------------------------------------------
 
     def tokenizer(self, parent: str) -> Any:
-        return AutoTokenizer.from_pretrained(self.run.need("tokenizer", "tokenizer") / parent)
+        return AutoTokenizer.from_pretrained(self.run.need("tokenizer", "tokenizer") / parent, trust_remote_code=False)
 
     def make_tokenizers(self, folder: Path) -> None:
         texts = self.run.data("texts")["train"]["text"][:5000]
@@ -234,7 +234,10 @@ class UnlikeParents:
         pairs.save_to_disk(str(folder / "image-model" / "pairs"))
 
     def _encode_for_jam(self, jam: Path, folder: Path) -> None:
-        config, tokenizer = JamConfig.from_pretrained(jam), JamProcessor.from_pretrained(jam).tokenizer
+        config, tokenizer = (
+            JamConfig.from_pretrained(jam, trust_remote_code=False),
+            JamProcessor.from_pretrained(jam, trust_remote_code=False).tokenizer,
+        )
         vq, image_tokenizer = self.run.vq(), self.tokenizer("image-model")
         marks = self._marks(self._chameleon_config(image_tokenizer), image_tokenizer)
         for name in ("texts", "pairs", "howtos"):

@@ -80,7 +80,7 @@ class Run:
         return load_from_disk(str(self.need("data", "picture-world") / name))
 
     def vq(self) -> JamVQModel:
-        return JamVQModel.from_pretrained(self.need("vq", "train-vq")).eval()
+        return JamVQModel.from_pretrained(self.need("vq", "train-vq"), trust_remote_code=False).eval()
 
     # ----- stages -----------------------------------------------------------------------------------------------------
 
@@ -142,12 +142,14 @@ class Run:
         return self.parents.modes if self.settings.train_all else ("cross",)
 
     def _train_jam(self, source: Path, target: Path, recipe: RecipeSettings, data: Dataset, **cm3: Any) -> None:
-        model = JamForCausalLM.from_pretrained(source)
+        model = JamForCausalLM.from_pretrained(source, trust_remote_code=False)
         config = model.config
         collator = JamDataCollator(
             config.pad_token_id, config.vocab_size, CM3Settings.from_config(config, **cm3), seed=self.settings.seed
         )
-        self._train(Lesson(model, data, collator, JamProcessor.from_pretrained(source)), target, recipe)
+        self._train(
+            Lesson(model, data, collator, JamProcessor.from_pretrained(source, trust_remote_code=False)), target, recipe
+        )
 
     def pretrain(self) -> None:
         """Stage 1: continued pretraining on texts and caption-image pairs with the CM3 objective."""
@@ -187,8 +189,8 @@ class Run:
             if mode not in self.trained_modes() and not self.path(f"jam-{mode}").exists():
                 source = self.need("fused", "fuse") / f"jam-{mode}"
                 with whole_folder(self.path(f"jam-{mode}")) as folder:
-                    JamForCausalLM.from_pretrained(source).save_pretrained(folder)
-                    JamProcessor.from_pretrained(source).save_pretrained(folder)
+                    JamForCausalLM.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
+                    JamProcessor.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
 
     def evaluate(self) -> None:
         """Measure perplexity, divergence from the parents, and the share of unseen captions drawn right."""

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset, Features, List, Value, load_from_disk
-from transformers import AutoConfig
 
 from ..files import check_free, whole_folder, write_whole
 from ..model.configuration_jam import JamConfig
 from ..model.modeling_jam import JamForCausalLM
 from ..model.modeling_jam_vq import JamVQModel
 from ..model.processing_jam import JamProcessor
+from ..reading import read_config
 from .documents import as_pairs, caption_ids, codes_and_pictures
 from .embedder import ClipEmbedder, Embedder, embedded
 from .index import (
@@ -110,11 +110,11 @@ def load_vq_model(jam: str | os.PathLike) -> JamVQModel:
     Raises:
         ValueError: if it is no JAM's checkpoint. OSError: if there is none.
     """
-    config = AutoConfig.from_pretrained(jam)
+    config = read_config(jam)
     if not isinstance(config, JamConfig):
         raise ValueError(f"'{jam}' is a '{config.model_type}'; expected the folder or Hub id of a JAM.")
     model, found = _VQModelOfAJam.from_pretrained(
-        jam, config=config.vq_config, key_mapping={r"^model\.vq_model\.": ""}, output_loading_info=True
+        jam, config=config.vq_config, key_mapping={r"^model\.vq_model\.": ""}, output_loading_info=True, trust_remote_code=False
     )
     if found["missing_keys"]:
         raise ValueError(f"'{jam}' lacks weights of its VQ model, {sorted(found['missing_keys'])[0]} for one.")

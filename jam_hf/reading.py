@@ -1,0 +1,67 @@
+"""Configs and tokenizers as transformers' own classes read them. Code that a checkpoint brings along is never run.
+
+Left out, `trust_remote_code` makes transformers ask on the terminal whether to run such code; every call of this package says
+False. What needs code of its own is refused here, in words that say so. It knows nothing of what is read.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
+
+
+NEVER_RUN = "jam_hf never runs code that a checkpoint brings along"
+
+
+def read_config(source: str | os.PathLike, **hub: Any) -> PreTrainedConfig:
+    """`AutoConfig` of a folder or Hub id; `hub`: `revision` and the like.
+
+    Raises:
+        ValueError: if transformers has no class for it, or it cannot be read. OSError: if there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"the config of '{source}' is of a class of its own, which transformers does not have; {NEVER_RUN}"
+        ) from error
+
+
+def read_tokenizer(source: str | os.PathLike, from_file: bool = False, **hub: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub id, by `AutoTokenizer`, or (`from_file`) by tokenizer.json, whatever class is named.
+
+    Raises:
+        ValueError: if the class that it names is none of transformers', or it cannot be read. OSError: if there is none.
+    """
+    if from_file:
+        return PreTrainedTokenizerFast.from_pretrained(source, trust_remote_code=False, **hub)
+    unknown = [name for name in named_classes(get_tokenizer_config(source, **hub)) if not _is_stock(name)]
+    if unknown:
+        raise ValueError(
+            f"the tokenizer of '{source}' is of the unknown class {unknown[0]}, which transformers does not have; {NEVER_RUN}"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # a file that is not as it should be surfaces as whatever it broke
+        raise ValueError(f"the tokenizer of '{source}' cannot be read: {error!r}") from error
+
+
+def named_classes(tokenizer_config: dict[str, Any]) -> list[str]:
+    """The names of tokenizer classes in a tokenizer_config.json, those of its `auto_map` without their modules."""
+    found = [tokenizer_config.get("tokenizer_class")]
+    auto_map = tokenizer_config.get("auto_map")
+    named = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
+    found += [named] if isinstance(named, str) else list(named or [])
+    return [name.split(".")[-1] for name in found if isinstance(name, str)]
+
+
+def _is_stock(name: str) -> bool:
+    stem = name.removesuffix("Fast")
+    return any(tokenizer_class_from_name(one) is not None for one in (name, stem, f"{stem}Fast"))
