@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
+from transformers.utils import logging
 
 
 def groups(requests: Sequence[tuple[int, int]], tokens: int) -> list[list[int]]:
@@ -50,7 +50,7 @@ def generate_padded(
     rows = [index for index in range(len(inputs)) for _ in range(copies)]
     written: dict[int, tuple[list[int], tuple[float, float]]] = {}
     batches = groups([(len(inputs[index]), budgets[index]) for index in rows], tokens)
-    for group in tqdm(batches, disable=not progress_bar, desc=f"Solving {len(rows)} requests", unit="batch"):
+    for group in logging.tqdm(batches, disable=not progress_bar, desc=f"Solving {len(rows)} requests", unit="batch"):
         prompts = [inputs[rows[place]] for place in group]
         config.max_new_tokens, longest = budgets[rows[group[0]]], max(map(len, prompts))
         ids = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in prompts], device=model.device)
