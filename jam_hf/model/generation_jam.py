@@ -37,7 +37,7 @@ from .call_settings_jam import (
     settle,
 )
 from .continuous_batching_jam import JamContinuousBatchingMixin, PictureGrammarContinuousLogitsProcessor
-from .grammar_jam import GENERATION_MODES, PictureGrammar, PictureReader
+from .grammar_jam import GENERATION_MODES, PictureGrammar, PictureReader, as_ids
 from .guidance_jam import (
     BranchContexts,
     Guidance,
@@ -154,6 +154,8 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         pixel_values = kwargs.pop("pixel_values", None)
         if inputs is not None and "input_ids" not in kwargs:
             inputs, kwargs["input_ids"] = None, inputs
+        if kwargs.get("input_ids") is not None:
+            kwargs["input_ids"] = as_ids(kwargs["input_ids"])
         input_ids = kwargs.get("input_ids")
         if pixel_values is not None and input_ids is None:
             raise ValueError("pixel_values need input_ids with placeholders <image>; pass the processor's output.")
@@ -167,7 +169,7 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
             else:
                 kwargs["max_length"] = self.config.max_position_embeddings
         if kwargs.get("negative_prompt_ids") is not None:
-            kwargs["negative_prompt_ids"] = torch.as_tensor(kwargs["negative_prompt_ids"])
+            kwargs["negative_prompt_ids"] = as_ids(torch.as_tensor(kwargs["negative_prompt_ids"]), "negative_prompt_ids")
         if num_candidates is not None or reranker is not None:
             from .candidates_jam import generate_best_pictures
 
@@ -178,6 +180,7 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
             self.config.image_token_id,
         )
         self._check_draft_model(kwargs)
+        kwargs["_prompt_ids"] = kwargs.get("input_ids")  # beside embeddings, which transformers hands on
         kwargs["_own_loop"] = kwargs.get("custom_generate") is not None
         output = None
         try:
@@ -232,13 +235,14 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         arguments = {name: kwargs[name] for name in CALL_SETTINGS if name in kwargs}
         kwargs = {name: value for name, value in kwargs.items() if name not in JAM_SETTINGS}
         negative, own_loop = kwargs.pop("_negative_prompt", None), kwargs.pop("_own_loop", False)
+        prompt_ids = kwargs.pop("_prompt_ids", None)
         config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if getattr(generation_config, "document_prompt_length", None) is not None:  # complete: None is a setting, not a gap
             for name, value in vars(generation_config).items():
                 if value is None and name not in kwargs:
                     setattr(config, name, None)
         settle(config, arguments, generation_config, self.generation_config)
-        config._negative_prompt, config._own_loop = negative, own_loop
+        config._negative_prompt, config._own_loop, config._prompt_ids = negative, own_loop, prompt_ids
         return config, model_kwargs
 
     @contextmanager
@@ -354,6 +358,8 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
 
         grammar = PictureGrammar(self.config, end_ids(generation_config.eos_token_id))
         embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
+        if encoder_input_ids is not None and encoder_input_ids.ndim == 3 and input_ids_seq_length:
+            encoder_input_ids = generation_config._prompt_ids
         embedded = embeds.shape[1] if embeds is not None and not input_ids_seq_length else 0
         read = input_ids_seq_length + embedded if mask is None else mask.sum(1)
         room = generation_config.max_length - input_ids_seq_length

@@ -403,4 +403,17 @@ class PictureReader:
         return self._seen[1]
 
 
-__all__ = ["GENERATION_MODES", "DocumentRules", "PictureGrammar", "PictureReader", "PictureState"]
+def as_ids(ids: torch.Tensor | None, name: str = "input_ids") -> torch.LongTensor | None:
+    """Ids as int64, which all tables of ids are; int32 and the like, as `datasets` and numpy have them, are as good.
+
+    Raises:
+        ValueError: if they are no integers.
+    """
+    if ids is None or ids.dtype == torch.int64:
+        return ids
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, token ids, got {ids.dtype}.")
+    return ids.long()
+
+
+__all__ = ["GENERATION_MODES", "DocumentRules", "PictureGrammar", "PictureReader", "PictureState", "as_ids"]

@@ -23,7 +23,7 @@ from transformers.utils.output_capturing import resolve_hidden_states_indices, s
 
 from .configuration_jam import JamConfig
 from .generation_jam import JamGenerationMixin
-from .grammar_jam import PictureGrammar
+from .grammar_jam import PictureGrammar, as_ids
 from .modeling_jam_cross import JamCrossDecoder, JamModelOutputWithPast, JamPreTrainedModel
 from .modeling_jam_families import FAMILIES, family_of
 from .modeling_jam_vq import JamVQModel
@@ -80,6 +80,7 @@ class JamModel(JamPreTrainedModel):
         Raises:
             ValueError: if the number of placeholders is not N times the number of pictures.
         """
+        input_ids = as_ids(input_ids)
         image_tokens = self.get_image_tokens(pixel_values).flatten().to(input_ids.device)
         placeholders = input_ids == self.config.image_token_id
         found = placeholders.sum()
@@ -113,6 +114,7 @@ class JamModel(JamPreTrainedModel):
                 both streams' embeddings side by side, as `get_input_embeddings()` returns them.
             pixel_values (float `[P, 3, H, W]` in [-1, 1]): the pictures of the whole batch, in reading order.
         """
+        input_ids = as_ids(input_ids)
         if pixel_values is not None:
             if input_ids is None:
                 raise ValueError("pixel_values need input_ids with placeholders <image>; inputs_embeds have none.")
@@ -307,7 +309,7 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
             `JamCausalLMOutputWithPast` with logits `[B, T, V]`; `hidden_states` and `attentions` are the text stream's.
         """
         if input_ids is not None:
-            input_ids, labels = self.encode_pictures(input_ids, labels, pixel_values)
+            input_ids, labels = self.encode_pictures(input_ids, as_ids(labels, "labels"), pixel_values)
             pixel_values = None
         outputs: JamModelOutputWithPast = self.model(
             input_ids=input_ids,
