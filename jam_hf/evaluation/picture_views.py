@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..fusion.parents import code_ids, picture_tokens
+from ..fusion.parents import code_ids, code_names, picture_tokens
 from ..fusion.recipe import FusionRecipe
 from ..fusion.vocabulary import differing_tokens
 from ..model.configuration_jam import JamConfig
@@ -137,7 +137,7 @@ def _plain_view(
     """
     size = parent.get_input_embeddings().weight.shape[0]
     first, count, template = config.image_token_offset, config.num_image_tokens, config.picture_template
-    same_ids = size == config.vocab_size and (tokenizer is None or not differing_tokens(jam_tokenizer, tokenizer))
+    same_ids = size == config.vocab_size and (tokenizer is None or not differing_tokens(tokenizer, jam_tokenizer))
     if same_ids:
         codes = code_ids(parent.config, size, count, tokenizer, first if offset is None else offset, name)
         if int(codes[0]) != first:
@@ -154,7 +154,7 @@ def _plain_view(
             "tokenizer to say what they mean. Pass image_tokenizer=..."
         )
     known = tokenizer.get_vocab()
-    if offset is None and "<img:0>" not in known:
+    if offset is None and not code_names(tokenizer):
         if recipe is None:
             raise ValueError(
                 f"Where the image codes of the image parent {name} are is not known: its tokenizer names no <img:0>, and the "

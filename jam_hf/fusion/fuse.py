@@ -105,8 +105,8 @@ def fuse(
             image_tokenizer: of the image parent, where its folder has none.
             text_revision, image_revision: branch, tag or commit on the Hub.
             image_size: side of a picture in pixels, for image tokenizers that take any (Emu3).
-            image_token_offset: id of image code 0 in a plain causal LM; by default its tokenizer's `<img:0>`, else the last K
-                ids.
+            image_token_offset: id of image code 0 in a plain causal LM; by default its tokenizer's `<img:0>`, `<img_00000>`
+                or the like, with as many numbers behind it as there are codes.
             break_token, image_token, mask_token, mask_end_token: the JAM's special tokens, by their text.
             special_tokens: image parent's token by JAM's token, for markup that both have under different names.
             cross_attention_interval: cross blocks after layers 0, interval, 2*interval, ... [A]: 2.
@@ -197,6 +197,8 @@ def plan_fusion(
     vocabulary.ids["eos_token_id"] = one_or_list(ends)
     sampling, sampling_warnings = text_sampling(text.parent, image.parent)
     warnings += [*end_warnings, *sampling_warnings]
+    shown = f"{codes.said_by}, rows {int(codes.rows.min())}..{int(codes.rows.max())} of its vocabulary"
+    vocabulary = replace(vocabulary, code_name=vocabulary.code_name or codes.form, codes_from=shown)
     config = jam_config(
         text,
         image,
@@ -285,6 +287,7 @@ def _write_small_files(plan: FusionPlan, folder: Path) -> None:
         image_token=recipe.image_token,
         break_token=recipe.break_token,
         **vocabulary.layout,
+        **({} if vocabulary.code_name is None else {"image_code_token": vocabulary.code_name}),
     )
     processor.save_pretrained(folder)
     (folder / "README.md").write_text(model_card(plan), encoding="utf-8")

@@ -125,6 +125,7 @@ class ImageCodes:
     folded: float `[K, d]`: embeddings of the codes made of other modules (Janus), or None.
     head: keys of a head of its own for codes, by their names in `JanusVQVAEHead`; empty where codes are rows of `lm_head`.
     head_config: `image_head_hidden_size` and `image_head_act` of [`JamConfig`].
+    said_by: what says where the codes are, in words. form: of the names of their tokens, in a plain causal LM that has any.
     """
 
     rows: torch.LongTensor
@@ -132,6 +133,8 @@ class ImageCodes:
     head: dict[str, str] = field(default_factory=dict)
     head_config: dict[str, Any] = field(default_factory=dict)
     used: frozenset[str] = frozenset()
+    said_by: str = "its config"
+    form: str | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -140,6 +143,9 @@ class ImageCodes:
 def image_codes(decoder: Decoder, num_codes: int, offset: int | None, tokenizer: PreTrainedTokenizerBase | None) -> ImageCodes:
     """The codes of an image parent, and what else belongs to them; arguments, errors: see [`code_ids`]."""
     parent = decoder.parent
+    if decoder.kind in TEXT_PARENTS:
+        rows, said_by, form = plain_codes(decoder.vocab_size, num_codes, tokenizer, offset, parent.name)
+        return ImageCodes(rows, said_by=said_by, form=form)
     rows = code_ids(parent.config, decoder.vocab_size, num_codes, tokenizer, offset, parent.name)
     return _janus_codes(decoder, rows) if decoder.kind == "janus" else ImageCodes(rows)
 
@@ -156,14 +162,15 @@ def code_ids(
 
     Args:
         config: the parent's. vocab_size: rows of its embedding. num_codes: K of the VQ model. name: how messages call it.
-        offset: id of code 0 in a plain causal LM; by default its tokenizer's `<img:0>`, else the last K ids.
+        offset: id of code 0 in a plain causal LM; by default number 0 of its tokenizer's K numbered
+            tokens (`<img:0>`, `<|image_00000|>`).
     Returns:
         int64 `[K]`.
     Raises:
         ValueError: if the parent has not exactly K codes, or they lie outside its vocabulary.
     """
     if config.model_type not in ("chameleon", "emu3", "janus"):
-        return _plain_ids(vocab_size, num_codes, tokenizer, offset, name)
+        return plain_codes(vocab_size, num_codes, tokenizer, offset, name)[0]
     if offset is not None:
         raise ValueError(
             f"image_token_offset is for plain causal LMs; {name} is a '{config.model_type}', which says itself where its codes "
@@ -183,23 +190,100 @@ def code_ids(
     return ids
 
 
-def _plain_ids(
-    vocab_size: int, num_codes: int, tokenizer: PreTrainedTokenizerBase | None, offset: int | None, name: str
-) -> torch.LongTensor:
+@dataclass(frozen=True)
+class CodeNames:
+    """Numbered tokens that are image codes by their names, one id behind the other.
+
+    form: "<img:{}>", "<|image_{:05d}|>". first: id of number 0. count: how many numbers follow each other from 0 on.
+    in_order: whether their ids do.
+    """
+
+    form: str
+    first: int
+    count: int
+    in_order: bool
+
+    def __str__(self) -> str:
+        return f"{self.form.format(0)}..{self.form.format(self.count - 1)}"
+
+
+_PICTURE_WORD = re.compile("im(a?ge?)|pic|vis|vq|code", re.IGNORECASE)
+_NUMBER_ZERO = re.compile(r"(|.*[^0-9])(0+)([^0-9]*)", re.DOTALL)
+
+
+def code_names(tokenizer: PreTrainedTokenizerBase | None) -> list[CodeNames]:
+    """The numbered families of two and more tokens that say that they are of pictures, by the ids of their number 0."""
     vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
+    found = []
+    for token, first in vocabulary.items():
+        parts = _NUMBER_ZERO.fullmatch(token)
+        if parts is None or not _PICTURE_WORD.search(parts[1] + parts[3]):
+            continue
+        before, after = (part.replace("{", "{{").replace("}", "}}") for part in (parts[1], parts[3]))
+        form = f"{before}{{:0{len(parts[2])}d}}{after}" if len(parts[2]) > 1 else f"{before}{{}}{after}"
+        count = 0
+        in_order = True
+        while (index := vocabulary.get(form.format(count))) is not None:
+            in_order &= index == first + count
+            count += 1
+        if count > 1:
+            found.append(CodeNames(form, first, count, in_order))
+    return sorted(found, key=lambda names: names.first)
+
+
+def plain_codes(
+    vocab_size: int, num_codes: int, tokenizer: PreTrainedTokenizerBase | None, offset: int | None, name: str
+) -> tuple[torch.LongTensor, str, str | None]:
+    """The codes of a plain causal LM: their ids, int64 `[K]`; what says so, in words; the form of their names, if any.
+
+    Args, errors: see [`code_ids`]. Nothing is assumed: not that codes are the last rows, for a vocabulary may be padded.
+    """
+    families = code_names(tokenizer)
+    fitting = [names for names in families if names.count == num_codes and names.in_order]
     if offset is None:
-        offset = vocabulary.get("<img:0>", vocab_size - num_codes)
-    if "<img:0>" in vocabulary:
-        first, last, behind = (vocabulary.get(f"<img:{k}>") for k in (0, num_codes - 1, num_codes))
-        if (first, last, behind) != (offset, offset + num_codes - 1, None):
+        if len(fitting) != 1:
+            there = ", ".join(f"{names} ({'' if names.in_order else 'not '}in order)" for names in fitting or families)
             raise ValueError(
-                f"The image codes of the tokenizer of {name} do not fit: with {num_codes} codes (by the VQ model) from id "
-                f"{offset}, <img:0> and <img:{num_codes - 1}> should be the ids {offset} and {offset + num_codes - 1}, and no "
-                f"<img:{num_codes}> should follow; they are {first}, {last} and {behind}."
+                f"Where the image codes of {name} are is not known: its tokenizer should have one family of exactly "
+                f"{num_codes} numbered tokens (by the VQ model), such as <img:0>..<img:{num_codes - 1}>, "
+                f"with one id behind the other; it has {there or 'none'}. Say what code 0 is: image_token_offset=..."
             )
+        offset = fitting[0].first
     ids = torch.arange(offset, offset + num_codes)
     _check_inside(ids, vocab_size, name)
-    return ids
+    names = next((names for names in fitting if names.first == offset), None)
+    if names is not None:
+        return ids, f"its tokens {names}", names.form
+    if fitting:
+        raise ValueError(
+            f"The image codes of the tokenizer of {name} do not fit: {fitting[0]} have the ids from {fitting[0].first} on, "
+            f"image_token_offset is {offset}. Leave it out."
+        )
+    near = [names for names in families if names.first < offset + num_codes and offset < names.first + names.count]
+    near += [names for names in families if names.form == "<img:{}>"]
+    if near:
+        raise ValueError(
+            f"The image codes of the tokenizer of {name} do not fit: with {num_codes} codes (by the VQ model) from id "
+            f"{offset}, it should have as many numbered tokens from there on, in order; {near[0]} are {near[0].count} from id "
+            f"{near[0].first} on."
+        )
+    _check_names_of_codes(ids, tokenizer, name)
+    return ids, "image_token_offset", None
+
+
+def _check_names_of_codes(ids: torch.LongTensor, tokenizer: PreTrainedTokenizerBase | None, name: str) -> None:
+    """Codes that were pointed at are all tokens or none is, and none is one that begins, ends or fills a text."""
+    if tokenizer is None:
+        return
+    by_id = {index: token for token, index in tokenizer.get_vocab().items()}
+    taken = [index for index in ids.tolist() if index in by_id]
+    marks = {*tokenizer.all_special_ids, tokenizer.get_vocab().get("<break>")}
+    wrong = next((index for index in taken if len(taken) < len(ids) or index in marks), None)
+    if wrong is not None:
+        raise ValueError(
+            f"By image_token_offset the image codes of {name} are the ids {int(ids[0])}..{int(ids[-1])}, and {wrong} of these "
+            f"is the token {by_id[wrong]!r}, no code. Code 0 has another id."
+        )
 
 
 def _check_inside(ids: torch.LongTensor, vocab_size: int, name: str) -> None:

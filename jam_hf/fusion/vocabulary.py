@@ -20,6 +20,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from ..model.code_tokens_jam import name_codes
 from .parents import PictureTokens
 
 
@@ -366,7 +367,9 @@ class Vocabulary:
     """The JAM's vocabulary and where its rows come from.
 
     size: text ids, new special tokens and image codes. ids: token ids for [`JamConfig`]. layout: tokens around a picture for
-    [`JamProcessor`]. coverage: None where both parents have one vocabulary. added: special tokens that the tokenizer got.
+    [`JamProcessor`]. code_name: form of the codes' names in the tokenizer; None where it is not known. codes_from: what says
+    which rows of the image parent are codes, in words. coverage: None where both parents have one vocabulary. added: special
+    tokens that the tokenizer got, codes left out.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -375,6 +378,8 @@ class Vocabulary:
     image_map: RowMap
     ids: dict[str, Any]
     layout: dict[str, Any] = field(default_factory=dict)
+    code_name: str | None = None
+    codes_from: str = ""
     coverage: Coverage | None = None
     added: list[str] = field(default_factory=list)
 
@@ -394,7 +399,8 @@ def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, codes: torc
             "image_token=..., mask_token=..., mask_end_token=..."
         )
     row_map = RowMap(torch.arange(size + 1), torch.arange(size), size)
-    return Vocabulary(tokenizer, size, row_map, row_map, _ids(tokenizer, names, int(codes[0])))
+    code_name = name_codes(tokenizer, int(codes[0]), len(codes))
+    return Vocabulary(tokenizer, size, row_map, row_map, _ids(tokenizer, names, int(codes[0])), code_name=code_name)
 
 
 def joined_vocabulary(
@@ -469,7 +475,8 @@ def joined_vocabulary(
     ):
         if token_field in layout:
             ids[name] = tokenizer.convert_tokens_to_ids(layout[token_field])
-    return Vocabulary(tokenizer, size, text_map, image_map, ids, layout, coverage, added)
+    code_name = name_codes(tokenizer, base, len(codes))
+    return Vocabulary(tokenizer, size, text_map, image_map, ids, layout, code_name, coverage=coverage, added=added)
 
 
 def num_sentinels(tokenizer: PreTrainedTokenizerBase, names: TokenNames) -> int:

@@ -18,8 +18,11 @@ from PIL import Image
 from transformers import processing_utils
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.utils import logging
 
 from .chats_jam import chat_pictures, check_that_parts_are_written, plain_chat
+from .code_tokens_jam import CODE_NAME, name_codes, reading_names_as_text
+from .configuration_jam import JamConfig
 from .documents_jam import load_json, save_html, save_json, save_markdown
 from .grammar_jam import PictureGrammar
 from .infilling_jam import JamInfill
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 
 # A token that a user typed into a chat, as transformers marks it under `sanitize_control_tokens=True`.
 _MARKED = processing_utils._MARKED_RE
+logger = logging.get_logger(__name__)
+
 SENTENCE_ENDS = (".", "!", "?", "…", "。", "！", "？")
 CLOSING_MARKS = " \n\"')]»”’」』"
 
@@ -52,6 +57,8 @@ class JamProcessor(ProcessorMixin):
         image_end_token, image_row_end_token (`str`, *optional*), image_prefix_tokens, image_suffix_tokens (`list[str]`): the
             tokens whose ids [`JamConfig`] has under `image_end_token_id` and so on, for layouts of pictures that have them.
             They are special tokens of the tokenizer; rows are those of a square grid of N codes.
+        image_code_token (`str`, defaults to `"<img:{}>"`): how the tokenizer names codes. A prompt that spells such a name is
+            text.
     """
 
     valid_processor_kwargs = JamProcessorKwargs
@@ -74,6 +81,7 @@ class JamProcessor(ProcessorMixin):
         image_prefix_tokens: Sequence[str] = (),
         image_row_end_token: str | None = None,
         image_suffix_tokens: Sequence[str] = (),
+        image_code_token: str = CODE_NAME,
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
         self.image_seq_length = image_seq_length
@@ -92,7 +100,35 @@ class JamProcessor(ProcessorMixin):
                 )
         self.image_end_token, self.image_row_end_token = image_end_token, image_row_end_token
         self.image_prefix_tokens, self.image_suffix_tokens = list(image_prefix_tokens), list(image_suffix_tokens)
+        self.image_code_token = image_code_token
         self._check_layout()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> JamProcessor:
+        """As in `ProcessorMixin`; in a folder that was fused before codes had names in the tokenizer, they get them here.
+
+        Raises:
+            ValueError: if in such a folder a token was added that has the id of an image code.
+        """
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        found = processor[0] if isinstance(processor, tuple) else processor
+        names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        try:
+            values, _ = JamConfig.get_config_dict(
+                pretrained_model_name_or_path, **{name: kwargs[name] for name in names if name in kwargs}
+            )
+        except OSError:  # a processor by itself
+            return processor
+        if values.get("model_type") == JamConfig.model_type and values.get("image_token_offset") is not None:
+            config = JamConfig.from_dict(values)
+            form = name_codes(found.tokenizer, config.image_token_offset, config.num_image_tokens)
+            if form is not None:
+                found.image_code_token = form
+                logger.warning_once(
+                    f"{pretrained_model_name_or_path} was fused before image codes had names in the tokenizer: they got the "
+                    f"names {form.format(0)}, ... now. Save the processor to keep them."
+                )
+        return processor
 
     def _check_layout(self) -> None:
         added = self.tokenizer.added_tokens_decoder
@@ -196,7 +232,8 @@ class JamProcessor(ProcessorMixin):
             if kwargs.get("sanitize_control_tokens") and self.tokenizer("")["input_ids"] == [self.tokenizer.bos_token_id]:
                 text = bos + text if isinstance(text, str) else [bos + sample for sample in text]
                 kwargs["add_special_tokens"] = False
-        return super().__call__(images=flat, text=text, **kwargs)
+        reader = reading_names_as_text(self, [text] if isinstance(text, str) else text or [])
+        return super(JamProcessor, reader).__call__(images=flat, text=text, **kwargs)
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """As in `ProcessorMixin`; a message may be a list of texts and pictures.

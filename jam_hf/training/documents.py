@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..model.chats_jam import chat_pictures, check_that_parts_are_written, plain_chat
+from ..model.code_tokens_jam import num_named_codes
 from ..model.configuration_jam import JamConfig
 from ..model.picture_input_jam import open_picture
 
@@ -178,7 +179,7 @@ def _picture_marks(tokenizer: PreTrainedTokenizerBase, offset: int | None, confi
     if config is None:
         first = _token_id(tokenizer, "<img:0>") if offset is None else offset
         mark, image = (_token_id(tokenizer, token) for token in ("<break>", "<image>"))
-        num_codes = len(tokenizer) - first if offset is None else None
+        num_codes = num_named_codes(tokenizer) if offset is None else None
         return PictureMarks("<image>", image, mark, mark, first, (mark,), num_codes=num_codes)
     if offset not in (None, config.image_token_offset):
         raise ValueError(
