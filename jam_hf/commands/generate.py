@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", default=f"{DEFAULT_RUN}/jam-cross", help="JAM checkpoint: folder or Hub id")
     command.add_argument("--mode", choices=("interleaved", "text", "image"), default="interleaved")
     command.add_argument("--chat", action="store_true", help="put the prompts through the chat template")
-    command.add_argument("--image", action="append", default=[], help="picture for an <image> in the prompts, in order")
+    command.add_argument(
+        "--image", action="append", default=[], help="picture for an <image> in the prompts, in order: one each"
+    )
     command.add_argument("--guidance-scale", type=float, help="classifier-free guidance inside pictures")
     command.add_argument("--image-guidance-scale", type=float, help="a scale of its own for the pictures of the context")
     command.add_argument("--negative-prompt", help="what guidance turns away from")
@@ -77,6 +80,17 @@ def _settings(args: argparse.Namespace, processor: Any) -> dict[str, Any]:
     return {"generation_mode": args.mode, **settings}
 
 
+def _prompt_segments(prompt: str, image_token: str, pictures: Iterator[Any]) -> list[dict[str, Any]]:
+    """The prompt as it goes before what was written: each of its pictures, as the model sees it, in the place of its mark."""
+    segments: list[dict[str, Any]] = []
+    for index, text in enumerate(prompt.split(image_token)):
+        if index:
+            segments.append({"type": "image", "image": next(pictures)})
+        if text.strip():
+            segments.append({"type": "text", "text": text})
+    return segments
+
+
 def run(args: argparse.Namespace) -> None:
     target = _checked_output(args)
     import torch
@@ -92,11 +106,12 @@ def run(args: argparse.Namespace) -> None:
     inputs = processor(text=prompts, images=args.image or None, padding=True, return_tensors="pt")
     torch.manual_seed(args.seed)
     output = model.generate(**inputs, **_settings(args, processor))
+    pictures = iter(processor.image_processor.postprocess(inputs["pixel_values"]) if "pixel_values" in inputs else ())
     documents = processor.post_process_interleaved(output, model, prompt_length=inputs["input_ids"].shape[1])
     for prompt, segments in zip(args.prompt, documents):
         print(f"# {prompt}")
         for segment in segments:
             print(segment["text"].strip() if segment["type"] == "text" else "[picture]")
-        segments.insert(0, {"type": "text", "text": prompt})
+        segments[:0] = _prompt_segments(prompt, processor.image_token, pictures)
     getattr(processor, SAVERS[target.suffix])(documents, target, overwrite=True)
     print(f"document: {target}")
