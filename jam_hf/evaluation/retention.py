@@ -26,6 +26,7 @@ from ..fusion.vocabulary import differing_tokens
 from ..model.configuration_jam import JamConfig
 from ..model.modeling_jam import JamForCausalLM
 from ..model.processing_jam import JamProcessor
+from ..model.provenance_jam import carried
 from ..reading import read_config, read_tokenizer
 from ..version import __version__
 from .lm_eval_model import check_softmax
@@ -205,6 +206,7 @@ def certify(
         image = _measure_pairs(jam, processor, theirs, pictures, names, batch_size)
     retention = Retention(text, image)
     if write:
+        before = carried(jam.config, before)
         write_whole(card, _with_section(before, retention.section(), card))
     return retention
 

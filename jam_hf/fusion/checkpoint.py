@@ -25,6 +25,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..files import write_whole
 from ..reading import read_config
+from .licences import licence_of
 from .tensor_files import DTYPES, TensorFile, TensorFileWriter, TensorSpec, no_duplicates
 
 
@@ -75,7 +76,7 @@ class Parent:
         if not Path(source).is_dir():
             self.hub_id = str(source)
             self.revision = self.folder.name if self.folder.parent.name == "snapshots" else revision
-        self.license = _license(self.folder)
+        self.license = licence_of(self.folder)
         self.config = _config(self.folder, role)
         if self.headers_only:
             self.specs = _hub_headers(str(source), role, revision)
@@ -247,20 +248,6 @@ def _refuse_quantised(config: PreTrainedConfig, name: str, role: str) -> None:
             f"The {role} {name} is quantised ({get('quant_method', None)}). Fusion makes new weights out of the parents'; take "
             "the unquantised model, or save what `model.dequantize()` gives."
         )
-
-
-def _license(folder: Path) -> str | None:
-    """What the parent's own model card says, where it has one."""
-    path = folder / "README.md"
-    if not path.is_file():
-        return None
-    from huggingface_hub import ModelCard
-
-    try:
-        data = ModelCard.load(path, ignore_metadata_errors=True).data
-    except Exception:  # a card is free text: whatever is wrong with it is no reason not to read the weights
-        return None
-    return getattr(data, "license_name", None) or data.license
 
 
 def _tensor_files(folder: Path, role: str) -> dict[str, TensorFile]:

@@ -290,9 +290,10 @@ def _write_small_files(plan: FusionPlan, folder: Path) -> None:
         **({} if vocabulary.code_name is None else {"image_code_token": vocabulary.code_name}),
     )
     processor.save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(plan), encoding="utf-8")
-    (folder / "fusion.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    config.save_pretrained(folder)
+    config.provenance = {"card": model_card(plan), "recipe": recipe.to_yaml(), "history": []}
+    for name in ("README.md", "fusion.yaml"):  # of an earlier run that was stopped
+        (folder / name).unlink(missing_ok=True)
+    config.save_pretrained(folder)  # and the two, as every later save writes them
 
 
 def _specs(config: JamConfig) -> dict[str, TensorSpec]:

@@ -5,12 +5,14 @@ It knows words only; what they say comes from the plan of the fusion.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCardData
 
 from ..version import __version__
 from . import report
+from .licences import as_text
 from .parents import Decoder
 
 
@@ -30,6 +32,7 @@ _BODY = """
 It reads and writes text and pictures in one sequence of tokens. Made with `jam_hf.fuse` from two parents, after
 [Jointly Training Large Autoregressive Multimodal Models](https://arxiv.org/abs/2309.15564).
 
+<!-- jam provenance -->
 | | |
 |---|---|
 | text parent | {text} |
@@ -39,7 +42,14 @@ It reads and writes text and pictures in one sequence of tokens. Made with `jam_
 | pictures | {size}x{size} pixels, {length} codes out of {codes} |
 | recipe | `{digest}` (jam_hf {version}; fusion.yaml) |
 
+<!-- done since -->
+
+## Since the fusion
+
 A fusion is a starting point: it has not been trained jointly yet.
+
+<!-- /done since -->
+<!-- /jam provenance -->
 
 ## What was preserved
 
@@ -96,7 +106,7 @@ def model_card(plan: FusionPlan) -> str:
         tags=["jam", f"jam-{config.fusion_mode}"],
         base_model=list(dict.fromkeys(names)) or None,
         base_model_relation="merge" if names else None,
-        license=licences.pop() if len(licences) == 1 else "other",
+        **_licence_fields(licences),
     )
     body = _BODY.format(
         text=_linked(plan.text),
@@ -110,11 +120,24 @@ def model_card(plan: FusionPlan) -> str:
         version=__version__,
         preserved=report.preserved(plan.recipe.mode, plan.recipe.init),
         vocabulary=_vocabulary(plan),
-        notes="".join(f"- {warning}\n" for warning in plan.warnings),
+        notes="".join(f"- {_one_line(warning)}\n" for warning in plan.warnings),
         recipe=plan.recipe.to_yaml(),
         room=config.picture_length + 2,
     )
     return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def _one_line(text: str) -> str:
+    """Sentences of ours that quote tokens and cards of others: no line breaks, no HTML."""
+    return " ".join(text.split()).replace("<", "\\<")
+
+
+def _licence_fields(licences: set[str | None]) -> dict[str, str | None]:
+    """What the Hub reads: an identifier, or "other" and a name."""
+    licence = next(iter(licences)) if len(licences) == 1 else "other"
+    if licence is None or re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
+        return {"license": licence}
+    return {"license": "other", "license_name": licence}
 
 
 def _vocabulary(plan: FusionPlan) -> str:
@@ -125,7 +148,7 @@ def _vocabulary(plan: FusionPlan) -> str:
         lines += ["", f"Layers side by side (text:image): {listing}."]
     if plan.vocabulary.coverage is not None:
         lines += ["", "The vocabulary is the text parent's. Rows of the image parent for its tokens:", ""]
-        lines += [f"- {line}" for line in plan.vocabulary.coverage.lines()]
+        lines += [f"- {_one_line(line)}" for line in plan.vocabulary.coverage.lines()]
     return "\n".join(lines)
 
 
@@ -136,4 +159,5 @@ def _linked(decoder: Decoder) -> str:
     else:
         name = f"[{parent.hub_id}](https://huggingface.co/{parent.hub_id})"
         name += f", revision `{parent.revision}`" if parent.revision else ""
-    return f"{name} ({type(parent.config).__name__.removesuffix('Config')}; licence: {parent.license or 'not stated'})"
+    licence = as_text(parent.license) if parent.license else "not stated"
+    return f"{name} ({type(parent.config).__name__.removesuffix('Config')}; licence: {licence})"

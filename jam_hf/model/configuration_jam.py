@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .class_names_jam import MODEL_TYPE
+from .provenance_jam import carry_on
 from .remote_code_jam import AUTO_MAP, VQ_AUTO_MAP
 from .sharding_jam import tensor_parallel_plan
 
@@ -246,6 +247,8 @@ class JamConfig(PreTrainedConfig):
         mask_end_token_id (`int`, *optional*): end of an infilled span; right after the sentinels where `None`.
         image_token_offset (`int`, *optional*): id of image code 0; the last codes of the vocabulary where `None`.
         image_seq_length (`int`, *optional*): codes in one picture (N). Follows from `vq_config`; checked if given.
+        provenance (`dict`, *optional*): what the JAM was made of and what was done since, for the card and the recipe that
+            every save carries on; see provenance_jam.py.
         tie_word_embeddings (`bool`, *optional*): follows `text_config` where `None`; never in the preserving form.
 
     `vocab_size`, `hidden_size`, `num_hidden_layers` and their like are read from, and written to, the decoders' configs.
@@ -290,6 +293,9 @@ class JamConfig(PreTrainedConfig):
     image_row_end_token_id: int | None = None
     image_suffix_token_ids: list[int] | tuple[int, ...] = ()
 
+    # The texts of card and recipe, and what was done since: see provenance_jam.py.
+    provenance: dict | None = None
+
     def __post_init__(self, **kwargs):
         # Checked before the sub-configs are built: a wrong mode must not surface as a wrong shape.
         _check_choice("fusion_mode", self.fusion_mode, FUSION_MODES)
@@ -333,12 +339,18 @@ class JamConfig(PreTrainedConfig):
         """As in `PreTrainedConfig`; the folder carries the code that it needs (remote_code_jam.py)."""
         _add_auto_map(self, AUTO_MAP)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        carry_on(self, save_directory)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        carry_on(self, working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """As in `PreTrainedConfig`; without the fields of what this JAM has not (unequal depths, an MLP as image head)."""
         values = super().to_dict()
-        if self.layer_pairing is None:
-            values.pop("layer_pairing", None)
+        for name in ("layer_pairing", "provenance"):
+            if getattr(self, name) is None:
+                values.pop(name, None)
         if self.image_head_hidden_size is None:
             values.pop("image_head_hidden_size", None)
             values.pop("image_head_act", None)

@@ -9,6 +9,7 @@ Shape suffixes: B batch, T new positions, S cached + new positions, D hidden siz
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_jam import JamConfig, attention_type
 from .modeling_jam_families import family_of, masks_by_type, sliding_cache_index, states_of
+from .provenance_jam import adopt, carry_on, catch_card_writers, note_changes, remember
 from .sharding_jam import tensor_parallel_plan
 
 
@@ -221,7 +223,27 @@ class JamPreTrainedModel(PreTrainedModel):
         for name, parameter in model.named_parameters():
             if name.startswith(VQ_PREFIXES):
                 parameter.requires_grad_(False)
+        adopt(model.config, model.name_or_path)
+        remember(model)
         return loaded
+
+    def train(self, mode: bool = True) -> Any:
+        """As in `nn.Module`; a trainer that is imported by now will carry a JAM's card on (provenance_jam.py)."""
+        catch_card_writers()
+        return super().train(mode)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As in `PreTrainedModel`; the folder carries card and recipe on, with what was done since (provenance_jam.py)."""
+        catch_card_writers()
+        if kwargs.get("is_main_process", True):
+            note_changes(self, kwargs.get("state_dict"))
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            carry_on(self.config, save_directory)  # an adapter that was added is saved without its config
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        carry_on(self.config, working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def init_parallel_plans(self) -> None:
         """As in `PreTrainedModel`, without the rules of parts that this model has not.

@@ -24,6 +24,8 @@ from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_utils import EvalPrediction
 
 from ..files import whole_folder, write_whole
+from ..model.provenance_jam import record
+from ..version import __version__
 from . import fingerprints
 from .collator import JamDataCollator, supports_packing
 from .muon import MuonAdamW, muon_parameter_groups
@@ -412,6 +414,8 @@ def train_causal_lm(
     # Weights in shards come together in all processes at once; the main process writes them.
     state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     place = whole_folder(output_dir, overwrite=True) if main else tempfile.TemporaryDirectory()
+    facts = {"steps": settings.max_steps, "batch_size": settings.batch_size, "learning_rate": settings.learning_rate}
+    record(model, "trained", **facts, freeze=settings.freeze, documents=len(train_dataset), jam_hf=__version__)
     with place as folder:
         model.save_pretrained(folder, is_main_process=main, state_dict=state)
         if main:

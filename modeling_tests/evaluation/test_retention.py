@@ -467,7 +467,8 @@ def test_a_folder_without_a_card_gets_one(folder, parents, texts):
     jam_folder = folder()
     (jam_folder / "README.md").unlink()
     certify(jam_folder, text_parent=parents("llama")[0], texts=texts)
-    assert (jam_folder / "README.md").read_text().startswith(SECTION_START)
+    card = (jam_folder / "README.md").read_text()
+    assert card.startswith("---\n") and "| text parent |" in card and card.count(SECTION_START) == 1  # that of its fusion
 
 
 @pytest.mark.parametrize("where", ["measuring", "writing"])
