@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--num-candidates", type=int, help="draw so many candidates for each picture and keep the best")
     command.add_argument("--reranker", help="which is the best: likelihood (default), or a CLIP checkpoint")
     command.add_argument("--memory", help="index of captioned pictures (jam-hf index) to look things up in")
+    command.add_argument("--memory-embedder", help="folder of the index's CLIP model, where that is not on the Hub")
     command.add_argument("--max-new-tokens", type=int)
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--output", default="document.html", help="file to write: .html, .md or .json")
+    command.add_argument("--overwrite", action="store_true", help="replace the output file")
 
 
 def _checked_output(args: argparse.Namespace) -> Path:
@@ -58,6 +61,8 @@ def _checked_output(args: argparse.Namespace) -> Path:
         raise ValueError(f"--output {target}: expected a file in a folder that exists.")
     if target.suffix not in SAVERS:
         raise ValueError(f"--output {target}: expected a name that ends in {', '.join(SAVERS)}.")
+    if target.exists() and not args.overwrite:
+        raise ValueError(f"--output {target}: this file exists. Choose another name, or replace it with --overwrite.")
     if not Path(args.model).is_dir() and (args.model.count("/") != 1 or args.model.startswith((".", "/", "~"))):
         raise ValueError(f"--model {args.model}: there is no such folder; expected a JAM checkpoint or a Hub id such as a/b.")
     return target
@@ -70,9 +75,10 @@ def _settings(args: argparse.Namespace, processor: Any) -> dict[str, Any]:
     if args.num_candidates is not None:
         settings["tokenizer"] = processor.tokenizer  # a CLIP model reads the text before a picture
     if args.memory is not None:
-        from ..retrieval import load_index
+        from ..retrieval import ClipEmbedder, load_index
 
-        settings["memory"] = load_index(args.memory, processor)
+        embedder = None if args.memory_embedder is None else ClipEmbedder(args.memory_embedder)
+        settings["memory"] = load_index(args.memory, processor, embedder)
     if args.picture_after_sentence:
         settings["image_after_token_ids"] = processor.sentence_end_token_ids()
     if args.negative_prompt is not None:
@@ -97,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
 
     from .. import JamForCausalLM, JamProcessor
 
-    model = JamForCausalLM.from_pretrained(args.model, trust_remote_code=False).eval()
+    model = JamForCausalLM.from_pretrained(args.model, use_safetensors=True, trust_remote_code=False).eval()
     processor = JamProcessor.from_pretrained(args.model, trust_remote_code=False)
     prompts = list(args.prompt)
     if args.chat:
@@ -113,5 +119,16 @@ def run(args: argparse.Namespace) -> None:
         for segment in segments:
             print(segment["text"].strip() if segment["type"] == "text" else "[picture]")
         segments[:0] = _prompt_segments(prompt, processor.image_token, pictures)
-    getattr(processor, SAVERS[target.suffix])(documents, target, overwrite=True)
+    save = getattr(processor, SAVERS[target.suffix])
+    try:
+        save(documents, target, overwrite=args.overwrite)
+    except FileExistsError:  # it came meanwhile
+        given, target = target, _free_name(target)
+        save(documents, target)
+        raise FileExistsError(f"--output {given} was written by others meanwhile; the document is in {target}.") from None
     print(f"document: {target}")
+
+
+def _free_name(target: Path) -> Path:
+    names = (target.with_stem(f"{target.stem}-{number}") for number in itertools.count(2))
+    return next(name for name in names if not name.exists())

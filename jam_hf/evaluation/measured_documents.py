@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..contents import beside, load_saved_dataset
+
 
 def read_texts(path: str | os.PathLike, max_documents: int | None = None) -> list[str]:
     """Documents of a UTF-8 text file: its paragraphs, which blank lines divide.
@@ -65,10 +67,8 @@ def read_pairs(folder: str | os.PathLike, max_documents: int | None = None) -> S
     if metadata.is_file():
         pairs: Sequence[dict[str, Any]] = _metadata_pairs(folder, metadata, max_documents)
     elif (folder / "dataset_info.json").is_file():
-        from datasets import load_from_disk
-
         try:
-            dataset = load_from_disk(str(folder))
+            dataset = load_saved_dataset(folder)
         except Exception as error:  # a damaged one; one without rows is an IndexError
             raise ValueError(f"The dataset '{folder}' is empty or damaged ({type(error).__name__}: {error}).") from error
         lacking = {"image", "text"} - set(dataset.column_names)
@@ -77,6 +77,7 @@ def read_pairs(folder: str | os.PathLike, max_documents: int | None = None) -> S
                 f"The dataset '{folder}' has no column {' and '.join(sorted(lacking))}; it has "
                 f"{', '.join(dataset.column_names)}. Expected the columns image and text."
             )
+        _check_pictures(dataset, folder)
         pairs = dataset.select_columns(["image", "text"])
         pairs = pairs.select(range(min(len(pairs), max_documents or len(pairs))))
         bad = next((i for i, text in enumerate(captions_of(pairs)) if not isinstance(text, str)), None)
@@ -90,6 +91,25 @@ def read_pairs(folder: str | os.PathLike, max_documents: int | None = None) -> S
     if not len(pairs):
         raise ValueError(f"'{folder}' is empty. Expected pictures and captions.")
     return pairs
+
+
+def _check_pictures(dataset: Any, folder: Path) -> None:
+    """A saved dataset brings its pictures: names of files in it are those of somebody's machine."""
+    import pyarrow
+    from datasets import Image
+
+    if not isinstance(dataset.features["image"], Image):
+        raise ValueError(
+            f"The column image of the dataset '{folder}' holds no pictures but {dataset.features['image']}. Cast it to "
+            "datasets.Image() and save it again."
+        )
+    column = dataset.data.column("image")
+    named = [chunk.field("bytes").null_count for chunk in column.chunks if pyarrow.types.is_struct(chunk.type)]
+    if sum(named):
+        raise ValueError(
+            f"{sum(named)} pictures of the dataset '{folder}' are names of files elsewhere, or are missing. Save it again "
+            "where these files are."
+        )
 
 
 def captions_of(pairs: Sequence[dict[str, Any]]) -> list[str]:
@@ -112,7 +132,8 @@ def _metadata_pairs(folder: Path, metadata: Path, max_documents: int | None) -> 
             raise ValueError(f"{metadata}, line {number}: expected the strings 'file_name' and 'text', got {line:.80}")
         if any("\ud800" <= letter <= "\udfff" for letter in row["text"]):
             raise ValueError(f"{metadata}, line {number}: the caption has half of a UTF-16 pair (\\uD800 to \\uDFFF) alone.")
-        pairs.append({"image": str(folder / row["file_name"]), "text": row["text"]})
+        picture = beside(folder, row["file_name"], f"{metadata}, line {number}")
+        pairs.append({"image": str(picture), "text": row["text"]})
     missing = [pair["image"] for pair in pairs if not Path(pair["image"]).is_file()]
     if missing:
         raise ValueError(f"{metadata} names files that are not there: {len(missing)} of {len(pairs)}, e.g. {missing[0]}.")

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..contents import check_shards
 from ..files import write_whole
 from ..fusion.recipe import FusionRecipe, public_name
 from ..fusion.vocabulary import differing_tokens
@@ -181,7 +182,8 @@ def certify(
     check_softmax(softmax)
     _check_arguments(model, text_parent, image_parent, texts, pairs, batch_size, max_tokens, max_documents, write)
     card = Path(model) / "README.md"
-    before = _read_card(card) if write else ""
+    if write:
+        _read_card(card)
     documents = read_texts(texts, max_documents) if texts is not None else []
     pictures = read_pairs(pairs, max_documents) if pairs is not None else []
     device = _device(device)
@@ -206,8 +208,7 @@ def certify(
         image = _measure_pairs(jam, processor, theirs, pictures, names, batch_size)
     retention = Retention(text, image)
     if write:
-        before = carried(jam.config, before)
-        write_whole(card, _with_section(before, retention.section(), card))
+        _write_section(card, retention.section(), jam.config)
     return retention
 
 
@@ -369,7 +370,8 @@ def _config(source: str | os.PathLike, role: str) -> Any:
 
 def _whole(model_class: Any, source: str | os.PathLike, role: str) -> PreTrainedModel:
     """The model, in evaluation mode; one with weights missing would be measured with noise in their place."""
-    model, info = model_class.from_pretrained(source, output_loading_info=True, trust_remote_code=False)
+    check_shards(source, role)
+    model, info = model_class.from_pretrained(source, output_loading_info=True, use_safetensors=True, trust_remote_code=False)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
@@ -453,6 +455,15 @@ def _read_card(card: Path) -> str:
         raise ValueError(f"{card} is not UTF-8 (byte {error.start}). Mend it, or call with write=False.") from error
     _find_section(text, card)
     return text
+
+
+def _write_section(card: Path, section: str, config: JamConfig) -> None:
+    """Into the card as it is now: it may have changed while all was measured."""
+    try:
+        text = _with_section(carried(config, _read_card(card)), section, card)
+    except ValueError as error:
+        raise ValueError(f"{error} It changed meanwhile; what was measured: {section}") from error
+    write_whole(card, text)
 
 
 def _find_section(text: str, card: Path) -> tuple[int, int] | None:

@@ -23,6 +23,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from ..contents import beside
 from ..files import write_whole
 from ..reading import read_config
 from .licences import licence_of
@@ -199,7 +200,10 @@ def _resolve_folder(source: str | os.PathLike, role: str, revision: str | None, 
             )
         return path
     if path.exists() or str(source).count("/") > 1 or str(source).startswith((".", "/", "~")):
-        raise ValueError(f"The {role} '{source}' is not a folder. Expected a checkpoint folder or a Hub id such as 'a/b'.")
+        there = "" if path.exists() else ", and there is nothing of that name"
+        raise ValueError(
+            f"The {role} '{source}' is not a folder{there}. Expected a checkpoint folder or a Hub id such as 'a/b'."
+        )
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", *([] if headers_only else ["model*.safetensors"])]
@@ -266,8 +270,10 @@ def _tensor_files(folder: Path, role: str) -> dict[str, TensorFile]:
         weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)["weight_map"]
         if not all(isinstance(name, str) for name in weight_map.values()):
             raise TypeError("weight_map must map tensors to file names")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder / INDEX} of the {role} is damaged: {error!r}. Fetch or save it again.") from error
+    for name in sorted(set(weight_map.values())):
+        beside(folder, name, f"{folder / INDEX} of the {role}")
     missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
     if missing:
         raise ValueError(f"The {role} '{folder}' is incomplete: its index names {', '.join(missing)}, which is missing.")

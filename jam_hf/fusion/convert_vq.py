@@ -81,6 +81,8 @@ def convert_vq(
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}.")
     check_apart(output_dir, source, called="the input")
+    if Path(source).suffix in (".safetensors", *OLD_FILES) and not Path(source).exists():
+        raise ValueError(f"There is no file '{source}'.")
     parent = None if Path(source).is_file() else Parent(source, "VQ model")
     origin = _open(source, allow_pickle) if parent is None else _inside(parent)
     model, layout = _converted(origin, layout, sample_size, codebook_l2_norm)
@@ -358,7 +360,7 @@ def _fill(
 
 
 def _check_saved(folder: Path, model: JamVQModel) -> None:
-    saved: dict[str, Any] = JamVQModel.from_pretrained(folder, trust_remote_code=False).state_dict()
+    saved: dict[str, Any] = JamVQModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False).state_dict()
     differing = [key for key, tensor in model.state_dict().items() if not torch.equal(saved[key], tensor)]
     if differing:
         raise ValueError(f"What was written reads back differently, e.g. '{differing[0]}'. Is the disk at fault?")

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from ..contents import public_name
 from ..version import __version__
 
 
@@ -104,9 +105,3 @@ class FusionRecipe:
             values.pop(name)
         text = json.dumps([values, contents, __version__], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
-
-
-def public_name(source: str | os.PathLike) -> str:
-    """A Hub id as it is; of a path its last part, since where it lies is nobody else's business."""
-    is_path = Path(source).exists() or str(source).startswith((".", "/", "~"))
-    return Path(source).resolve().name if is_path else str(source)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from ..contents import check_shards
+from ..files import read_json
 from ..model.configuration_jam import JamVQConfig
 from ..model.modeling_jam_vq import JamVQModel
 from .convert_vq import vq_model_from
@@ -38,7 +39,8 @@ def vq_model_of(source: Any, image: Decoder, image_size: int | None) -> tuple[Ja
         path = folder / "config.json"
         if not path.is_file():
             raise ValueError(f"The VQ model '{source}' is no checkpoint: expected a folder with config.json and safetensors.")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
+        check_shards(folder, "VQ model")
         kind = found.get("model_type", found.get("_class_name"))
         if kind != JamVQConfig.model_type:
             raise ValueError(
@@ -46,7 +48,7 @@ def vq_model_of(source: Any, image: Decoder, image_size: int | None) -> tuple[Ja
                 "Convert others with `jam-hf convert-vq`; a diffusers VQModel goes into the `.vq` of a JamVQModel made with "
                 "its arguments."
             )
-    model = JamVQModel.from_pretrained(source, trust_remote_code=False)
+    model = JamVQModel.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
     return model, _halves(model)
 
 

@@ -142,10 +142,9 @@ def save_json(
                     image = segment["image"]
                     segment = {**segment, "image": _data_uri(_png(image)) if embed_pictures else add(row, place, image)}
                 rows[-1].append(segment)
-                try:
-                    json.dumps(segment, allow_nan=False)
-                except (TypeError, ValueError) as error:
-                    raise ValueError(f"Document {row}, segment {place} cannot be written as JSON: {error}.") from error
+                problem = _lost_in_json(segment)
+                if problem:
+                    raise ValueError(f"Document {row}, segment {place} cannot be written as JSON: {problem}.")
         return json.dumps({"jam_documents": 1, "documents": rows}, ensure_ascii=False, indent=1) + "\n"
 
     return _save(path, overwrite, render)
@@ -155,12 +154,14 @@ def load_json(path: str | os.PathLike) -> list[Document]:
     """The documents that `save_json` wrote, their pictures as PIL pictures.
 
     Raises:
-        ValueError: if the file holds no such documents, or a picture is missing, damaged or not beside it (a message says
-            which). OSError: if the file cannot be read.
+        ValueError: if the file holds no such documents, or a picture is missing, damaged, too large for Pillow or not beside
+            it (a message says which). OSError: if the file cannot be read.
     """
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"'{path}' cannot be read: its JSON is nested too deep.") from error
     except ValueError as error:
         raise ValueError(f"'{path}' is no JSON file: {error}.") from error
     if not isinstance(content, dict) or content.get("jam_documents") != 1:
@@ -187,8 +188,37 @@ def _read(path: Path, source: str, where: str) -> Image.Image:
         data = base64.b64decode(source.removeprefix(DATA_URI), validate=True) if name[0] != "'" else None
         with Image.open(path.with_name(source) if data is None else io.BytesIO(data), formats=["PNG"]) as image:
             return image.copy()
-    except (OSError, ValueError, SyntaxError) as error:  # what PIL says of damaged files
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{where}: {name} is too large: {error} (PIL.Image.MAX_IMAGE_PIXELS is the limit).") from error
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:  # what PIL says of damaged files
         raise ValueError(f"{where}: cannot read {name}: {error}. Expected an undamaged PNG.") from error
+
+
+def _lost_in_json(segment: dict[str, Any]) -> str | None:
+    """What is wrong with a segment that would not come back from JSON as it is; tuples and keys that are no text do not."""
+    try:
+        text = json.dumps(segment, allow_nan=False)
+        text.encode()
+        return _differing(segment, json.loads(text), "it")
+    except RecursionError:
+        return "it is nested too deep"
+    except (TypeError, ValueError) as error:
+        return str(error)
+
+
+def _differing(ours: Any, read: Any, where: str) -> str | None:
+    if isinstance(ours, dict):
+        odd = [key for key in ours if type(key) is not str]
+        if odd:
+            return f"{where} has the key {odd[0]!r:.40}, and JSON's keys are text"
+        return next(filter(None, (_differing(ours[key], read[key], f"{where}[{key!r:.40}]") for key in ours)), None)
+    if isinstance(ours, list):
+        return next(filter(None, (_differing(*pair, f"{where}[{i}]") for i, pair in enumerate(zip(ours, read)))), None)
+    if isinstance(ours, str) and re.search("[\ud800-\udfff]", ours):
+        return f"{where} has half a character (a lone surrogate), which no file can hold"
+    if type(ours) is not type(read) or ours != read:
+        return f"{where} is a {type(ours).__name__}, which JSON does not have; it would come back as {read!r:.40}"
+    return None
 
 
 # ----- segments -------------------------------------------------------------------------------------------------------
@@ -256,7 +286,7 @@ def _shown(text: str) -> str:
 
 def _markdown(text: str) -> str:
     """Text as paragraphs; blank lines part them, and each other line end is a line break."""
-    paragraphs = [part for part in re.split(r"\n(?:[ \t]*\n)+", text.strip("\n")) if part.strip(" \t\n")]
+    paragraphs = [part for part in re.split(r"\n(?:[ \t]*\n)+", f"\n\n{text}\n\n") if part.strip(" \t\n")]
     return "\n\n".join("\\\n".join(map(_markdown_line, part.strip("\n").split("\n"))) for part in paragraphs)
 
 
@@ -312,8 +342,8 @@ def _save(path: str | os.PathLike, overwrite: bool, render: Callable[[Callable[.
             target = path.with_name(name)
             if not target.exists():
                 new.append(target)
-            _write_whole(target, data)
-        _write_whole(path, text.encode("utf-8"))
+            _write_whole(target, data, overwrite=True)
+        _write_whole(path, text.encode("utf-8"), overwrite)
     except BaseException:
         for target in new:
             target.unlink(missing_ok=True)
@@ -321,14 +351,34 @@ def _save(path: str | os.PathLike, overwrite: bool, render: Callable[[Callable[.
     return path
 
 
-def _write_whole(path: Path, data: bytes) -> None:
-    """Aside, then renamed."""
+def _write_whole(path: Path, data: bytes, overwrite: bool) -> None:
+    """Aside, then renamed. Without `overwrite`, what was written there meanwhile stays; a full disk's errors name the file."""
+    try:
+        _write_aside(path, data, overwrite)
+    except FileExistsError as error:
+        raise FileExistsError(f"'{path}' exists. Choose another name, or pass overwrite=True.") from error
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, f"cannot write '{path}': {error.strerror}") from error
+
+
+def _write_aside(path: Path, data: bytes, overwrite: bool) -> None:
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
         aside = Path(folder) / "file"  # made in the usual way, so that others may read it
         with contextlib.closing(aside.open("wb")) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if not overwrite:
+            try:
+                os.link(aside, path)  # which, other than a rename, is refused if the name is taken by now
+                return
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without links
+                if os.path.lexists(path):
+                    raise FileExistsError(path) from None
         os.replace(aside, path)
 
 

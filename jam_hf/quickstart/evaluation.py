@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 # torch's fused attention is made for long sequences; for these, on a CPU, the plain one is faster.
-_EVALUATION = {"attn_implementation": "eager"}
+_EVALUATION = {"attn_implementation": "eager", "use_safetensors": True}
 _UNSEEN = ("unseen_single", "unseen_pair")
 
 

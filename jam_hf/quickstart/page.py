@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
+from ..contents import beside
 from ..evaluation.drawing import draw
+from ..files import read_json
 from ..model.modeling_jam import JamForCausalLM
 from ..model.processing_jam import JamProcessor
 from ..picture_world import Picture, score_picture
@@ -66,7 +68,7 @@ def document_html(prompt: str, segments: Sequence[dict[str, Any]]) -> str:
 def write_documents(run: Run, folder: Path) -> None:
     """Let jam-cross answer held-out how-to questions and draw unseen captions; leaves PNGs and `documents.json`."""
     settings = run.settings
-    model = JamForCausalLM.from_pretrained(run.path("jam-cross"), trust_remote_code=False).eval()
+    model = JamForCausalLM.from_pretrained(run.path("jam-cross"), use_safetensors=True, trust_remote_code=False).eval()
     processor = JamProcessor.from_pretrained(run.path("jam-cross"), trust_remote_code=False)
     howtos = run.data("howtos")["validation"].select(range(min(48, settings.sizes.validation)))
     requests = [json.loads(text)[:1] for text in howtos["messages"]]
@@ -142,7 +144,7 @@ def _curve(title: str, points: list[tuple[float, float]], width: int = 310, heig
 def _history(path: Path, key: str) -> list[tuple[float, float]]:
     if not path.is_file():
         return []
-    rows = json.loads(path.read_text(encoding="utf-8"))["history"]
+    rows = read_json(path)["history"]
     return [(row["step"], row[key]) for row in rows if key in row]
 
 
@@ -213,21 +215,25 @@ def _note(run: Run) -> str:
     )
 
 
+def _picture(folder: Path, name: str) -> Image.Image:
+    return Image.open(beside(folder, name, str(folder / "documents.json")))
+
+
 def render_page(run: Run) -> str:
     """The page of a run whose documents are written and whose figures are measured."""
     folder = run.path("documents")
-    written = json.loads((folder / "documents.json").read_text(encoding="utf-8"))
-    results = json.loads(run.path("results.json").read_text(encoding="utf-8"))
+    written = read_json(folder / "documents.json")
+    results = read_json(run.path("results.json"))
     times_path = run.path("times.json")
-    times = json.loads(times_path.read_text(encoding="utf-8")) if times_path.is_file() else {}
+    times = read_json(times_path) if times_path.is_file() else {}
     documents = []
     for document in written["documents"]:
-        segments = [{**s, "image": Image.open(folder / s["file"]) if s.get("file") else None} for s in document["segments"]]
+        segments = [{**s, "image": _picture(folder, s["file"]) if s.get("file") else None} for s in document["segments"]]
         documents.append(document_html(document["prompt"], segments))
     tiles = []
     for tile in written["tiles"]:
         mark = '<span class="ok">right</span>' if tile["correct"] else '<span class="no">wrong</span>'
-        uri = _data_uri(Image.open(folder / tile["file"]), 3)
+        uri = _data_uri(_picture(folder, tile["file"]), 3)
         tiles.append(f'<div><img alt="drawing" src="{uri}"><br>{html.escape(tile["caption"])} - {mark}</div>')
     curves = [_curve("VQ model, reconstruction", _history(run.path("vq") / "history.json", "reconstruction"))]
     for title, place in (

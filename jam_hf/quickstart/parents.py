@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict
 from tokenizers import processors
 from transformers import (
     AutoTokenizer,
@@ -28,6 +28,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+from ..contents import load_saved_dataset
 from ..files import write_whole
 from ..fusion import fuse
 from ..fusion.fuse import plan_fusion, run_fusion
@@ -113,7 +114,7 @@ class SharedParents:
 
     def documents(self, name: str) -> DatasetDict:
         """The JAM's documents."""
-        return load_from_disk(str(self.run.need("encoded", "encode") / name))
+        return load_saved_dataset(self.run.need("encoded", "encode") / name)
 
     def _collator(self, **cm3: Any) -> JamDataCollator:
         tokenizer = self.tokenizer
@@ -254,11 +255,11 @@ class UnlikeParents:
             DatasetDict(documents).save_to_disk(str(folder / name))
 
     def parents_documents(self, parent: str, name: str) -> DatasetDict:
-        return load_from_disk(str(self.run.need("encoded", "encode") / parent / name))
+        return load_saved_dataset(self.run.need("encoded", "encode") / parent / name)
 
     def documents(self, name: str) -> DatasetDict:
         """The JAM's documents."""
-        return load_from_disk(str(self.run.need("fused", "fuse") / "encoded" / name))
+        return load_saved_dataset(self.run.need("fused", "fuse") / "encoded" / name)
 
     # ----- models -----------------------------------------------------------------------------------------------------
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict
 
-from ..files import whole_folder, write_whole
+from ..contents import load_saved_dataset
+from ..files import read_json, whole_folder, write_whole
 from ..model.configuration_jam import JamVQConfig
 from ..model.modeling_jam import JamForCausalLM
 from ..model.modeling_jam_vq import JamVQModel
@@ -47,7 +48,7 @@ class Run:
             raise ValueError(f"'{self.folder}' is a file; expected the folder of a run, or a new one.")
         path = self.folder / "settings.json"
         if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = read_json(path)
             changed = sorted(k for k in described if before.get(k) != described[k] and k != "train_all")
             if changed:
                 raise ValueError(
@@ -77,10 +78,10 @@ class Run:
         return path
 
     def data(self, name: str) -> DatasetDict:
-        return load_from_disk(str(self.need("data", "picture-world") / name))
+        return load_saved_dataset(self.need("data", "picture-world") / name)
 
     def vq(self) -> JamVQModel:
-        return JamVQModel.from_pretrained(self.need("vq", "train-vq"), trust_remote_code=False).eval()
+        return JamVQModel.from_pretrained(self.need("vq", "train-vq"), use_safetensors=True, trust_remote_code=False).eval()
 
     # ----- stages -----------------------------------------------------------------------------------------------------
 
@@ -142,7 +143,7 @@ class Run:
         return self.parents.modes if self.settings.train_all else ("cross",)
 
     def _train_jam(self, source: Path, target: Path, recipe: RecipeSettings, data: Dataset, **cm3: Any) -> None:
-        model = JamForCausalLM.from_pretrained(source, trust_remote_code=False)
+        model = JamForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
         config = model.config
         collator = JamDataCollator(
             config.pad_token_id, config.vocab_size, CM3Settings.from_config(config, **cm3), seed=self.settings.seed
@@ -189,7 +190,9 @@ class Run:
             if mode not in self.trained_modes() and not self.path(f"jam-{mode}").exists():
                 source = self.need("fused", "fuse") / f"jam-{mode}"
                 with whole_folder(self.path(f"jam-{mode}")) as folder:
-                    JamForCausalLM.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
+                    JamForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False).save_pretrained(
+                        folder
+                    )
                     JamProcessor.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
 
     def evaluate(self) -> None:
@@ -249,7 +252,7 @@ def run_stage(run: Run, name: str, force: bool = False) -> bool:
             f"The stage '{name}' ended without its result {', '.join(missing)}: a defect of jam_hf, please report it."
         )
     path = run.path("times.json")
-    times = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    times = read_json(path) if path.is_file() else {}
     times[name] = round(time.time() - started, 1)
     write_whole(path, json.dumps(times, indent=1) + "\n")
     return True

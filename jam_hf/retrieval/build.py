@@ -8,8 +8,9 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from datasets import Dataset, Features, List, Value, load_from_disk
+from datasets import Dataset, Features, List, Value
 
+from ..contents import check_shards, load_saved_dataset
 from ..files import check_free, whole_folder, write_whole
 from ..model.configuration_jam import JamConfig
 from ..model.modeling_jam import JamForCausalLM
@@ -99,7 +100,7 @@ def build_index(
         )
         encoded.save_to_disk(folder / DOCUMENTS)
         aside.unlink()
-        _write_faiss(load_from_disk(str(folder / DOCUMENTS)), str(folder / FAISS_FILE))
+        _write_faiss(load_saved_dataset(folder / DOCUMENTS), str(folder / FAISS_FILE))
         write_whole(folder / DESCRIPTION, json.dumps(described(embedder, vq_model, settings), indent=2))
     return load_index(output_dir, processor, embedder, settings)
 
@@ -113,6 +114,7 @@ def load_vq_model(jam: str | os.PathLike) -> JamVQModel:
     config = read_config(jam)
     if not isinstance(config, JamConfig):
         raise ValueError(f"'{jam}' is a '{config.model_type}'; expected the folder or Hub id of a JAM.")
+    check_shards(jam, "JAM")
     model, found = _VQModelOfAJam.from_pretrained(
         jam, config=config.vq_config, key_mapping={r"^model\.vq_model\.": ""}, output_loading_info=True, trust_remote_code=False
     )

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoImageProcessor, CLIPConfig, CLIPModel
 
+from ..contents import check_shards
 from ..reading import read_config, read_tokenizer
 
 
@@ -55,6 +56,7 @@ class ClipEmbedder:
     def __init__(self, name: str = DEFAULT_EMBEDDER, revision: str | None = None, device: Any = None):
         self.name = os.fspath(name)
         try:
+            check_shards(self.name, "embedder")
             config = read_config(self.name, revision=revision)
             if not isinstance(config, CLIPConfig):
                 raise ValueError(f"it is a '{config.model_type}'.")

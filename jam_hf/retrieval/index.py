@@ -6,7 +6,6 @@ when asked for the documents of prompts, the JAM; how they are laid out in a pro
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,8 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 
+from ..contents import load_saved_dataset, public_name
+from ..files import read_json
 from ..model.memory_jam import AugmentedPrompts, MemoryDocument, MemoryQuery, augment_prompts
 from ..model.modeling_jam import JamForCausalLM
 from ..model.modeling_jam_vq import JamVQModel
@@ -109,16 +110,21 @@ def load_index(
     if not (folder / DESCRIPTION).is_file():
         raise ValueError(f"'{folder}' holds no index: there is no {DESCRIPTION}. Build one with build_index or `jam-hf index`.")
     try:
-        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        description = read_json(folder / DESCRIPTION)
         if description["format"] != FORMAT:
             raise ValueError(f"its format is {description['format']!r}, this jam_hf reads {FORMAT}")
         named = description["embedder"]
         settings = settings or RetrievalSettings(**description["settings"])
-        documents = load_from_disk(str(folder / DOCUMENTS))
+        documents = load_saved_dataset(folder / DOCUMENTS)
         documents.load_faiss_index("embedding", str(folder / FAISS_FILE))
     except Exception as error:  # json, datasets and faiss have no common base class
         raise ValueError(f"The index '{folder}' is damaged or of another version ({type(error).__name__}: {error}).") from error
     if embedder is None:
+        if not named.get("on_hub", not Path(named["name"]).is_absolute()):
+            raise ValueError(
+                f"The index '{folder}' was built with an embedder that is not on the Hub, '{public_name(named['name'])}'. Say "
+                "where it lies: embedder=ClipEmbedder('path/to/it') (--memory-embedder)."
+            )
         embedder = ClipEmbedder(named["name"], named["revision"], device)
     if embedder.fingerprint != named["fingerprint"] or embedder.size != named["size"]:
         raise ValueError(
@@ -266,4 +272,6 @@ class MemoryIndex:
 def described(embedder: Embedder, vq_model: JamVQModel, settings: RetrievalSettings) -> dict[str, Any]:
     """What `index.json` says."""
     named = {name: getattr(embedder, name) for name in ("name", "revision", "fingerprint", "size")}
+    # Where it lies is nobody else's business, and an index that comes from elsewhere must not say what is opened here.
+    named |= {"name": public_name(named["name"]), "on_hub": public_name(named["name"]) == named["name"]}
     return {"format": FORMAT, "embedder": named, "settings": asdict(settings), **codebook_of(vq_model)}

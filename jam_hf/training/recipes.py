@@ -23,7 +23,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalPrediction
 
-from ..files import whole_folder, write_whole
+from ..contents import name_the_base
+from ..files import check_free, folder_lock, read_json, whole_folder, write_whole
 from ..model.provenance_jam import record
 from ..version import __version__
 from . import fingerprints
@@ -206,7 +207,7 @@ def _last_whole_checkpoint(run_dir: Path) -> str | None:
     folders = [path for path in run_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     for folder in sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
         try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            read_json(folder / "trainer_state.json")
         except (OSError, ValueError):
             continue  # the run was killed while it wrote this one
         return str(folder)
@@ -222,7 +223,7 @@ def _check_continues(run_dir: Path, settings: RecipeSettings, beginning: dict[st
     described = {k: v for k, v in asdict(settings).items() if k not in _REPORTING} | beginning
     path = run_dir / "settings.json"
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         changed = sorted(k for k in described if before.get(k) != described[k])
         if changed:
             raise ValueError(
@@ -332,6 +333,7 @@ def train_causal_lm(
     eval_datasets: dict[str, Dataset] | None = None,
     callbacks: list[TrainerCallback] | None = None,
     tokenizer: Any = None,
+    overwrite: bool = False,
 ) -> list[dict[str, float]]:
     """Train a causal LM and save it, whole or not at all, in `output_dir`.
 
@@ -340,6 +342,7 @@ def train_causal_lm(
     Args:
         train_dataset, eval_datasets: column `input_ids`; evaluation losses carry the datasets' names.
         tokenizer: anything with `save_pretrained`, saved beside the model.
+        overwrite: replace a non-empty `output_dir`, once the model is trained.
     Under peft the adapter is trained and saved, and what peft froze stays as it is; under FSDP2 (`accelerate launch`) the whole
     model is saved. Evaluation losses are means over tokens.
 
@@ -349,6 +352,8 @@ def train_causal_lm(
         ValueError: if `<output_dir>.run` holds a run that began with other settings, documents, masking or weights, if the
             model cannot keep packed documents apart, if something is trainable that its adapter does not save, or if the
             model could not be saved afterwards (asked before the first step).
+        FileExistsError: if `output_dir` holds anything and `overwrite` is False, or another run writes it; before the first
+            step. If it was filled while the model was trained, the error says where the model lies.
     """
     if settings.packing:
         if not supports_packing(model.config):
@@ -395,6 +400,8 @@ def train_causal_lm(
         dataloader_pin_memory=torch.accelerator.is_available(),
     )
     processes, main = arguments.world_size, arguments.process_index == 0
+    if main:
+        check_free(output_dir, overwrite)  # before the Trainer makes its folder
     beginning = fingerprints.of_run(model, train_dataset, collator, processes) if main else {}
     trainer = _JamTrainer(
         model=model,
@@ -407,23 +414,32 @@ def train_causal_lm(
     )
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(_Progress)
-    _in_main_process(trainer, lambda: _check_continues(run_dir, settings, beginning))
-    with fast_arithmetic(model, settings), contextlib.suppress(_AlreadyTrained):
-        trainer.train(resume_from_checkpoint=_last_whole_checkpoint(run_dir))
-    history = [row for row in trainer.state.log_history if "loss" in row or any(k.startswith("eval_") for k in row)]
-    # Weights in shards come together in all processes at once; the main process writes them.
-    state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
-    place = whole_folder(output_dir, overwrite=True) if main else tempfile.TemporaryDirectory()
-    facts = {"steps": settings.max_steps, "batch_size": settings.batch_size, "learning_rate": settings.learning_rate}
-    record(model, "trained", **facts, freeze=settings.freeze, documents=len(train_dataset), jam_hf=__version__)
-    with place as folder:
-        model.save_pretrained(folder, is_main_process=main, state_dict=state)
+    locks: list[Any] = []
+
+    def begin() -> None:
+        check_free(output_dir, overwrite)
+        locks.append(held.enter_context(folder_lock(output_dir)))
+        _check_continues(run_dir, settings, beginning)
+
+    with contextlib.ExitStack() as held:
+        _in_main_process(trainer, begin)
+        with fast_arithmetic(model, settings), contextlib.suppress(_AlreadyTrained):
+            trainer.train(resume_from_checkpoint=_last_whole_checkpoint(run_dir))
+        history = [row for row in trainer.state.log_history if "loss" in row or any(k.startswith("eval_") for k in row)]
+        # Weights in shards come together in all processes at once; the main process writes them.
+        state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+        place = whole_folder(output_dir, overwrite, locks[0]) if main else tempfile.TemporaryDirectory()
+        facts = {"steps": settings.max_steps, "batch_size": settings.batch_size, "learning_rate": settings.learning_rate}
+        record(model, "trained", **facts, freeze=settings.freeze, documents=len(train_dataset), jam_hf=__version__)
+        with place as folder:
+            model.save_pretrained(folder, is_main_process=main, state_dict=state)
+            if main:
+                name_the_base(folder)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(folder)
+                described = {"settings": asdict(settings), "history": history}
+                write_whole(folder / "history.json", json.dumps(described, indent=1) + "\n")
         if main:
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-            described = {"settings": asdict(settings), "history": history}
-            write_whole(folder / "history.json", json.dumps(described, indent=1) + "\n")
-    if main:
-        shutil.rmtree(run_dir, ignore_errors=True)
+            shutil.rmtree(run_dir, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return history

@@ -9,7 +9,7 @@ from model.test_picture_layout import layout_processor
 from retrieval.tiny_memory import layout_jam, pairs, tiny_clip
 
 from jam_hf import JamForCausalLM, JamProcessor, cli
-from jam_hf.retrieval import RetrievalSettings, load_index
+from jam_hf.retrieval import ClipEmbedder, RetrievalSettings, load_index
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_a_folder_becomes_a_memory(kind, folders, tmp_path, capsys):
     assert capsys.readouterr().out == f"index: {tmp_path / 'memory'} (6 documents)\n"
     processor = JamProcessor.from_pretrained(folders / "jam")
     model = JamForCausalLM.from_pretrained(folders / "jam")
-    memory = load_index(tmp_path / "memory", processor)
+    memory = load_index(tmp_path / "memory", processor, ClipEmbedder(folders / "clip"))
     assert memory.settings == RetrievalSettings(1, 0.95)
     assert memory.documents["text"][:] == [row["text"] for row in pairs(6)]
     for row, document in zip(pairs(6), memory.documents):

@@ -42,6 +42,7 @@ SEGMENTS = st.one_of(
     ),
 )
 DOCUMENTS = st.lists(st.lists(SEGMENTS, max_size=5), max_size=3)
+TEXT = {"type": "text", "text": "a sea"}
 STORY = [
     [{"type": "text", "text": "A <b>ruby</b> & *more*"}, {"type": "image", "image": noise(1)}],
     [{"type": "image", "image": None, "image_tokens": [300, 301]}, {"type": "image", "image": noise(2), "alt": 'a "red" one'}],
@@ -384,3 +385,60 @@ def test_the_processor_has_them_for_those_without_jam_hf(tmp_path):
     JamProcessor.save_json(STORY, tmp_path / "story.json")
     assert JamProcessor.load_json(tmp_path / "story.json") == STORY
     assert JamProcessor.save_html is save_html and JamProcessor.save_markdown is save_markdown
+
+
+@pytest.mark.parametrize("extra", [{1: "a"}, {None: 1}, {True: 1}, (1, 2), [{"x": ({},)}], {"x": {"y": {2.5: 0}}}, "\ud800"])
+def test_what_would_come_back_otherwise_is_refused(extra, tmp_path):
+    with pytest.raises(ValueError, match="Document 0, segment 1 cannot be written as JSON: it\\['extra'\\]"):
+        save_json([[TEXT, {**TEXT, "extra": extra}]], tmp_path / "x.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_written_comes_back_equal(tmp_path):
+    extra = {"a": [1, 1.0, -0.0, 10**40, True, None, "\u2028", {"": []}], "text": "1"}
+    document = [{**TEXT, "extra": extra}]
+    assert repr(load_json(save_json([document], tmp_path / "x.json"))) == repr([document])
+
+
+def test_deep_and_huge_files_are_errors_that_say_so(tmp_path, monkeypatch):
+    (tmp_path / "deep.json").write_text('{"jam_documents": 1, "documents": ' + "[" * 100_000)
+    with pytest.raises(ValueError, match=r"deep\.json' cannot be read: its JSON is nested too deep"):
+        load_json(tmp_path / "deep.json")
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="nested too deep"):
+        save_json([[{**TEXT, "extra": deep}]], tmp_path / "x.json")
+    picture = {"type": "image", "image": Image.new("RGB", (20, 20))}
+    for embedded in (False, True):
+        save_json([[picture]], tmp_path / "x.json", overwrite=True, embed_pictures=embedded)
+        with monkeypatch.context() as patch:
+            patch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+            with pytest.raises(ValueError, match=r"x\.json', document 0, segment 0: .* is too large: .*exceeds limit"):
+                load_json(tmp_path / "x.json")
+
+
+def test_a_file_that_came_meanwhile_stays(tmp_path, monkeypatch):
+    """Written between our look and our last step."""
+    import jam_hf.model.documents_jam as module
+
+    render = module.html_page
+
+    def late(documents):
+        (tmp_path / "x.html").write_text("theirs")
+        return render(documents)
+
+    monkeypatch.setattr(module, "html_page", late)
+    with pytest.raises(FileExistsError, match=r"x\.html' exists"):
+        save_html([[TEXT]], tmp_path / "x.html")
+    assert (tmp_path / "x.html").read_text() == "theirs" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"cannot write '.*x\.html': No space left"):
+        save_html([[TEXT]], tmp_path / "x.html")
+    assert not list(tmp_path.iterdir())

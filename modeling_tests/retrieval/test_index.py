@@ -236,13 +236,16 @@ def test_what_was_saved_comes_back(tmp_path, model, jam_processor, clip_folder):
     rows = [{"id": f"doc-{i}", **row} for i, row in enumerate(pairs(9))]
     built = build_index(rows, model, jam_processor, tmp_path / "a", embedder=ClipEmbedder(clip_folder), settings=chosen)
     (tmp_path / "a").rename(tmp_path / "b")
-    loaded = load_index(tmp_path / "b", jam_processor)
+    with pytest.raises(ValueError, match="an embedder that is not on the Hub, 'clip'. Say where it lies"):
+        load_index(tmp_path / "b", jam_processor)
+    assert str(clip_folder.parent) not in (tmp_path / "b" / "index.json").read_text()
+    loaded = load_index(tmp_path / "b", jam_processor, ClipEmbedder(clip_folder))
     assert loaded.settings == chosen and loaded.embedder.name == str(clip_folder)
     assert loaded.documents["id"][:] == [f"doc-{i}" for i in range(9)]
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["documents", "documents.faiss", "index.json"]
     for one, other in zip(built.retrieve(["red", "blue"]), loaded.retrieve(["red", "blue"])):
         assert [(d.id, d.score, d.text) for d in one] == [(d.id, d.score, d.text) for d in other] and one
-    assert load_index(tmp_path / "b", jam_processor, settings=RetrievalSettings(1)).settings.num_documents == 1
+    assert load_index(tmp_path / "b", jam_processor, loaded.embedder, RetrievalSettings(1)).settings.num_documents == 1
     assert "9 documents" in repr(loaded) and len(loaded) == 9
 
 
