@@ -116,7 +116,12 @@ def load_vq_model(jam: str | os.PathLike) -> JamVQModel:
         raise ValueError(f"'{jam}' is a '{config.model_type}'; expected the folder or Hub id of a JAM.")
     check_shards(jam, "JAM")
     model, found = _VQModelOfAJam.from_pretrained(
-        jam, config=config.vq_config, key_mapping={r"^model\.vq_model\.": ""}, output_loading_info=True, trust_remote_code=False
+        jam,
+        config=config.vq_config,
+        key_mapping={r"^model\.vq_model\.": ""},
+        use_safetensors=True,
+        output_loading_info=True,
+        trust_remote_code=False,
     )
     if found["missing_keys"]:
         raise ValueError(f"'{jam}' lacks weights of its VQ model, {sorted(found['missing_keys'])[0]} for one.")
