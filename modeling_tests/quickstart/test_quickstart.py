@@ -111,7 +111,7 @@ def test_command_line(run, tmp_path, capsys):
     assert main(["fuse", "--text", llm]) == 2
     assert "--image, --mode is missing" in capsys.readouterr().err
     page = tmp_path / "document.html"
-    options = ["--model", str(run.folder / "jam-cross"), "--output", str(page), "--max-new-tokens", "40"]
+    options = ["--model", str(run.folder / "jam-cross"), "--output", str(page), "--max-new-tokens", "40", "--overwrite"]
     assert main(["generate", "Please draw a circle.", "--chat", "--guidance-scale", "2", *options]) == 0
     assert "<!doctype html>" in page.read_text()
     more = ["--mode", "interleaved", "--max-new-images", "1", "--picture-after-sentence", "--image-top-k", "5"]
@@ -134,12 +134,12 @@ def test_command_line(run, tmp_path, capsys):
     options[3] = str(page)
     assert main(["generate", "<image>", *options]) == 2
     assert "no images were passed" in capsys.readouterr().err
-    assert main(["generate", "x", "--model", str(tmp_path)]) == 2
+    assert main(["generate", "x", "--model", str(tmp_path), "--overwrite"]) == 2
     assert main(["generate", "x", *options[:2], "--output", str(tmp_path / "absent" / "d.html")]) == 2
     assert "folder that exists" in capsys.readouterr().err
     assert main(["generate", "x", "--model", "/absent/jam"]) == 2
     assert "there is no such folder" in capsys.readouterr().err
-    assert main(["generate", "x", "--model", llm, "--output", str(page)]) == 2
+    assert main(["generate", "x", "--model", llm, "--output", str(page), "--overwrite"]) == 2
     assert "not of a JAM" in capsys.readouterr().err
     assert main(["fuse", "--init", "paper"]) == 2
     assert "--text, --image, --mode is missing" in capsys.readouterr().err
