@@ -560,7 +560,7 @@ def test_files_that_are_not_what_they_should_be(fused, parents, texts, pairs, tm
         ("[1]", "line 2: expected the strings"),
         ('{"file_name": "0.png", "text": 3}', "line 2: expected the strings"),
         ('{"file_name": "0.png", "text": "a \\ud83d"}', "line 2: the caption has half of a UTF-16 pair"),
-        ('{"file_name": "", "text": "a"}', "files that are not there: 1 of 2"),
+        ('{"file_name": "", "text": "a"}', "line 2 names '', which is not the name of a file in the folder"),
     ):
         (broken / "metadata.jsonl").write_text(f'{{"file_name": "0.png", "text": "a"}}\n{line}')
         pairs_error(match, broken)
