@@ -245,6 +245,8 @@ def _measure_texts(
             documents.append(ids)
     if not documents:
         raise ValueError(f"No document of {names[1]} has more than one token, so none is predicted.")
+    if softmax == "all":
+        columns = torch.arange(parent.config.get_text_config().vocab_size)  # with codes that it may have: else no divergence
     place = torch.full((jam.config.vocab_size,), -1)  # id -> index into columns
     place[columns] = torch.arange(len(columns))
     sums, count = torch.zeros(3, dtype=torch.float64), 0

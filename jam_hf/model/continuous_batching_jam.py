@@ -10,15 +10,19 @@ Shape suffixes: R requests with a new id, V vocabulary.
 from __future__ import annotations
 
 import functools
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
-from .call_settings_jam import document_rules
+from .call_settings_jam import document_rules, end_ids
+from .configuration_jam import LEARNED_POSITIONS
 from .continuous_settings_jam import check_model, check_rotation, check_settings, sized
-from .grammar_jam import DocumentRules, PictureGrammar, PictureState
+from .grammar_jam import DocumentRules, PictureGrammar, PictureState, as_ids
 from .padded_batches_jam import generate_padded
 
 
@@ -91,21 +95,17 @@ class JamContinuousBatchingMixin(ContinuousMixin):
                 f"generate_batch does not take {', '.join(sorted(unknown))}. Settings of generation go into generation_config="
                 "GenerationConfig(...)."
             )
-        if any(self.config.image_token_id in ids for ids in inputs):
-            raise ValueError(
-                "The prompts have placeholders <image>, and generate_batch takes ids only. Put the codes of the pictures in "
-                "their place: model.model.insert_image_tokens(input_ids, pixel_values)."
-            )
         config = self._continuous_config(generation_config)
         check_settings(config)
         check_model(self.config)
+        inputs = [_prompt(ids, self.config, f"Prompt {number}") for number, ids in enumerate(inputs)]
         positions, rules = self.config.max_position_embeddings, document_rules(config)
         grammar = PictureGrammar(self.config)
         if rules is not None:
             grammar.check_rules(rules)
         budgets = []
         for ids in inputs:  # before anything runs: there an error would be logged and its requests be missing
-            budget = _budget(config, positions, ids, kwargs.get("max_new_tokens"))
+            budget = _budget(config, self.config, ids, kwargs.get("max_new_tokens"))
             if rules is not None:
                 grammar.check_room(rules, min(positions - len(ids), budget), torch.tensor([ids], dtype=torch.int64))
             budgets.append(budget)
@@ -118,10 +118,12 @@ class JamContinuousBatchingMixin(ContinuousMixin):
         if self.device.type == "cpu" and not asks_for_pages:
             pools = sized(None, self.config, self.dtype, self.device, lengths)
             tokens = pools.num_blocks * pools.page_size * self.config.num_hidden_layers // len(self.config.per_layer_config)
-            return generate_padded(self, inputs, budgets, config, tokens, kwargs.get("progress_bar", False))
+            with _evaluated(self):
+                return generate_padded(self, inputs, budgets, config, tokens, kwargs.get("progress_bar", False))
         lengths = [length for length in lengths for _ in range(config.num_return_sequences or 1)]
         batching = sized(batching, self.config, self.dtype, self.device, lengths)
-        return super().generate_batch(inputs, config, batching, **kwargs)
+        with _evaluated(self):
+            return super().generate_batch(inputs, config, batching, **kwargs)
 
     def init_continuous_batching(
         self, generation_config: Any = None, continuous_batching_config: Any = None, *args: Any, **kwargs: Any
@@ -159,25 +161,57 @@ class JamContinuousBatchingMixin(ContinuousMixin):
     def _bound_requests(self, manager: Any, settings: Any) -> None:
         """`max_length`, and where nothing bounds a document the model's positions, as in `generate()`: both depend on the
         prompt, and continuous batching knows `max_new_tokens` alone."""
-        add_request, positions = manager.add_request, self.config.max_position_embeddings
+        add_request = manager.add_request
 
         @functools.wraps(add_request)
         def bounded(
             input_ids: list[int], request_id: str | None = None, max_new_tokens: int | None = None, *args: Any, **kwargs: Any
         ) -> str | None:
-            budget = _budget(settings, positions, input_ids, max_new_tokens)
+            input_ids = _prompt(input_ids, self.config, "The prompt" if request_id is None else f"Prompt {request_id}")
+            budget = _budget(settings, self.config, input_ids, max_new_tokens)
             check_rotation(self.config, len(input_ids) + budget)
             return add_request(input_ids, request_id, budget, *args, **kwargs)
 
         manager.add_request = bounded
 
 
-def _budget(settings: Any, positions: int, input_ids: list[int], max_new_tokens: int | None) -> int:
+def _prompt(ids: Any, config: Any, name: str) -> list[int]:
+    """A request's ids as transformers wants them, of a list, an array or a tensor of one dimension.
+
+    Raises:
+        ValueError: unless there is one at least, all are whole numbers of the vocabulary, and none stands for a picture or for
+            padding.
+    """
+    try:
+        row = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{name} must be a list of token ids, got {type(ids).__name__}: {error}") from error
+    if row.ndim != 1 or not len(row):
+        raise ValueError(
+            f"{name} must be a list of token ids, one at least (bos, id {config.bos_token_id}), got shape {tuple(row.shape)}. "
+            "generate_batch takes one list a request."
+        )
+    found = as_ids(row, name).tolist()
+    if outside := [token for token in found if not 0 <= token < config.vocab_size]:
+        raise ValueError(f"{name} has the id {outside[0]}; the model has ids 0 to {config.vocab_size - 1}.")
+    if config.image_token_id in found:
+        raise ValueError(
+            f"{name} has placeholders <image>, and generate_batch takes ids only. Put the codes of the pictures in their "
+            "place: model.model.insert_image_tokens(input_ids, pixel_values)."
+        )
+    pad = config.pad_token_id
+    if pad in (found[0], found[-1]) and pad not in (config.bos_token_id, *end_ids(config.eos_token_id)):
+        raise ValueError(f"{name} begins or ends with padding (id {pad}), which would be read. Give the ids without it.")
+    return found
+
+
+def _budget(settings: Any, config: Any, input_ids: list[int], max_new_tokens: int | None) -> int:
     """Ids to be written after a prompt; `max_new_tokens` goes first, and where nothing was said it is as in `generate()`.
 
     Raises:
-        ValueError: if there is no room for one.
+        ValueError: if there is no room for one, or the model has no positions for all.
     """
+    positions = config.max_position_embeddings
     budget = settings.max_new_tokens if max_new_tokens is None else max_new_tokens
     if budget is None and settings.max_length is not None:
         budget = settings.max_length - len(input_ids)
@@ -185,12 +219,30 @@ def _budget(settings: Any, positions: int, input_ids: list[int], max_new_tokens:
         budget = positions - len(input_ids)
     elif budget is None:
         budget = NEW_TOKENS_BY_DEFAULT
-    if budget < 1:
+    try:
+        budget = operator.index(budget)
+    except TypeError as error:
+        raise ValueError(f"max_new_tokens must be a whole number, got {budget!r}.") from error
+    learned = any(decoder.model_type in LEARNED_POSITIONS for decoder in config.decoder_configs)
+    if budget < 1 or (learned and len(input_ids) + budget - 1 > positions):  # the last id is not read
         raise ValueError(
-            f"A prompt of {len(input_ids)} ids leaves no room to write: max_new_tokens={max_new_tokens}, max_length="
-            f"{settings.max_length}, and the model has {positions} positions."
+            f"A prompt of {len(input_ids)} ids leaves no room to write {max(budget, 1)}: max_new_tokens="
+            f"{settings.max_new_tokens if max_new_tokens is None else max_new_tokens}, max_length={settings.max_length}, and "
+            f"the model has {positions} positions."
         )
     return budget
+
+
+@contextmanager
+def _evaluated(model: torch.nn.Module) -> Iterator[None]:
+    """Without dropout; behind it each part is in the mode in which it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _check_same_settings(kept: Any, config: Any) -> None:

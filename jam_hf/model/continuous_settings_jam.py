@@ -66,7 +66,10 @@ OWN_NOTES = ("passed_settings",)
 
 
 def check_settings(settings: Any) -> None:
-    """Raises a `ValueError` that names every setting which is set and not obeyed, with the reason."""
+    """Raises a `ValueError` that names every setting which is set and not obeyed, with the reason, or is out of range."""
+    count = settings.num_return_sequences
+    if count is not None and count < 1:
+        raise ValueError(f"num_return_sequences must be at least 1, got {count}.")
     wrong = []
     for name, value in vars(settings).items():
         if value is None or name in OBEYED or name in WITHOUT_EFFECT or name in OWN_NOTES or name.startswith("_"):

@@ -10,6 +10,7 @@ import torch
 from conftest import NUM_CODES, parent_model, randomise
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
+from fusion_zoo import image_parent, save, text_parent, vq_model
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import jam_hf
 from jam_hf import JamForCausalLM, JamProcessor
 from jam_hf.cli import main
 from jam_hf.evaluation import retention
@@ -137,6 +139,48 @@ def test_a_uniform_fusion_against_a_slow_oracle(batch_size, fused, parents, toke
     assert found.image.kl == pytest.approx(sum(divergences) / len(divergences), rel=1e-5) and found.image.kl > 0.01
     assert found.image.kl_bits == pytest.approx(found.image.kl / math.log(2))
     assert found.image.parent_nll == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("softmax", ["text", "all"])
+@torch.no_grad()
+def test_codes_in_or_out_of_the_softmax(softmax, fused, parents, tokenizer, texts, capsys):
+    """Against a slow oracle; both are divergences of whole distributions, so neither is negative."""
+    (text_folder, _), jam_folder = parents("llama"), fused("llama", "uniform", "average")
+    found = certify(jam_folder, text_folder, texts=texts, write=False, softmax=softmax).text
+    jam, text = (AutoModelForCausalLM.from_pretrained(f).eval() for f in (jam_folder, text_folder))
+    first, divergences, losses = jam.config.image_token_offset, [], []
+    for document in ("a ruby is red\nin the top left", "a small red circle", "a", "the top left is red, a ruby is small"):
+        ids = torch.tensor([tokenizer(document)["input_ids"]])
+        logits = [model(input_ids=ids).logits[0, :-1, : first if softmax == "text" else None] for model in (text, jam)]
+        divergences += _kl(*logits).tolist()
+        losses += (-logits[1].double().log_softmax(-1).gather(1, ids[0, 1:, None])).flatten().tolist()
+    assert min(divergences) > 0 and found.kl == pytest.approx(sum(divergences) / len(divergences), rel=1e-5)
+    assert found.fusion_nll == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert (found.softmax, found.choices) == (softmax, first if softmax == "text" else jam.config.vocab_size)
+    asked = ["--softmax", "all"] if softmax == "all" else []
+    paths = ["--model", str(jam_folder), "--text-parent", str(text_folder), "--texts", str(texts)]
+    main(["certify", *paths, "--no-write", *asked])
+    printed = capsys.readouterr().out
+    assert f"| {found.kl:.4g} |" in printed and ("| all ids |" in printed) == (softmax == "all")
+    with pytest.raises(ValueError, match="softmax must be 'text'"):
+        certify(jam_folder, text_folder, texts=texts, write=False, softmax="codes")
+
+
+@torch.no_grad()
+def test_ids_that_the_parent_does_not_have(tmp_path):
+    """All ids of each model: what a preserving JAM gives to codes, its text parent gives to text."""
+    text, tokenizer = text_parent("llama")
+    folders = save(text, tokenizer, tmp_path / "text"), save(*image_parent("plain"), tmp_path / "image")
+    jam_folder = jam_hf.fuse(*folders, "cross", tmp_path / "jam", vq_model=vq_model())
+    (tmp_path / "one.txt").write_text("the small circle is", encoding="utf-8")
+    arguments = {"text_parent": folders[0], "texts": tmp_path / "one.txt", "write": False}
+    kept, shared = (certify(jam_folder, **arguments, softmax=softmax).text for softmax in ("text", "all"))
+    jam = JamForCausalLM.from_pretrained(jam_folder).eval()
+    logits = jam(input_ids=tokenizer("the small circle is", return_tensors="pt")["input_ids"]).logits[0, :-1].double()
+    of_codes = (logits.logsumexp(-1) - logits[:, : text.config.vocab_size].logsumexp(-1)).mean().item()
+    assert kept.kl == pytest.approx(0, abs=1e-6) and of_codes > 1e-3
+    assert shared.kl == pytest.approx(of_codes, rel=1e-3, abs=1e-6)
+    assert shared.fusion_nll - shared.parent_nll == pytest.approx(of_codes, rel=1e-3, abs=1e-6)
 
 
 def test_chunks_do_not_change_the_sums():
