@@ -43,8 +43,8 @@ class Parent:
     Args:
         source: folder, Hub id (`revision` as in `from_pretrained`) or `PreTrainedModel`.
         role: "text parent", "image parent", ...: how messages call it.
-        headers_only: of a Hub repository, fetch no weights but the headers of their files; `read` gives tensors on the meta
-            device.
+        headers_only: of a Hub repository, fetch no weights but the headers of their files; of a folder that has no weights,
+            believe its config. `read` gives tensors on the meta device.
     Raises:
         ValueError: if it is no checkpoint with safetensors, or one of its files is damaged.
     """
@@ -57,7 +57,10 @@ class Parent:
         headers_only: bool = False,
     ):
         self.role = role
-        self.headers_only = headers_only and not isinstance(source, PreTrainedModel) and not Path(source).is_dir()
+        self.headers_only = headers_only and not isinstance(source, PreTrainedModel)
+        self.from_config = False  # whether the config alone says what the tensors are
+        if self.headers_only and Path(source).is_dir():
+            self.headers_only = self.from_config = not any(Path(source).glob("*.safetensors*"))
         self.hub_id: str | None = None  # where the parent can be found by others
         self.revision: str | None = None
         self.license: str | None = None
@@ -79,6 +82,11 @@ class Parent:
             self.revision = self.folder.name if self.folder.parent.name == "snapshots" else revision
         self.license = licence_of(self.folder)
         self.config = _config(self.folder, role)
+        if self.from_config:
+            from .from_config import specs_from_config
+
+            self.specs = specs_from_config(self.config, role)
+            return
         if self.headers_only:
             self.specs = _hub_headers(str(source), role, revision)
             return
@@ -128,6 +136,8 @@ class Parent:
 
     def where(self, key: str) -> str:
         """The file that a tensor lies in, in words."""
+        if self.from_config:
+            return f"{self.name}, by its config.json"
         if self.headers_only:
             return f"the Hub repository {self.name}"
         return str(self._files[key].path) if key in self._files else f"the model in memory '{self.name}'"

@@ -27,6 +27,7 @@ from ..model.modeling_jam_vq import JamVQModel
 from ..model.processing_jam import JamProcessor
 from . import chat_templates, report, tables
 from .checkpoint import BLOCK_BYTES, Parent, TensorPlan, plan_shards, specs_of, write_plans
+from .from_config import has_tokenizer, stand_in_tokenizer
 from .generation_defaults import one_or_list, stop_ids, text_sampling
 from .model_card import model_card
 from .parent_tokenizers import asks_otherwise, check_saved, limit_length, read_parent_tokenizer
@@ -143,8 +144,8 @@ def plan_fusion(
     """Everything about a fusion but the writing; arguments, errors: see [`fuse`].
 
     Args:
-        headers_only: fetch no weights of parents on the Hub, only the headers of their files. The plan can be described and
-            explained, not run.
+        headers_only: fetch no weights of parents on the Hub, only the headers of their files; a folder without weights is
+            planned by its config.json. The plan can be described and explained, not run.
     """
     wanted = named_dtype(dtype)
     names = {
@@ -177,12 +178,21 @@ def plan_fusion(
     text = Decoder(Parent(text_model, "text parent", recipe.text_revision, headers_only), TEXT_PARENTS)
     image = Decoder(Parent(image_model, "image parent", recipe.image_revision, headers_only), IMAGE_PARENTS)
     check_parents(text, image, mode, init)
-    vq, vq_warnings = vq_model_of(vq_model, image, recipe.image_size)
+    vq, vq_warnings = vq_model_of(vq_model, image, recipe.image_size, config_only=headers_only)
     warnings += vq_warnings
     processing, processing_warnings = image_processing_of(
         image.parent, None if vq_model is None else vq.config, vq.config.sample_size
     )
     warnings += processing_warnings
+    shared = image.kind in TEXT_PARENTS and text.vocab_size == image.vocab_size
+    if tokenizer is None and _lacks_tokenizer(text.parent):
+        marks = (recipe.break_token, recipe.image_token, recipe.mask_token, recipe.mask_end_token) if shared else ()
+        tokenizer = stand_in_tokenizer(text.parent.config, text.vocab_size, marks)
+        warnings.append(_STAND_IN.format("text parent"))
+    if image_tokenizer is None and _lacks_tokenizer(image.parent) and not shared:
+        marks = ("<begin_of_image>", "<end_of_image>") if image.kind == "janus" else ()
+        image_tokenizer = stand_in_tokenizer(image.parent.config, image.vocab_size, marks)
+        warnings.append(_STAND_IN.format("image parent"))
     tokenizer = _tokenizer(tokenizer, text.parent, recipe.tokenizer_reading)
     image_tokenizer = _image_tokenizer(image_tokenizer, image.parent, recipe.tokenizer_reading)
     check_added_ids(tokenizer, "text parent")
@@ -221,7 +231,7 @@ def plan_fusion(
     vocabulary.tokenizer.chat_template, template_warnings = chat_templates.fitted(vocabulary.tokenizer, recipe.image_token)
     warnings += template_warnings
     plan = FusionPlan(recipe, config, vocabulary, text, image, tensors, warnings, None, None, sampling)
-    if text.parent.headers_only or image.parent.headers_only:
+    if text.parent.headers_only or image.parent.headers_only or any(tensor.is_meta for tensor in vq_state.values()):
         return plan
     contents = (
         text.parent.content_id(),
@@ -337,6 +347,16 @@ def _written(source: Any) -> str | None:
     if source is None or isinstance(source, (str, os.PathLike)):
         return str(source) if source is not None else None
     return f"{type(source).__name__} in memory"
+
+
+_STAND_IN = (
+    "The {} has no tokenizer files here: the size of the vocabulary is an estimate (unless the parents share one, no mark of "
+    "the JAM is taken to be in it), and coverage means nothing."
+)
+
+
+def _lacks_tokenizer(parent: Parent) -> bool:
+    return parent.from_config and not has_tokenizer(parent.folder)
 
 
 def _tokenizer(tokenizer: Any, text: Parent, reading: str) -> PreTrainedTokenizerBase:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..model.configuration_jam import JamConfig
 from .checkpoint import plan_shards
 from .parents import Decoder
+from .tensor_files import file_size
 from .vocabulary import NONE, Vocabulary
 
 
@@ -83,6 +84,55 @@ def warnings(text: Decoder, image: Decoder, config: JamConfig, vocabulary: Vocab
     return found
 
 
+# By the tensors' names, the first that is found.
+_PARTS = (
+    ("VQ model", r"model\.vq_model\."),
+    ("cross blocks", r"_cross\.|output_projection"),
+    ("text stream", r"\.text_\w+\."),
+    ("image stream", r"\.image_\w+\."),
+    ("embedding", r"embed"),
+    ("heads", r"lm_head|image_head"),
+    ("decoder", r""),
+)
+# Bytes a second: a disk of a rented machine, and a line to it. Stated with every estimate.
+_DISK_RATE, _LINE_RATE = 200e6, 50e6
+
+
+def parts(plan: FusionPlan) -> dict[str, tuple[int, int]]:
+    """Parameters and bytes of each part of the JAM, the largest first."""
+    found: dict[str, tuple[int, int]] = {}
+    for key, tensor in plan.tensors.items():
+        name = next(name for name, pattern in _PARTS if re.search(pattern, key))
+        count, number = found.get(name, (0, 0))
+        found[name] = count + tensor.spec.rows * tensor.spec.row_numel, number + tensor.spec.nbytes
+    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+
+def weight_bytes(plan: FusionPlan) -> int:
+    """Bytes of all safetensors files of the JAM, their headers included."""
+    specs = {key: tensor.spec for key, tensor in plan.tensors.items()}
+    shards, _ = plan_shards(specs, plan.recipe.max_shard_size)
+    return sum(file_size({key: specs[key] for key in keys}) for keys in shards.values())
+
+
+def duration(plan: FusionPlan) -> str:
+    """How long a fusion takes, in words: what is read and written, at rates that are said."""
+    parents = [decoder.parent for decoder in (plan.text, plan.image)]
+    read = sum(spec.nbytes for parent in parents for spec in parent.specs.values())
+    fetched = sum(spec.nbytes for parent in parents if parent.headers_only for spec in parent.specs.values())
+    took = _minutes((read + plan.num_bytes) / _DISK_RATE)
+    line = f"about {took} to read {size(read)} and write {size(plan.num_bytes)} at 200 MB/s"
+    if fetched:
+        line += f"; before, about {_minutes(fetched / _LINE_RATE)} to fetch {size(fetched)} at 50 MB/s"
+    return line
+
+
+def _minutes(seconds: float) -> str:
+    if seconds < 60:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def describe(plan: FusionPlan, tensors: bool = True) -> str:
     """The dry run; without `tensors`, what is worth reading on every run."""
     config = plan.config
@@ -90,7 +140,16 @@ def describe(plan: FusionPlan, tensors: bool = True) -> str:
     parameters = sum(t.spec.rows * t.spec.row_numel for t in plan.tensors.values())
     lines = [
         f"JAM, fusion {plan.recipe.mode}, init {plan.recipe.init}"
-        + (f", recipe {plan.digest[:16]}" if plan.digest else " (from the headers of the weights alone)"),
+        + (
+            f", recipe {plan.digest[:16]}"
+            if plan.digest
+            else " (from "
+            + (
+                "config.json alone)"
+                if any(d.parent.from_config for d in (plan.text, plan.image))
+                else "the headers of the weights alone)"
+            )
+        ),
         *(
             f"  {d.parent.role}: {d.parent.name} ({d.kind}; {d.config.num_hidden_layers} layers, hidden size {d.hidden_size}, "
             f"{d.config.num_attention_heads} heads, vocabulary {d.vocab_size})"
@@ -103,8 +162,10 @@ def describe(plan: FusionPlan, tensors: bool = True) -> str:
         f"{plan.vocabulary.tokenizer.convert_ids_to_tokens(config.mask_token_id)} on",
         f"  picture: {config.vq_config.sample_size}x{config.vq_config.sample_size} pixels, {config.image_seq_length} codes",
         f"  parameters: {parameters:,} ({config.dtype}; VQ model float32)",
-        f"  disk: {size(plan.num_bytes)} in {len(shards)} file(s)",
+        *(f"    {name}: {count:,} parameters, {size(number)}" for name, (count, number) in parts(plan).items() if tensors),
+        f"  disk: {size(plan.num_bytes)} in {len(shards)} file(s)" + (f", {weight_bytes(plan):,} bytes" if tensors else ""),
         f"  peak memory: about {size(peak_memory(plan))}",
+        *([f"  time: {duration(plan)}"] if tensors else []),
     ]
     pairs = config.layer_pairs
     if pairs:

@@ -164,18 +164,7 @@ class TensorFileWriter:
 
     def __init__(self, path: str | os.PathLike, specs: dict[str, TensorSpec]):
         self.path, self.specs = Path(path), specs
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        starts = {}
-        # Widest dtypes first, as the safetensors package orders them: every tensor is aligned for its dtype.
-        for key in sorted(specs, key=lambda key: (-specs[key].dtype.itemsize, key)):
-            spec, starts[key] = specs[key], end
-            end += spec.nbytes
-            header[key] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [starts[key], end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._starts = {key: 8 + len(text) + start for key, start in starts.items()}
-        self.size = 8 + len(text) + end
+        text, self._starts, self.size = _layout(specs)
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
             self._write(len(text).to_bytes(8, "little") + text, 0)
@@ -208,6 +197,26 @@ class TensorFileWriter:
                 os.fsync(self._descriptor)
         finally:
             os.close(self._descriptor)
+
+
+def file_size(specs: dict[str, TensorSpec]) -> int:
+    """Bytes of the file that [`TensorFileWriter`] makes of these tensors."""
+    return _layout(specs)[2]
+
+
+def _layout(specs: dict[str, TensorSpec]) -> tuple[bytes, dict[str, int], int]:
+    """The header, where each tensor begins in the file, and the size of it."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    starts = {}
+    # Widest dtypes first, as the safetensors package orders them: every tensor is aligned for its dtype.
+    for key in sorted(specs, key=lambda key: (-specs[key].dtype.itemsize, key)):
+        spec, starts[key] = specs[key], end
+        end += spec.nbytes
+        header[key] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [starts[key], end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return text, {key: 8 + len(text) + start for key, start in starts.items()}, 8 + len(text) + end
 
 
 def named_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

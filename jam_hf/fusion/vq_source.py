@@ -17,7 +17,7 @@ from .parents import Decoder
 _HAVE_VQ = ("chameleon", "emu3", "janus")
 
 
-def vq_model_of(source: Any, image: Decoder, image_size: int | None) -> tuple[JamVQModel, list[str]]:
+def vq_model_of(source: Any, image: Decoder, image_size: int | None, config_only: bool = False) -> tuple[JamVQModel, list[str]]:
     """The VQ model, and what a user should know about it.
 
     Raises:
@@ -48,6 +48,11 @@ def vq_model_of(source: Any, image: Decoder, image_size: int | None) -> tuple[Ja
                 "Convert others with `jam-hf convert-vq`; a diffusers VQModel goes into the `.vq` of a JamVQModel made with "
                 "its arguments."
             )
+    if config_only and not any(folder.glob("*.safetensors*")):
+        from .from_config import vq_model_from_config
+
+        model = vq_model_from_config(str(source))
+        return model, _halves(model)
     model = JamVQModel.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
     return model, _halves(model)
 
