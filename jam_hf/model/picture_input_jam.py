@@ -19,6 +19,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 _ORIENTATION = 0x0112
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+# Pillow spreads 2 and 4 bits of grey to 8 as it reads them, and leaves the clear shade beside them (PNG's tRNS) as it is.
+_SPREAD = {"L;2": 85, "L;4": 17}
 
 
 def open_picture(source: Any) -> Image.Image:
@@ -36,7 +38,7 @@ def open_picture(source: Any) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         try:
-            source.load()
+            _load(source)
         except OSError as error:
             name = getattr(source, "filename", "") or "a picture"
             raise ValueError(f"Cannot read {name}: {error}. The file is damaged or cut short.") from error
@@ -52,7 +54,7 @@ def open_picture(source: Any) -> Image.Image:
     try:
         file = source if isinstance(source, str) and os.path.isfile(source) else io.BytesIO(_read(source))
         with Image.open(file) as image:
-            image.load()
+            _load(image)
     except Exception as error:  # PIL, the file system and the web have no common base class
         reason = "it is no picture that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
         if isinstance(source, str) and len(source) < 200 and not source.startswith(("http://", "https://", "data:")):
@@ -75,6 +77,15 @@ def _read(source: str | bytes | bytearray) -> bytes:
         if not head.endswith(";base64"):
             return unquote_to_bytes(source)
     return base64.decodebytes(source.encode())
+
+
+def _load(image: Image.Image) -> None:
+    """Decode, once; a picture that somebody else has loaded keeps no trace of how many bits its grey had."""
+    spread = [_SPREAD.get(str(tile[3]), 1) for tile in getattr(image, "tile", ())]
+    image.load()
+    clear = image.info.get("transparency")
+    if spread and isinstance(clear, int):
+        image.info["transparency"] = clear * spread[0]
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -140,7 +151,8 @@ def _eight_bits(array: np.ndarray, do_rescale: bool) -> np.ndarray:
     if array.dtype.kind not in "uif":
         raise ValueError(f"An array of {array.dtype} is no picture; expected integers, floats or bool.")
     least, most = float(array.min()), float(array.max())
-    top = 65535 if array.dtype == np.uint16 else 255 if do_rescale or array.dtype.kind != "f" else 1
+    sixteen = array.dtype.kind == "u" and array.dtype.itemsize == 2  # in either order of bytes
+    top = 65535 if sixteen else 255 if do_rescale or array.dtype.kind != "f" else 1
     found = f"A picture is an array of {array.dtype} in {least:g}..{most:g}"
     if not (least >= 0 and most <= top):  # NaN too
         raise ValueError(

@@ -1,7 +1,9 @@
 """Pictures come in by many ways, and each gives the same pixels: those that numpy works out from what was drawn."""
 
 import base64
+import struct
 import threading
+import zlib
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import quote_from_bytes
@@ -150,6 +152,28 @@ def test_chats_training_and_memories_read_pictures_alike(name, files, processor,
     assert torch.equal(as_the_vq_model_sees(processor, as_pairs(rows)["image"])[0], expected)
 
 
+@pytest.mark.parametrize("way", ["path", "pathlib", "data URI", "base64", "bytes", "opened lazily"])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_clear_shade_of_few_bits_is_that_shade(bits, way, tmp_path):
+    """PNG's tRNS names a shade in the bits of the file. Pillow writes no grey of 2 or 4 bits, so it is written here."""
+    shades = (np.arange(16 * 16).reshape(16, 16) * 7 // 5 % 2**bits).astype(np.uint8)
+    bit_rows = (shades[..., None] >> np.arange(bits)[::-1] & 1).reshape(16, -1)
+    lines = b"".join(b"\0" + row.tobytes() for row in np.packbits(bit_rows.astype(np.uint8), axis=1))
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 16, 16, bits, 0, 0, 0, 0)), (b"tRNS", struct.pack(">H", 1))]
+    path = tmp_path / "few.png"
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*c) for c in [*chunks, (b"IDAT", zlib.compress(lines)), (b"IEND", b"")])
+    )
+    shown = np.where(shades == 1, 255, shades.astype(int) * (255 // (2**bits - 1)))[..., None].repeat(3, -1).astype(np.uint8)
+    source = WAYS[way](path, None)
+    for _ in range(2):  # an opened picture is loaded by the second time
+        assert torch.equal(_pixels(source), _pixels(Image.fromarray(shown)))
+
+
+def _chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
 def test_arrays_are_read_as_the_picture_that_they_show():
     expected = {channels: _pixels(Image.fromarray(COLOURS[..., :channels].squeeze())) for channels in (1, 3)}
     for channels, pixels in expected.items():
@@ -158,7 +182,8 @@ def test_arrays_are_read_as_the_picture_that_they_show():
             for dtype in (np.uint8, np.int32, np.int64, np.float16, np.float32, np.float64):
                 assert torch.equal(_pixels(array.astype(dtype)), pixels)
                 assert torch.equal(_pixels(torch.from_numpy(array.astype(dtype))), pixels)
-            assert torch.equal(_pixels(array.astype(np.uint16) * 257), pixels)
+            for dtype in ("<u2", ">u2"):  # np.asarray of an I;16B picture has the latter
+                assert torch.equal(_pixels(array.astype(dtype) * np.array(257, dtype)), pixels)
             for dtype in (np.float32, np.float64):
                 unit = array.astype(dtype) / 255
                 assert torch.equal(_pixels(unit, do_rescale=False), pixels)
@@ -191,6 +216,7 @@ def test_arrays_with_alpha_are_laid_on_white_as_pictures_are(name):
         (COLOURS / 127.5 - 1, {}, r"float64 in -1..1; expected 0\.\.255"),
         (COLOURS.astype(np.int64) * 257, {}, r"int64 in .*65535; expected 0\.\.255"),
         (COLOURS.astype(np.uint16), {}, r"uint16 in .*; expected 0\.\.65535\. .*uint8"),
+        (COLOURS.astype(">u2"), {}, r">u2 in .*; expected 0\.\.65535\. .*uint8"),
         (np.full((*SIZE, 3), np.nan), {}, "in nan..nan; expected"),
         (COLOURS.astype(np.complex64), {}, "array of complex64 is no picture"),
         (np.zeros((9, 9, 5), np.uint8), {}, r"shape \[9, 9, 5\] is no picture"),
