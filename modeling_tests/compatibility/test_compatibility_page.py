@@ -17,7 +17,7 @@ def features_on_the_page() -> set[tuple[str, str]]:
     for line in PAGE.read_text().splitlines():
         if line.startswith("## "):
             section = line[3:]
-        elif line.startswith("| ") and not line.startswith("| feature |") and "transformers" not in section:
+        elif line.startswith("| ") and not line.startswith("| feature |") and "transformers' own" not in section:
             found.add((section, line.split("|")[1].strip()))
     return found
 
