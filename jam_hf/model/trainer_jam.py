@@ -4,8 +4,9 @@ A Trainer takes the labels away before `forward` for label smoothing and for `co
 `compute_metrics`; trl's preference losses take `input_ids` themselves for labels. There the placeholders `<image>` would stand
 where codes belong. And it shifts labels for smoothing only where it finds the *name* of the class in a static table, which it
 does not once a wrapper (FSDP2, `torch.compile`) or a subclass has another. So a Trainer that trains a JAM gets codes in ids and
-labels as soon as the batch is on its device, and a smoother that shifts. It imports no Trainer: where there is none, nothing is
-changed, and for other models nothing is either.
+labels as soon as the batch is on its device, and a smoother that shifts. What trl's GRPO and RLOO pass through there are
+prompts, which keep their pixels. It imports no Trainer: where there is none, nothing is changed, and for other models nothing
+is either.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def teach_trainers() -> None:
         if isinstance(self.label_smoother, trainer.LabelSmoother):
             self.label_smoother = functools.partial(self.label_smoother, shift_labels=True)
         given = isinstance(inputs, Mapping) and inputs.get("input_ids") is not None
-        return with_codes(self.model, jam, inputs) if given else inputs
+        # Trainers that write what they learn from (trl's GRPO and RLOO) pass prompts through here, and need their pixels again.
+        of_prompts = type(self)._prepare_inputs is not _prepare_inputs and not {"labels", "completion_mask"} & set(inputs)
+        return with_codes(self.model, jam, inputs) if given and not of_prompts else inputs
 
     _prepare_inputs.gives_jam_codes = True
     trainer.Trainer._prepare_inputs = _prepare_inputs

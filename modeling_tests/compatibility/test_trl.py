@@ -203,6 +203,54 @@ def test_preferences_take_the_codes_of_pictures_for_ids(jam, processor, tmp_path
     assert losses(run) == pytest.approx([np.log(2)] * 2, rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_rewarded_answers_have_the_probabilities_of_full_documents(kind, jam, processor, tmp_path):
+    """They prepare prompts where other trainers prepare batches, write answers, and need the pixels once more."""
+    model = jam("llama", "cross", "preserving")
+    rows = []
+    for count, picture in zip((0, 1, 2, 1), pictures(4)):  # pictures in the prompt
+        content = [*[{"type": "image", "text": None}] * count, {"type": "text", "text": "a ruby"}]
+        rows.append({"prompt": [{"role": "user", "content": content}], "images": [picture] * count})
+    arguments = getattr(trl, f"{kind}Config")(
+        str(tmp_path / "out"),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        num_generations=2,
+        max_completion_length=24,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        learning_rate=0.0,
+    )
+    run = getattr(trl, f"{kind}Trainer")(
+        model,
+        reward_funcs=lambda completions, **kwargs: [float(i) for i in range(len(completions))],
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=processor,
+    )
+    calls, stock = [], run._get_per_token_logps_and_entropies
+
+    def watched(model, ids, mask, kept, *args, **kwargs):
+        answer = stock(model, ids, mask, kept, *args, **kwargs)
+        calls.append((model, ids, mask.bool(), kept, kwargs.get("pixel_values"), answer[0].detach()))
+        return answer
+
+    run._get_per_token_logps_and_entropies = watched
+    run.train()
+    assert calls
+    for asked, ids, mask, kept, pixels, found in calls:  # of the reference model too
+        ids = ids if pixels is None else model.model.insert_image_tokens(ids, pixels)
+        for row in range(len(ids)):
+            document = ids[row][mask[row]]
+            with torch.no_grad():
+                expected = JamForCausalLM.forward(asked, document[None]).logits[0, :-1].log_softmax(-1)
+            expected = expected.gather(1, document[1:, None])[-int(mask[row, -kept:].sum()) :, 0]
+            torch.testing.assert_close(found[row][mask[row, -kept:]], expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.feature("trl", "assistant_only_loss (mask of the assistant's tokens)")
 def test_the_chat_template_marks_what_the_assistant_writes(processor):
     messages = [
