@@ -28,7 +28,7 @@ from ..model.processing_jam import JamProcessor
 from . import chat_templates, report, tables
 from .checkpoint import BLOCK_BYTES, Parent, TensorPlan, plan_shards, specs_of, write_plans
 from .from_config import has_tokenizer, stand_in_tokenizer
-from .generation_defaults import one_or_list, stop_ids, text_sampling
+from .generation_defaults import one_or_list, said_stop_ids, stop_ids, text_sampling
 from .model_card import model_card
 from .parent_tokenizers import asks_otherwise, check_saved, limit_length, read_parent_tokenizer
 from .parents import IMAGE_PARENTS, TEXT_PARENTS, Decoder, image_codes, picture_tokens
@@ -340,7 +340,16 @@ def _vocabulary(
             "rows mean. Pass image_tokenizer=..."
         )
     pictures = picture_tokens(image.parent.config, image_tokenizer, vq.config.grid_size, image.parent.name)
-    return joined_vocabulary(tokenizer, text.vocab_size, image_tokenizer, codes, pictures, names, recipe.special_tokens)
+    return joined_vocabulary(
+        tokenizer,
+        text.vocab_size,
+        image_tokenizer,
+        codes,
+        pictures,
+        names,
+        recipe.special_tokens,
+        said_stop_ids(text.parent),
+    )
 
 
 def _written(source: Any) -> str | None:

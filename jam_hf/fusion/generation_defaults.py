@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ..model.code_tokens_jam import UNUSED_NAME
 from .checkpoint import Parent
 
 
@@ -20,7 +21,10 @@ BY_MODALITY = ("temperature", "top_k", "top_p", "min_p")
 # What a JAM carries of the text parent's. Codes are exempt from a penalty on what was written before.
 CARRIED = ("do_sample", *BY_MODALITY, "repetition_penalty")
 # Said by the JAM's own config, or of no effect on what is written.
-_OF_THE_JAM = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "use_cache")
+_OF_THE_JAM = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "use_cache"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+)
 
 
 def generation_config_of(parent: Parent) -> GenerationConfig:
@@ -45,6 +49,12 @@ def as_ids(value: int | Collection[int] | None) -> list[int]:
     return list(dict.fromkeys(i for i in ids if i is not None))
 
 
+def said_stop_ids(parent: Parent) -> list[int]:
+    """Where the parent's generation_config.json, or else its config.json, says that documents end; may be no tokens of its."""
+    said = as_ids(generation_config_of(parent).eos_token_id)
+    return said or as_ids(getattr(parent.config, "eos_token_id", None))
+
+
 def stop_ids(
     parent: Parent, vocab_size: int, tokenizer: PreTrainedTokenizerBase, added: Collection[str]
 ) -> tuple[list[int], list[str]]:
@@ -56,8 +66,7 @@ def stop_ids(
     Args:
         vocab_size: rows of the parent's embedding. tokenizer: the JAM's. added: tokens that it got, by their text.
     """
-    said = generation_config_of(parent).eos_token_id
-    found = as_ids(said) or as_ids(getattr(parent.config, "eos_token_id", None)) or as_ids(tokenizer.eos_token_id)
+    found = said_stop_ids(parent) or as_ids(tokenizer.eos_token_id)
     new = {tokenizer.convert_tokens_to_ids(token) for token in added}
     ids = [i for i in found if 0 <= i < vocab_size and i not in new]
     warnings = []
@@ -67,6 +76,11 @@ def stop_ids(
             "never wrote them. They are left out."
         )
         ids = ids or as_ids(tokenizer.eos_token_id)
+    if unnamed := [i for i in ids if tokenizer.convert_ids_to_tokens(i) == UNUSED_NAME.format(i)]:
+        warnings.append(
+            f"The {parent.role} ends documents at {unnamed}, for which its tokenizer has no token. The JAM ends there too and "
+            f"calls it {UNUSED_NAME.format(unnamed[0])!r}."
+        )
     if not ids:
         warnings.append(
             f"Neither the {parent.role} nor its tokenizer says where a document ends: the JAM writes until its budget is used "

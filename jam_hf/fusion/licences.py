@@ -21,10 +21,10 @@ def licence_of(folder: Path) -> str | None:
     path = folder / "README.md"
     if not path.is_file():
         return None
-    from huggingface_hub import ModelCard
+    from huggingface_hub import metadata_load
 
     try:
-        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+        data = metadata_load(path) or {}  # not ModelCard, which refuses a head whose other fields it does not like
     except Exception:  # whatever is wrong with a card is no reason not to read the weights
         return None
     return _words(data.get("license_name")) or _words(data.get("license"))

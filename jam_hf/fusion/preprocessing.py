@@ -60,17 +60,18 @@ def image_processing_of(parent: Parent, given: JamVQConfig | None, sample_size: 
 
 def _processor(parent: Parent) -> Any:
     """The image processor of the parent's folder; None where it has none."""
-    folder = parent.folder
+    folder, kind = parent.folder, parent.config.model_type
     if folder is None:
         return None
     paths = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
     found = [path for path in paths if path.is_file()]
     try:
-        if not any("image_processor_type" in json.dumps(json.loads(path.read_text(encoding="utf-8"))) for path in found):
+        named = any("image_processor_type" in json.dumps(json.loads(path.read_text(encoding="utf-8"))) for path in found)
+        if not named and not (kind in _HAVE_PICTURES and paths[0] in found):  # without a name, transformers goes by the model
             return None
         return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     except Exception as error:  # damaged JSON, unknown classes and code from outside have no common base class
-        if parent.config.model_type not in _HAVE_PICTURES:
+        if kind not in _HAVE_PICTURES:
             return None
         raise ValueError(
             f"How the {parent.role} reads pictures, {found[0]}, cannot be read: {error}. Expected the image processor of a "
@@ -93,14 +94,17 @@ def _settings(own: Any, size: int, role: str) -> tuple[dict[str, Any] | None, li
     square = f"The {role} takes pictures of any shape, a JAM's are squares of {size} pixels: it cuts the centre of others."
     if isinstance(own, (JanusImageProcessorPil, JamImageProcessor)) and getattr(own, "letterbox", True):
         found |= {"letterbox": True, "min_size": own.min_size}
-        sides = {own.size["height"] if "height" in own.size else own.crop_size["height"]}
+        side = _plain(own.size or {}).get("height") or _plain(own.crop_size or {}).get("height")
+        sides = {side} if side else set()
+        if not own.do_resize or (isinstance(own, JanusImageProcessorPil) and not own.do_pad):
+            warnings.append(square)
     elif isinstance(own, Emu3ImageProcessor):
         warnings.append(square)
     elif isinstance(own, PilBackend) and type(own)._preprocess in (PilBackend._preprocess, JamImageProcessor._preprocess):
-        resized = {name: side for name, side in dict(own.size or {}).items() if side is not None} if own.do_resize else {}
+        resized = _plain(own.size or {}) if own.do_resize else {}
         crop = {own.crop_size["height"], own.crop_size["width"]} if own.do_center_crop else set()
-        if crop == {size} and set(resized) == {"shortest_edge"} and resized["shortest_edge"] >= size:
-            found["size"] = resized
+        if crop == {size}:  # the JAM's processor does the same before the cut
+            found |= {"size": resized} if own.do_resize else {"do_resize": False}
         elif not crop and set(resized) == {"height", "width"}:
             sides = set(resized.values())
             found["size"] = {"height": size, "width": size}
@@ -108,6 +112,8 @@ def _settings(own: Any, size: int, role: str) -> tuple[dict[str, Any] | None, li
             sides = crop or set(resized.values())
         if not crop and "size" not in found:
             warnings.append(square)
+        if not own.do_resize and not crop:
+            warnings.append(f"The {role} takes pictures in the size that they have; the JAM resizes those of others.")
     else:
         raise ValueError(
             f"The {role} reads pictures by a {type(own).__name__}, and a JAM cannot do what that does. Supported: what "

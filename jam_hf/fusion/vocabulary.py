@@ -20,7 +20,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..model.code_tokens_jam import name_codes
+from ..model.code_tokens_jam import UNUSED_NAME, name_codes
 from .parents import PictureTokens
 
 
@@ -411,6 +411,7 @@ def joined_vocabulary(
     pictures: PictureTokens,
     names: TokenNames,
     special_tokens: dict[str, str],
+    kept: Collection[int] = (),
 ) -> Vocabulary:
     """The text parent's vocabulary, then new special tokens, then the image codes.
 
@@ -418,9 +419,13 @@ def joined_vocabulary(
         tokenizer: the text parent's; it gets what it lacks. text_rows: rows of its embedding, padding included.
         codes: the image parent's row of each code. pictures: its tokens around a picture.
         special_tokens: the image parent's token (text) by the JAM's (text), beyond those that `pictures` says.
+        kept: ids that mean something to the text parent, though its tokenizer may have no tokens for them (where it stops):
+            they get names (`<unused:305>`), and so do those before them, so that no new token takes their rows.
     Raises:
         ValueError: if `special_tokens` names a token that a tokenizer does not have.
     """
+    end = max(tokenizer.get_vocab().values(), default=-1) + 1
+    add_special_tokens(tokenizer, map(UNUSED_NAME.format, range(end, max((i for i in kept if i < text_rows), default=-1) + 1)))
     structure: dict[str, int] = {}  # the image parent's row by the JAM's token
     layout: dict[str, Any] = {}
     if pictures.begin is not None:

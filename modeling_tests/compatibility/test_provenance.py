@@ -161,6 +161,7 @@ CARDS = [
     ("license: '| a | b <b>x</b> [y](z)'", "| a | b <b>x</b> [y](z)"),
     ("license: []", None),
     ("license: {", None),
+    ("license: mit\neval_results: q\n1: 2", "mit"),  # other fields are not asked to be right
 ]
 
 

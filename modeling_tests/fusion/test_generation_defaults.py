@@ -62,6 +62,8 @@ def eos_in(folder):
         (None, {"eos_token_id": 5}, {}, 5),
         (None, {"eos_token_id": None}, {}, 0),  # the tokenizer's
         ({"eos_token_id": [301, 9999, 301, -1]}, {}, {}, 301),  # the parent never writes the others
+        ({"eos_token_id": [301, 305]}, {}, {}, [301, 305]),  # a row that the tokenizer has no token for
+        (None, {"eos_token_id": 319}, {}, 319),  # the last row of the padding
     ],
     ids=str,
 )
@@ -71,6 +73,24 @@ def test_ends_are_the_parents(folders, tmp_path, said, config, tokenizer, expect
     assert eos_in(out) == [expected, expected]
     model = JamForCausalLM.from_pretrained(out)
     assert model.config.eos_token_id == model.generation_config.eos_token_id == expected
+
+
+def test_no_new_token_takes_the_row_of_an_end(folders, tmp_path):
+    """The parent stops at 305, which its tokenizer does not know: the JAM's `<break>` and the others lie behind it."""
+    text = with_generation(folders, tmp_path, {"eos_token_id": [301, 305]})
+    plan = plan_fusion(text, folders / "image", "cross", vq_model=folders / "vq")
+    tokenizer, ids = plan.vocabulary.tokenizer, plan.vocabulary.ids
+    assert tokenizer.convert_ids_to_tokens([302, 305, 306]) == ["<unused:302>", "<unused:305>", "<break>"]
+    assert min(ids["break_token_id"], ids["image_token_id"], ids["mask_token_id"], ids["image_token_offset"]) > 305
+    assert plan.vocabulary.added[0] == "<break>"
+    assert any("[305], for which its tokenizer has no token" in warning for warning in plan.warnings)
+    assert not any("generation config" in warning for warning in plan.warnings)
+
+
+def test_a_parent_without_a_generation_config_is_not_warned_of(folders, tmp_path):
+    text = with_generation(folders, tmp_path)
+    plan = plan_fusion(text, folders / "image", "cross", vq_model=folders / "vq")
+    assert not any("generation config" in warning for warning in plan.warnings)
 
 
 def test_what_is_no_end_is_said(folders, tmp_path):

@@ -29,6 +29,18 @@ AREA = {"min_pixels": SIZE * SIZE, "max_pixels": SIZE * SIZE}
 PROCESSORS = {
     "chameleon": ("chameleon", ChameleonImageProcessorPil, SQUARE),
     "chameleon, larger before the cut": ("chameleon", ChameleonImageProcessorPil, {**SQUARE, "size": {"shortest_edge": 75}}),
+    "chameleon, smaller before the cut": ("chameleon", ChameleonImageProcessorPil, {**SQUARE, "size": {"shortest_edge": 40}}),
+    "chameleon, squeezed before the cut": (
+        "chameleon",
+        ChameleonImageProcessorPil,
+        {**SQUARE, "size": {"height": 80, "width": 70}},
+    ),
+    "chameleon, two edges before the cut": (
+        "chameleon",
+        ChameleonImageProcessorPil,
+        {**SQUARE, "size": {"shortest_edge": 70, "longest_edge": 90}},
+    ),
+    "chameleon, cut alone": ("chameleon", ChameleonImageProcessorPil, {**SQUARE, "do_resize": False}),
     "chameleon, other values": (
         "chameleon",
         ChameleonImageProcessorPil,
@@ -147,6 +159,27 @@ def test_what_is_assumed_is_said(parent):
     assert image_processing_of(plain, None, SIZE) == (None, [])
     folder = parent("emu3", Emu3ImageProcessor(**AREA))
     assert "cuts the centre of others" in image_processing_of(Parent(folder, "image parent"), None, SIZE)[1][0]
+
+
+@pytest.mark.parametrize("changes", [{"do_pad": False}, {"do_resize": False}], ids=str)
+def test_pictures_of_any_shape_are_said(parent, changes):
+    folder = parent("janus", JanusImageProcessorPil(size={"height": SIZE, "width": SIZE}, **HALF, **changes))
+    assert "cuts the centre of others" in image_processing_of(Parent(folder, "image parent"), None, SIZE)[1][0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("chameleon", {**SQUARE, **HALF}), ("janus", {**HALF, "size": SIZE}), ("emu3", {**AREA, **HALF})]
+)
+def test_a_file_that_names_no_class_is_read_by_the_models(parent, kind, settings):
+    """As transformers does for old folders."""
+    folder = parent(kind)
+    (folder / "preprocessor_config.json").write_text(json.dumps({**settings, "resample": 2}))
+    own = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    said, _ = image_processing_of(Parent(folder, "image parent"), None, SIZE)
+    ours = JamImageProcessor.from_vq_config(JamVQConfig(sample_size=SIZE, image_processing=said))
+    picture = pictures("RGB", [(131, 131)])[0]
+    expected = own(picture, return_tensors="np")["pixel_values"].reshape(-1, 3, SIZE, SIZE)
+    assert np.array_equal(ours(picture, return_tensors="np")["pixel_values"], expected)
 
 
 def test_what_cannot_be_done_is_refused(parent):
