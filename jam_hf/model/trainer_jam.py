@@ -45,7 +45,12 @@ def with_codes(model: nn.Module, jam: nn.Module, inputs: Mapping[str, Any]) -> d
             register_fsdp_forward_method(model, "encode_pictures")
     with torch.no_grad():
         ids, labels = caller.encode_pictures(inputs["input_ids"], inputs.get("labels"), inputs.get("pixel_values"))
-    inputs = {name: value for name, value in inputs.items() if name != "pixel_values"} | {"input_ids": ids}
+        beside = {  # the same prompts once more: trl's KTO, beside other answers (`KL_input_ids`)
+            name: caller.encode_pictures(value, None, inputs["pixel_values"])[0]
+            for name, value in inputs.items()
+            if name.endswith("_input_ids") and "pixel_values" in inputs and bool((value == jam.config.image_token_id).any())
+        }
+    inputs = {name: value for name, value in inputs.items() if name != "pixel_values"} | {"input_ids": ids} | beside
     return inputs if labels is None else inputs | {"labels": labels}
 
 

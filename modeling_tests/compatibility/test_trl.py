@@ -203,6 +203,37 @@ def test_preferences_take_the_codes_of_pictures_for_ids(jam, processor, tmp_path
     assert losses(run) == pytest.approx([np.log(2)] * 2, rel=1e-4)
 
 
+def test_answers_rated_alone_have_the_codes_of_pictures_in_every_batch(jam, processor, tmp_path):
+    """KTO compares each prompt with another's answer, too. Before the first step policy and reference are one: 1 / 2."""
+    question = [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "?"}]}]
+    answers = ("red", "a ruby", "red", "a ruby is red")
+    sides = [[{"role": "assistant", "content": [{"type": "text", "text": text}]}] for text in answers]
+    rows = [
+        {"prompt": question, "completion": side, "label": i % 2 == 0, "images": [picture]}
+        for i, (side, picture) in enumerate(zip(sides, pictures(4)))
+    ]
+    arguments = trl.KTOConfig(
+        str(tmp_path / "out"),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        learning_rate=0.0,
+    )
+    model = jam("llama", "cross", "preserving", alive=False)
+    run = trl.KTOTrainer(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=processor)
+    raw = run.data_collator([run.train_dataset[i] for i in range(4)])
+    batch = run._prepare_inputs(raw)
+    for name in ("input_ids", "KL_input_ids"):
+        assert torch.equal(batch[name], model.model.insert_image_tokens(raw[name], raw["pixel_values"]))
+    run.train()
+    assert losses(run) == pytest.approx([0.5], rel=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
 def test_rewarded_answers_have_the_probabilities_of_full_documents(kind, jam, processor, tmp_path):
     """They prepare prompts where other trainers prepare batches, write answers, and need the pixels once more."""
