@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -62,8 +62,8 @@ def teach_trainers() -> None:
     stock = trainer.Trainer._prepare_inputs
 
     @functools.wraps(stock)
-    def _prepare_inputs(self: Any, inputs: Any) -> Any:
-        inputs = stock(self, inputs)
+    def _prepare_inputs(self: Any, raw: Any) -> Any:
+        inputs = stock(self, raw)
         jam = jam_inside(self.model)
         if jam is None:
             return inputs
@@ -72,7 +72,13 @@ def teach_trainers() -> None:
         given = isinstance(inputs, Mapping) and inputs.get("input_ids") is not None
         # Trainers that write what they learn from (trl's GRPO and RLOO) pass prompts through here, and need their pixels again.
         of_prompts = type(self)._prepare_inputs is not _prepare_inputs and not {"labels", "completion_mask"} & set(inputs)
-        return with_codes(self.model, jam, inputs) if given and not of_prompts else inputs
+        if not given or of_prompts:
+            return inputs
+        inputs = with_codes(self.model, jam, inputs)
+        if "inputs" in self.args.include_for_metrics and isinstance(raw, MutableMapping):
+            raw["input_ids"] = inputs["input_ids"]  # what `EvalPrediction.inputs` shows is read from the batch as it came
+            raw.pop("pixel_values", None)
+        return inputs
 
     _prepare_inputs.gives_jam_codes = True
     trainer.Trainer._prepare_inputs = _prepare_inputs

@@ -167,6 +167,8 @@ def test_labels_outside_of_forward_are_codes(collator, mode, init, jam, tmp_path
     codes = model.get_image_tokens(torch.stack([row["pixel_values"] for row in rows]))
     expected = torch.stack([row["labels"] for row in rows])
     expected[:, 4 : 4 + codes.shape[1]] = codes
+    read = torch.stack([row["input_ids"] for row in rows])
+    read[:, 4 : 4 + codes.shape[1]] = codes
     seen = []
 
     def loss(outputs, labels, num_items_in_batch=None):
@@ -176,9 +178,10 @@ def test_labels_outside_of_forward_are_codes(collator, mode, init, jam, tmp_path
 
     def metrics(prediction):
         seen.append(torch.from_numpy(prediction.label_ids))
+        assert torch.equal(torch.from_numpy(prediction.inputs), read)
         return {}
 
-    run = trainer(model, tmp_path, rows, loss=loss, metrics=metrics, collator=collator)
+    run = trainer(model, tmp_path, rows, loss=loss, metrics=metrics, collator=collator, include_for_metrics=["inputs"])
     with torch.no_grad():
         batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         inside = model.eval()(**batch).loss.item()
