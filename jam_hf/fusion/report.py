@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Interpreter, torch and transformers, and the blocks in flight; measured with modeling_tests/benchmarks/fusion.py.
 _BASE_BYTES = 700 << 20
+_NAME_BYTES = 3 << 10  # of an added token, in a tokenizer that is made, copied and saved
 
 
 def size(num_bytes: int) -> str:
@@ -32,9 +33,10 @@ def size(num_bytes: int) -> str:
 
 
 def peak_memory(plan: FusionPlan) -> int:
-    """An estimate, in bytes: what is always there, and the largest table of rows that must be kept whole."""
+    """An estimate, in bytes: what is always there, the largest table of rows that must be kept whole, and the names of codes."""
+    names = _NAME_BYTES * len(plan.vocabulary.tokenizer.added_tokens_decoder)
     vq = sum(t.spec.nbytes for key, t in plan.tensors.items() if key.startswith("model.vq_model."))
-    return _BASE_BYTES + vq + max((t.loads for t in plan.tensors.values()), default=0)
+    return _BASE_BYTES + names + vq + max((t.loads for t in plan.tensors.values()), default=0)
 
 
 def preserved(mode: str, init: str) -> str:

@@ -196,9 +196,10 @@ def _sample(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A few numbers of each tensor that lies whole in memory; by names without what wrappers put before them."""
     found = {}
     for name, tensor in tensors.items():
-        if tensor.is_meta or not tensor.is_floating_point() or hasattr(tensor, "to_local") or not tensor.numel():
-            continue
-        flat = tensor.detach().reshape(-1)
+        values = tensor.detach()
+        if type(values) is not torch.Tensor or values.is_meta or not values.is_floating_point() or not values.numel():
+            continue  # sharded, quantised, or not there
+        flat = values.reshape(-1)
         found[name] = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED].cpu().clone()
     return found
 

@@ -71,7 +71,7 @@ class Definition:
         self.plan, self.config, vocabulary = plan, plan.config, plan.vocabulary
         self.text, self.image = (arguments[name].state_dict() for name in ("text_model", "image_model"))
         self.janus = arguments["image_model"] if plan.image.kind == "janus" else None
-        before, after = len(arguments["tokenizer"]), len(vocabulary.tokenizer)
+        before, after = len(arguments["tokenizer"]), len(arguments["tokenizer"]) + len(vocabulary.added)
         ids = torch.arange(vocabulary.size)
         self.in_text = (ids < plan.text.vocab_size) & ~((before <= ids) & (ids < after))
         self.in_image = torch.tensor([bool(rows) for rows in self.image_rows()])

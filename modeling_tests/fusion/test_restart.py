@@ -431,7 +431,7 @@ def test_many_runs_at_once_take_turns(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert most[0] == 1 and made[0] and refused[0] and made[0] + refused[0] == 180
+    assert most[0] == 1 and made[0] and made[0] + refused[0] == 180  # how many are refused is a matter of time
     assert [path.name for path in tmp_path.iterdir()] == ["jam"]
 
 
