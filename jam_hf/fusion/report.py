@@ -33,7 +33,7 @@ def size(num_bytes: int) -> str:
 
 
 def peak_memory(plan: FusionPlan) -> int:
-    """An estimate, in bytes: what is always there, the largest table of rows that must be kept whole, and the names of codes."""
+    """An estimate, in bytes: what is always there, the largest table of rows that is kept whole, and the names of codes."""
     names = _NAME_BYTES * len(plan.vocabulary.tokenizer.added_tokens_decoder)
     vq = sum(t.spec.nbytes for key, t in plan.tensors.items() if key.startswith("model.vq_model."))
     return _BASE_BYTES + names + vq + max((t.loads for t in plan.tensors.values()), default=0)
