@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .configuration_jam import JamVQConfig
 
 
-class JamImagesKwargs(ImagesKwargs, total=False):
+class JamImageProcessorKwargs(ImagesKwargs, total=False):
     """letterbox (`bool`), min_size (`int`): see [`JamImageProcessor`]."""
 
     letterbox: bool
@@ -61,9 +61,9 @@ class JamImageProcessor(PilBackend):
     letterbox = False
     min_size = 14
     model_input_names = ["pixel_values"]
-    valid_kwargs = JamImagesKwargs
+    valid_kwargs = JamImageProcessorKwargs
 
-    def __init__(self, **kwargs: Unpack[JamImagesKwargs]):
+    def __init__(self, **kwargs: Unpack[JamImageProcessorKwargs]):
         super().__init__(**kwargs)
 
     @classmethod
