@@ -19,6 +19,7 @@ from jam_hf.training.adapters import lora_config
 
 trl = pytest.importorskip("trl")
 
+ON_CPU = {"logging_steps": 1, "report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False}
 MODES = [("uniform", "average"), ("width", "copy"), ("cross", "preserving"), ("cross", "paper")]
 every_mode = pytest.mark.parametrize(("mode", "init"), MODES)
 
@@ -49,11 +50,7 @@ def trainer(model, processor, tmp_path, dataset=None, max_steps=4, peft_config=N
         str(tmp_path / "out"),
         max_steps=max_steps,
         per_device_train_batch_size=4,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
+        **ON_CPU,
         **settings,
     )
     return trl.SFTTrainer(
@@ -188,13 +185,9 @@ def test_preferences_take_the_codes_of_pictures_for_ids(jam, processor, tmp_path
         str(tmp_path / "out"),
         max_steps=2,
         per_device_train_batch_size=4,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
         gradient_checkpointing=False,
         learning_rate=0.0,
+        **ON_CPU,
     )
     run = trl.DPOTrainer(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=processor)
     batch = run._prepare_inputs(run.data_collator([run.train_dataset[i] for i in range(4)]))
@@ -216,13 +209,9 @@ def test_answers_rated_alone_have_the_codes_of_pictures_in_every_batch(jam, proc
         str(tmp_path / "out"),
         max_steps=1,
         per_device_train_batch_size=4,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
         gradient_checkpointing=False,
         learning_rate=0.0,
+        **ON_CPU,
     )
     model = jam("llama", "cross", "preserving", alive=False)
     run = trl.KTOTrainer(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=processor)
