@@ -1,4 +1,4 @@
-"""metaseq's OPT or CM3leon checkpoint to transformers' OPT; a thin script over `jam_hf.fusion.convert_metaseq`.
+"""metaseq's OPT or CM3leon checkpoint to transformers' OPT; a thin script over `jam_hf.conversion.metaseq`.
 
     python conversion/convert_metaseq_to_hf.py --source checkpoints/cm3leon --output runs/cm3leon \\
         --num-attention-heads 32 --activation-function gelu

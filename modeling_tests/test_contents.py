@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import jam_hf
 from jam_hf import JamForCausalLM, JamProcessor, cli
 from jam_hf.contents import beside, check_shards, load_saved_dataset
-from jam_hf.evaluation.measured_documents import read_pairs
+from jam_hf.data.readers import read_pairs
 from jam_hf.fusion.checkpoint import Parent
 
 
@@ -50,7 +50,7 @@ def test_weights_are_read_from_safetensors_alone():
     assert found >= 15
     for place, node in calls("load"):
         if ast.unparse(node.func) == "torch.load":
-            assert says(node, "weights_only", True) and place.startswith("fusion/convert_"), place
+            assert says(node, "weights_only", True) and place.startswith("conversion/"), place
 
 
 def test_names_that_leave_their_folder_are_refused(tmp_path):
@@ -169,7 +169,7 @@ def test_no_path_of_this_machine_is_written(parents, vq, tmp_path):
     """A JAM, one that was loaded and saved, a trained one and its adapter, and a converted VQ model."""
     from datasets import Dataset
 
-    from jam_hf.training.collator import JamDataCollator
+    from jam_hf.data.collator import JamDataCollator
     from jam_hf.training.recipes import RecipeSettings, train_causal_lm
 
     root = tmp_path / "somewhere"
@@ -194,8 +194,8 @@ def test_no_path_of_this_machine_is_in_an_adapter(parents, vq, tmp_path):
     peft = pytest.importorskip("peft")
     from datasets import Dataset
 
+    from jam_hf.data.collator import JamDataCollator
     from jam_hf.training.adapters import lora_config
-    from jam_hf.training.collator import JamDataCollator
     from jam_hf.training.recipes import RecipeSettings, train_causal_lm
 
     jam = jam_hf.fuse(*parents("llama"), "cross", tmp_path / "jam", vq_model=vq)
@@ -218,8 +218,8 @@ def test_a_trained_model_does_not_replace_what_is_there(parents, tmp_path):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
 
+    from jam_hf.data.collator import JamDataCollator
     from jam_hf.files import folder_lock
-    from jam_hf.training.collator import JamDataCollator
     from jam_hf.training.recipes import RecipeSettings, train_causal_lm
 
     def train(**more):

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 
 import jam_hf
 import jam_hf.retrieval
+from jam_hf.conversion.vq import convert_vq
 from jam_hf.files import check_free, folder_lock, naming, read_json, resumable_folder, whole_folder, write_whole
 from jam_hf.fusion import checkpoint
-from jam_hf.fusion.convert_vq import convert_vq
 from jam_hf.fusion.tensor_files import TensorFileWriter, TensorSpec
 
 
@@ -108,7 +108,7 @@ def test_commands_do_not_delete_a_folder_filled_meanwhile(command, parents, toke
         from fusion_zoo import image_parent, save
 
         source = save(*image_parent("janus"), tmp_path / "janus")
-        late(importlib.import_module("jam_hf.fusion.convert_vq"), "_check_saved")
+        late(importlib.import_module("jam_hf.conversion.vq"), "_check_saved")
 
         def run():
             convert_vq(source, target)

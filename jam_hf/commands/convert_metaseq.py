@@ -21,7 +21,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..fusion.convert_metaseq import convert_metaseq
+    from ..conversion.metaseq import convert_metaseq
 
     path = convert_metaseq(
         args.source,

@@ -9,7 +9,7 @@ HELP = "an image parent's VQ model, as `fuse --vq` takes it"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    from ..fusion.vq_tables import LAYOUTS
+    from ..conversion.vq_tables import LAYOUTS
 
     source = "folder or Hub id (transformers' Chameleon, Janus, Emu3) or file of weights (taming, LlamaGen)"
     command.add_argument("--source", required=True, help=source)
@@ -27,7 +27,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..fusion.convert_vq import convert_vq
+    from ..conversion.vq import convert_vq
 
     path = convert_vq(
         args.source,

@@ -26,7 +26,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from ..evaluation.measured_documents import read_pairs
+    from ..data.readers import read_pairs
     from ..files import check_apart, check_free
     from ..model.processing_jam import JamProcessor
     from ..retrieval import ClipEmbedder, RetrievalSettings, build_index

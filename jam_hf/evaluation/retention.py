@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from ..contents import check_shards
+from ..data.readers import captions_of, read_pairs, read_texts
 from ..files import write_whole
 from ..fusion.recipe import FusionRecipe, public_name
 from ..fusion.vocabulary import differing_tokens
@@ -31,7 +32,6 @@ from ..model.provenance_jam import carried
 from ..reading import read_config, read_tokenizer
 from ..version import __version__
 from .lm_eval_model import check_softmax
-from .measured_documents import captions_of, read_pairs, read_texts
 from .perplexity import batches, compare_logits, padded
 from .picture_views import MULTIMODAL, PictureView, image_parent_view, jam_view, positions_of
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..contents import check_shards
+from ..conversion.vq import vq_model_from
 from ..files import read_json
 from ..model.configuration_jam import JamVQConfig
 from ..model.modeling_jam_vq import JamVQModel
-from .convert_vq import vq_model_from
 from .parents import Decoder
 
 

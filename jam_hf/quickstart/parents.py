@@ -29,6 +29,9 @@ from transformers import (
 )
 
 from ..contents import load_saved_dataset
+from ..data.cm3 import CM3Settings
+from ..data.collator import JamDataCollator
+from ..data.sequences import NO_PICTURES, EncodeImages, PictureMarks, encode_documents
 from ..files import write_whole
 from ..fusion import fuse
 from ..fusion.fuse import plan_fusion, run_fusion
@@ -36,9 +39,6 @@ from ..fusion.parents import code_ids, picture_tokens
 from ..model.configuration_jam import JamConfig
 from ..model.processing_jam import JamProcessor
 from ..picture_world import IMAGE_SIZE
-from ..training.cm3 import CM3Settings
-from ..training.collator import JamDataCollator
-from ..training.documents import NO_PICTURES, EncodeImages, PictureMarks, encode_documents
 from ..training.embeddings import initialise_image_embeddings
 from ..training.tokenizer import CHAT_TEMPLATE, ROLES, byte_level_bpe, train_tokenizer
 from ..training.vq import encode_images

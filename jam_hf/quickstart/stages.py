@@ -20,6 +20,9 @@ import torch
 from datasets import Dataset, DatasetDict
 
 from ..contents import load_saved_dataset
+from ..data.cm3 import CM3Settings
+from ..data.collator import JamDataCollator, supports_packing
+from ..data.sequences import mix_datasets
 from ..files import read_json, whole_folder, write_whole
 from ..model.configuration_jam import JamVQConfig
 from ..model.modeling_jam import JamForCausalLM
@@ -27,9 +30,6 @@ from ..model.modeling_jam_vq import JamVQModel
 from ..model.processing_jam import JamProcessor
 from ..picture_world import IMAGE_SIZE, build_howtos, build_pairs, build_texts
 from ..picture_world.dataset import build_vq_pictures
-from ..training.cm3 import CM3Settings
-from ..training.collator import JamDataCollator, supports_packing
-from ..training.documents import mix_datasets
 from ..training.recipes import RecipeSettings, train_causal_lm
 from ..training.vq import train_vq
 from .parents import Lesson, parents_of

@@ -4,10 +4,10 @@ The model knows nothing of this folder: what it asks of a memory is a protocol, 
 `pip install jam_hf[retrieval]`.
 """
 
+from .augmentation import documents_with_memory, stack_codes
 from .build import build_index
 from .embedder import ClipEmbedder, Embedder
 from .index import MemoryIndex, RetrievalSettings, RetrievedDocument, load_index
-from .training_documents import documents_with_memory, stack_codes
 
 
 __all__ = [

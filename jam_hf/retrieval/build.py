@@ -17,7 +17,7 @@ from ..model.modeling_jam import JamForCausalLM
 from ..model.modeling_jam_vq import JamVQModel
 from ..model.processing_jam import JamProcessor
 from ..reading import read_config
-from .documents import as_pairs, caption_ids, codes_and_pictures
+from .corpus import as_pairs, caption_ids, codes_and_pictures
 from .embedder import ClipEmbedder, Embedder, embedded
 from .index import (
     DESCRIPTION,

@@ -23,7 +23,7 @@ from ..model.memory_jam import AugmentedPrompts, MemoryDocument, MemoryQuery, au
 from ..model.modeling_jam import JamForCausalLM
 from ..model.modeling_jam_vq import JamVQModel
 from ..model.processing_jam import JamProcessor
-from .documents import as_the_vq_model_sees, caption_ids, codebook_of
+from .corpus import as_the_vq_model_sees, caption_ids, codebook_of
 from .embedder import ClipEmbedder, Embedder, embedded
 
 

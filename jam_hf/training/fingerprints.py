@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from .collator import JamDataCollator
+from ..data.collator import JamDataCollator
 
 
 def of_documents(dataset: Dataset, column: str = "input_ids") -> str:

@@ -24,11 +24,11 @@ from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_utils import EvalPrediction
 
 from ..contents import name_the_base
+from ..data.collator import JamDataCollator, supports_packing
 from ..files import check_free, folder_lock, read_json, whole_folder, write_whole
 from ..model.provenance_jam import record
 from ..version import __version__
 from . import fingerprints
-from .collator import JamDataCollator, supports_packing
 from .muon import MuonAdamW, muon_parameter_groups
 from .saving import check_savable
 

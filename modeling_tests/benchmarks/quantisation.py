@@ -28,11 +28,11 @@ from torchao.quantization import Int8WeightOnlyConfig
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from jam_hf import JamConfig, JamForCausalLM, JamImageProcessor, JamProcessor, JamVQConfig, JamVQModel
+from jam_hf.data.collator import JamDataCollator
+from jam_hf.data.sequences import encode_documents
 from jam_hf.evaluation.perplexity import divergence, perplexity
 from jam_hf.model.modeling_jam_vq import JamVQLinear
 from jam_hf.picture_world.dataset import PictureWorldSizes, build_pairs, build_texts, build_vq_pictures
-from jam_hf.training.collator import JamDataCollator
-from jam_hf.training.documents import encode_documents
 from jam_hf.training.tokenizer import train_tokenizer
 from jam_hf.training.vq import VQTrainingSettings, encode_images, train_vq
 

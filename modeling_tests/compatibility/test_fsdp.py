@@ -25,8 +25,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from jam_hf import JamConfig, JamForCausalLM
-from jam_hf.training.cm3 import CM3Settings
-from jam_hf.training.collator import JamDataCollator
+from jam_hf.data.cm3 import CM3Settings
+from jam_hf.data.collator import JamDataCollator
 from jam_hf.training.recipes import RecipeSettings, train_causal_lm
 
 

@@ -6,9 +6,9 @@ from PIL import Image
 
 import jam_hf
 from jam_hf import JamProcessor
+from jam_hf.data.sequences import encode_documents
 from jam_hf.fusion.chat_templates import fitted, with_pictures
 from jam_hf.fusion.fuse import plan_fusion
-from jam_hf.training.documents import encode_documents
 from jam_hf.training.tokenizer import CHAT_TEMPLATE
 
 

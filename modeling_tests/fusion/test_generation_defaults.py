@@ -9,9 +9,9 @@ from fusion_zoo import image_parent, save, text_parent, vq_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from jam_hf import JamForCausalLM, JamProcessor, fuse, stream
+from jam_hf.data.collator import JamDataCollator
+from jam_hf.data.sequences import encode_documents
 from jam_hf.fusion.fuse import plan_fusion
-from jam_hf.training.collator import JamDataCollator
-from jam_hf.training.documents import encode_documents
 from jam_hf.training.recipes import RecipeSettings, train_causal_lm
 from jam_hf.training.saving import check_savable
 

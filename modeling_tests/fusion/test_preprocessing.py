@@ -13,8 +13,8 @@ from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
 from jam_hf import JamImageProcessor, JamProcessor, JamVQConfig, fuse
+from jam_hf.conversion.vq import convert_vq
 from jam_hf.fusion.checkpoint import Parent
-from jam_hf.fusion.convert_vq import convert_vq
 from jam_hf.fusion.fuse import plan_fusion
 from jam_hf.fusion.preprocessing import image_processing_of
 from jam_hf.model.modeling_jam_vq import JamVQModel

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from jam_hf.training.documents import encode_documents
+from jam_hf.data.sequences import encode_documents
 
 
 N = 16

@@ -6,7 +6,7 @@ import torch
 from conftest import random_ids
 from PIL import Image
 
-from jam_hf.training.collator import JamDataCollator
+from jam_hf.data.collator import JamDataCollator
 
 
 PICTURE = Image.new("RGB", (16, 16), (200, 30, 30))

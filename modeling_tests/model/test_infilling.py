@@ -36,10 +36,10 @@ from test_picture_layout import (  # noqa: F401  (fixtures among them)
 )
 from transformers import GenerationConfig
 
+from jam_hf.data.cm3 import CM3Settings, apply_spans
+from jam_hf.data.sequences import encode_documents
 from jam_hf.model.infilling_jam import InfillLogitsProcessor, JamInfill
 from jam_hf.model.masking_jam import DocumentMasker, picture_mask
-from jam_hf.training.cm3 import CM3Settings, apply_spans
-from jam_hf.training.documents import encode_documents
 
 
 # ----- by hand --------------------------------------------------------------------------------------------------------

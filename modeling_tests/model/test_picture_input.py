@@ -16,8 +16,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from jam_hf import JamImageProcessor
-from jam_hf.retrieval.documents import as_pairs, as_the_vq_model_sees
-from jam_hf.training.documents import encode_documents
+from jam_hf.data.sequences import encode_documents
+from jam_hf.retrieval.corpus import as_pairs, as_the_vq_model_sees
 from jam_hf.training.vq import pixels_of
 
 

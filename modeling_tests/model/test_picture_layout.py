@@ -19,6 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jam_hf import JamConfig, JamForCausalLM, JamImageProcessor, JamProcessor
+from jam_hf.data.cm3 import CM3Settings, apply_spans, draw_spans, segments, unmask
+from jam_hf.data.collator import JamDataCollator
+from jam_hf.data.sequences import encode_documents
 from jam_hf.evaluation.perplexity import perplexity
 from jam_hf.model.grammar_jam import PictureGrammar, PictureReader
 from jam_hf.model.guidance_jam import (
@@ -28,9 +31,6 @@ from jam_hf.model.guidance_jam import (
     SeparateGuidance,
 )
 from jam_hf.model.packed_guidance_jam import PackedGuidance
-from jam_hf.training.cm3 import CM3Settings, apply_spans, draw_spans, segments, unmask
-from jam_hf.training.collator import JamDataCollator
-from jam_hf.training.documents import encode_documents
 
 
 # Ids as the session's tokenizer has them: specials, text, the codes 300..315, and what the layouts add behind them.

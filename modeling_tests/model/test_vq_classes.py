@@ -1,6 +1,6 @@
 """JamVQModel around transformers' Janus and Emu3 classes: what holds for diffusers' holds for them.
 
-That their codes and pixels are the original classes' is in modeling_tests/fusion/test_convert_vq.py.
+That their codes and pixels are the original classes' is in modeling_tests/conversion/test_convert_vq.py.
 """
 
 import copy

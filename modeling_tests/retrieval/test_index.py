@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 from jam_hf import JamVQModel
 from jam_hf.retrieval import ClipEmbedder, RetrievalSettings, build_index, load_index
 from jam_hf.retrieval.build import load_vq_model
-from jam_hf.retrieval.documents import caption_ids
+from jam_hf.retrieval.corpus import caption_ids
 from jam_hf.retrieval.index import without_near_duplicates
 
 

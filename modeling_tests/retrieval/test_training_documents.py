@@ -10,10 +10,10 @@ from model import test_picture_layout
 from model.test_picture_layout import BOS, EOS, FIRST, LAYOUTS, MASK, VOCABULARY, picture
 from retrieval.tiny_memory import N, TableEmbedder, layout_jam, pairs, processor_for
 
+from jam_hf.data.cm3 import CM3Settings
+from jam_hf.data.collator import JamDataCollator
+from jam_hf.data.sequences import encode_documents
 from jam_hf.retrieval import RetrievalSettings, build_index, documents_with_memory, stack_codes
-from jam_hf.training.cm3 import CM3Settings
-from jam_hf.training.collator import JamDataCollator
-from jam_hf.training.documents import encode_documents
 
 
 layout_tokenizer = test_picture_layout.layout_tokenizer  # a fixture

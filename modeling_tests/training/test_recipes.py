@@ -10,8 +10,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from jam_hf import JamForCausalLM
-from jam_hf.training.cm3 import CM3Settings
-from jam_hf.training.collator import JamDataCollator
+from jam_hf.data.cm3 import CM3Settings
+from jam_hf.data.collator import JamDataCollator
 from jam_hf.training.recipes import FREEZE_PRESETS, RecipeSettings, _LengthGroupedSampler, freeze, train_causal_lm
 
 

@@ -13,10 +13,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from jam_hf import JamForCausalLM
+from jam_hf.data.cm3 import CM3Settings
+from jam_hf.data.collator import JamDataCollator
 from jam_hf.training import fingerprints, recipes
 from jam_hf.training.adapters import lora_config
-from jam_hf.training.cm3 import CM3Settings
-from jam_hf.training.collator import JamDataCollator
 from jam_hf.training.recipes import RecipeSettings, train_causal_lm
 
 

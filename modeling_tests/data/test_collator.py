@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from conftest import parent_model
 from transformers import AutoConfig
 
-from jam_hf.training.cm3 import CM3Settings
-from jam_hf.training.collator import JamDataCollator, supports_packing
+from jam_hf.data.cm3 import CM3Settings
+from jam_hf.data.collator import JamDataCollator, supports_packing
 
 
 CM3 = CM3Settings(5, 8, 13, (3, 1, 2), image_token_range=(100, 200))

@@ -21,8 +21,8 @@ import torch
 from transformers import GenerationConfig, OPTConfig, OPTForCausalLM
 
 from ..files import check_apart, whole_folder
-from .checkpoint import Band, TensorPlan, specs_of, write_plans
-from .tensor_files import TensorSpec, named_dtype
+from ..fusion.checkpoint import Band, TensorPlan, specs_of, write_plans
+from ..fusion.tensor_files import TensorSpec, named_dtype
 
 
 ROWS, COLUMNS, SAME = "rows", "columns", "same"  # how parts join: on dim 0, on dim 1, or each part has all of it

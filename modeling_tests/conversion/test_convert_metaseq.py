@@ -11,8 +11,8 @@ from conftest import randomise
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from jam_hf.cli import main
-from jam_hf.fusion import convert_metaseq as module
-from jam_hf.fusion.convert_metaseq import convert_metaseq
+from jam_hf.conversion import metaseq as module
+from jam_hf.conversion.metaseq import convert_metaseq
 
 
 KINDS = {

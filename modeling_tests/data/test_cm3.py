@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jam_hf import JamConfig
-from jam_hf.training.cm3 import CM3Settings, apply_spans, cm3, draw_spans, segments, unmask
+from jam_hf.data.cm3 import CM3Settings, apply_spans, cm3, draw_spans, segments, unmask
 
 
 BREAK, BOS, EOS = 3, 1, 2

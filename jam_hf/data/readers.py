@@ -1,4 +1,4 @@
-"""The texts and the captioned pictures that a user measures a fusion on: files in, documents out. It knows no model."""
+"""The texts and captioned pictures of a user: files in, documents out. It knows no model."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from jam_hf.training.documents import NO_PICTURES, PictureMarks, encode_documents, mix_datasets
+from jam_hf.data.sequences import NO_PICTURES, PictureMarks, encode_documents, mix_datasets
 
 
 def _encode(images):

@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import JanusVQVAEConfig, PreTrainedConfig
 
 from ..files import check_apart, whole_folder
+from ..fusion.checkpoint import Parent
+from ..fusion.preprocessing import image_processing_of
 from ..model.configuration_jam import JamVQConfig
 from ..model.modeling_jam_vq import JamVQModel
-from .checkpoint import Parent
-from .preprocessing import image_processing_of
 from .vq_tables import (
     LAYOUTS,
     LINEAR_IN_DIFFUSERS,

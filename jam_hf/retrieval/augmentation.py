@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..model.memory_jam import how_many_fit
 from ..model.modeling_jam import JamForCausalLM
-from .documents import as_pairs, caption_ids, codes_and_pictures
+from .corpus import as_pairs, caption_ids, codes_and_pictures
 from .embedder import embedded
 from .index import MemoryIndex
 
