@@ -37,6 +37,7 @@ compatibility: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python modeling_tests/model_lint.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -1,3 +1,8 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
+# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific
+# language governing permissions and limitations under the License.
 """Configuration of a JAM and of its VQ image tokenizer: the one home of every id, of the grid and of the shapes.
 
 It knows numbers only: nothing here builds a module or reads a file. Everything that can be derived is derived here, and

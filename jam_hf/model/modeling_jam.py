@@ -1,3 +1,8 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
+# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific
+# language governing permissions and limitations under the License.
 """JamModel and JamForCausalLM: stock decoders (one, or two in lockstep), a frozen VQ model and the output head.
 
 It knows token ids and how pictures become ids; how two streams are mixed is modeling_jam_cross.py, how a document is
@@ -41,6 +46,7 @@ class JamModel(JamPreTrainedModel):
 
     def __init__(self, config: JamConfig):
         super().__init__(config)
+        # CODEPATH: JAM-Cross has two decoders in lockstep, JAM-Uniform and JAM-Width are one stock decoder.
         if config.fusion_mode == "cross":
             self.language_model = JamCrossDecoder(config)
         else:
@@ -121,6 +127,7 @@ class JamModel(JamPreTrainedModel):
             input_ids = self.insert_image_tokens(input_ids, pixel_values)
         kwargs.setdefault("output_attentions", self.config.output_attentions)
         kwargs.setdefault("output_hidden_states", self.config.output_hidden_states)
+        # CODEPATH: only JAM-Cross has an image stream to report.
         if self.config.fusion_mode == "cross":
             kwargs["output_image_hidden_states"] = bool(kwargs["output_hidden_states"])
             kwargs["output_image_attentions"] = kwargs["output_image_cross_attentions"] = kwargs["output_attentions"]
@@ -178,10 +185,12 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
         self.loss_type = "ForCausalLM"  # transformers reads it off the name of the class, which a subclass may change
         self.model = JamModel(config)
         self.vocab_size = config.vocab_size
-        if len(config.embedding_sizes) == 1:  # one output projection cannot be tied to two embeddings side by side
+        # CODEPATH: in the preserving form of JAM-Cross two embeddings lie side by side, to which one projection cannot be tied.
+        if len(config.embedding_sizes) == 1:
             self._tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
         self.lm_head = nn.Linear(config.embedding_sizes[0], config.vocab_size, bias=False)
         self.image_head = None
+        # CODEPATH: JAMs with a Janus image parent have its MLP; of the others, only the preserving JAM-Cross has an image head.
         if config.image_head_hidden_size is not None:
             self.image_head = JanusVQVAEHead(
                 JanusVQVAEConfig(
@@ -191,7 +200,7 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
                     hidden_act=config.image_head_act,
                 )
             )
-        elif len(config.embedding_sizes) == 2:
+        elif len(config.embedding_sizes) == 2:  # CODEPATH: see above
             self.image_head = nn.Linear(config.embedding_sizes[1], config.num_image_tokens, bias=False)
         self.post_init()
 
@@ -216,12 +225,14 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
         of each row, which is how `pipeline("any-to-any")` asks for it: int64 `[B, T]` -> float `[B, 3, H, W]`.
         """
         image_tokens = torch.as_tensor(image_tokens)
+        # trf-ignore: TRF041 (the id of a token is read, as of those that the rule exempts)
         if image_tokens.ndim == 2 and bool((image_tokens == self.config.break_token_id).any()):
             image_tokens = PictureGrammar(self.config).last_pictures(image_tokens)
         return self.model.decode_image_tokens(image_tokens)
 
     def create_masks_for_generate(self, config: JamConfig, **kwargs: Any) -> torch.Tensor | dict[str, Any] | None:
         """For `generate()` with a static cache: the masks of a step, as the decoder itself would make them."""
+        # CODEPATH: each stream of JAM-Cross may need masks of its own; the others are one stock decoder.
         if config.fusion_mode != "cross":
             return create_masks_for_generate(config=config.text_config, **kwargs)
         names = ("inputs_embeds", "attention_mask", "past_key_values", "position_ids")
@@ -232,6 +243,7 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
         placeholders = input_ids == self.config.image_token_id
         if not bool(placeholders.any()):  # the usual case waits for the device once
             return
+        # CODEPATH: where a picture is one code, a lone placeholder is a whole picture.
         if self.config.image_seq_length > 1:
             in_a_row = placeholders[:, 1:] & placeholders[:, :-1]
         else:

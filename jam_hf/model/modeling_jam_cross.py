@@ -1,3 +1,8 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
+# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific
+# language governing permissions and limitations under the License.
 """JAM-Cross: two stock decoders in lockstep, with bidirectional cross-attention between them (paper, section "JAM-Cross").
 
 One module holds one depth: the text layer, the image layer and the cross blocks that follow them, so that a device map,
@@ -295,6 +300,7 @@ class JamPreTrainedModel(PreTrainedModel):
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs: Any) -> None:
         """As in `PreTrainedModel`. The streams, which are no `PreTrainedModel`s of their own, are set without a warning."""
+        # CODEPATH: only JAM-Cross has streams beside each other.
         if self.config.fusion_mode == "cross" and isinstance(attn_implementation, str):
             checked = self.get_correct_attn_implementation(attn_implementation)
             for stream in (self.config.text_config, self.config.image_config):
@@ -327,8 +333,7 @@ class JamCrossDecoder(JamPreTrainedModel):
         super().__init__(config)
         text, image = config.text_config, config.image_config
         for stream in (text, image):  # the streams are no PreTrainedModels of their own, which would have set this
-            if stream._attn_implementation is None:
-                stream._attn_implementation = self.config._attn_implementation
+            stream._attn_implementation = stream._attn_implementation or self.config._attn_implementation
         paper = config.cross_form == "paper"
         # One row holds the text stream's embedding and, in the preserving form, the image stream's beside it.
         self.embed_tokens = nn.Embedding(config.vocab_size, sum(config.embedding_sizes), config.pad_token_id)
@@ -340,6 +345,7 @@ class JamCrossDecoder(JamPreTrainedModel):
         # A device map fills device after device in the order of registration.
         for name in (name for name in stems if first[name]):
             self.add_module(name, stems[name])
+        # trf-ignore: TRF034 (the four parts of a depth are checkpointing layers; its own checkpoint would compute them twice)
         self.layers = nn.ModuleList([JamCrossDecoderLayer(config, depth) for depth in range(config.num_hidden_layers)])
         for name in (name for name in stems if not first[name]):
             self.add_module(name, stems[name])
@@ -367,8 +373,8 @@ class JamCrossDecoder(JamPreTrainedModel):
         One mask where one serves all attentions; otherwise one each under `{stream}_{kind of attention}`.
         """
         text, image = self.stream_masks("text", **kwargs), self.stream_masks("image", **kwargs)
-        same = self.config.text_config._attn_implementation == self.config.image_config._attn_implementation
-        if same and len(text) == len(image) == 1:
+        implementations = {stream._attn_implementation for stream in (self.config.text_config, self.config.image_config)}
+        if len(implementations) == len(text) == len(image) == 1:
             return text["full_attention"]
         return {f"text_{kind}": mask for kind, mask in text.items()} | {f"image_{kind}": mask for kind, mask in image.items()}
 

@@ -1,3 +1,8 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
+# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific
+# language governing permissions and limitations under the License.
 """The registry of decoder families: what JAM takes from each stock transformers decoder, and what differs between them.
 
 It knows the stock modules and their names; it does not know how two streams are mixed (modeling_jam_cross.py). A family is
@@ -95,6 +100,7 @@ class OPTStem(nn.Module):
             if projected:
                 self.project_in = nn.Linear(config.word_embed_proj_dim, config.hidden_size, bias=False)
         if has_final_norm:
+            # CODEPATH: OPT-350M norms after its layers; all other OPTs before them, and once more at the end.
             if config.do_layer_norm_before and not config._remove_final_layer_norm:
                 self.final_layer_norm = nn.LayerNorm(
                     config.hidden_size, elementwise_affine=config.layer_norm_elementwise_affine
@@ -150,6 +156,7 @@ class Family:
 
     def make_layer(self, config: PreTrainedConfig, depth: int, cache_index: int) -> nn.Module:
         """The stock layer of this depth; its attention is the `cache_index`-th of the JAM's cache."""
+        # CODEPATH: Chameleon-30B has swin norms, Chameleon-7B and the other families have none.
         layer_class = self.swin_layer if self.swin_layer is not None and config.swin_norm else self.layer
         layer = layer_class(config, layer_idx=depth)  # the stock layer looks up by its depth whether it slides
         layer.self_attn.layer_idx = cache_index

@@ -1,3 +1,8 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
+# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific
+# language governing permissions and limitations under the License.
 """The image tokenizer of a JAM: pixels to codes and codes to pixels, by a stock VQ model (modeling_jam_vq_classes.py).
 
 It knows codes (0..K-1) and pixels only: token ids, offsets and `<break>` are the business of modeling_jam.py.
@@ -160,6 +165,7 @@ class JamVQModel(PreTrainedModel):
         latents_BEGG = stock.latents(self.vq, pixel_values.to(self.dtype))
         latents_XE = latents_BEGG.permute(0, 2, 3, 1).reshape(-1, latents_BEGG.shape[1])
         codebook_KE = self.vq.quantize.embedding(torch.arange(self.config.num_vq_embeddings, device=latents_XE.device))
+        # CODEPATH: LlamaGen's tokenizer looks for codes by direction; taming's, Janus', Emu3's and Chameleon's by distance.
         if self.config.codebook_l2_norm:
             latents_XE, codebook_KE = F.normalize(latents_XE, dim=-1), F.normalize(codebook_KE, dim=-1)
         return stock.nearest(latents_XE, codebook_KE).view(latents_BEGG.shape[0], -1)

@@ -1,3 +1,8 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
+# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific
+# language governing permissions and limitations under the License.
 """The stock VQ models that a JamVQModel runs: diffusers' VQModel, and transformers' Janus and Emu3 classes.
 
 It knows how each is built, and how pixels become latents and codes become pixels in it; it does not know token ids, checks no
@@ -127,6 +132,7 @@ def _diffusers_model(config: JamVQConfig) -> VQModel:
     for module in model.modules():
         if isinstance(module, Attention):
             module.set_processor(ContiguousAttention())
+    # CODEPATH: Chameleon's tokenizer in transformers has no decoder.
     if not config.has_decoder:
         del model.decoder, model.post_quant_conv
     return model

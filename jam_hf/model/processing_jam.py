@@ -1,3 +1,8 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
+# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific
+# language governing permissions and limitations under the License.
 """Documents in and out: text with `<image>` placeholders and pictures to model inputs, and written ids to text and pictures.
 
 It knows the tokenizer, the image processor and how a picture is laid out: `<break>`, N codes, `<break>`, or more than that
