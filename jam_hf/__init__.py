@@ -5,6 +5,10 @@ Importing it registers the JAM classes with transformers' Auto classes.
 
 import gc
 
+from ._moved import serve_old_names
+
+
+serve_old_names()
 
 # A million objects are made by these imports and none of them is garbage: looking for it costs a fifth of their time.
 _collecting = gc.isenabled()
@@ -23,12 +27,13 @@ try:
     )
 
     from .fusion import fuse
+    from .generation.streaming import AsyncJamStreamer, JamStreamer, stream, stream_async
     from .model.configuration_jam import JamConfig, JamVQConfig
     from .model.image_processing_jam import JamImageProcessor
     from .model.modeling_jam import JamForCausalLM, JamModel
     from .model.modeling_jam_vq import JamVQModel
+    from .model.package_jam import OFFERED
     from .model.processing_jam import JamProcessor
-    from .model.streaming_jam import AsyncJamStreamer, JamStreamer, stream, stream_async
     from .version import __version__
 finally:
     if _collecting:
@@ -47,6 +52,17 @@ def _register() -> None:
     AutoTokenizer.register(JamConfig, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
 
 
+# What a JAM has beside its checkpoint's code, imported when it is asked for (model/package_jam.py).
+OFFERED |= {
+    "memory": "jam_hf.generation.retrieval_prompts:generate_with_memory",
+    "num_candidates": "jam_hf.generation.best_of_n:generate_best_pictures",
+    "infill": "jam_hf.generation.infilling:infill",
+    "post_process_infill": "jam_hf.generation.infilling:post_process_infill",
+    "save_html": "jam_hf.generation.export:save_html",
+    "save_markdown": "jam_hf.generation.export:save_markdown",
+    "save_json": "jam_hf.generation.export:save_json",
+    "load_json": "jam_hf.generation.export:load_json",
+}
 _register()
 
 __all__ = [

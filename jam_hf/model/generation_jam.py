@@ -46,7 +46,6 @@ from .guidance_jam import (
     SeparateGuidance,
 )
 from .history_jam import look_back_by_modality
-from .infilling_jam import InfillLogitsProcessor
 from .logits_process_jam import (
     WARPER_CLASSES,
     PictureGrammarGuardLogitsProcessor,
@@ -54,7 +53,7 @@ from .logits_process_jam import (
     TextStopStringCriteria,
     warp_by_modality,
 )
-from .memory_jam import generate_with_memory
+from .package_jam import from_package
 from .packed_columns_jam import attend_by_sdpa
 from .packed_guidance_jam import PackedGuidance
 
@@ -128,10 +127,10 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
             image_repetition_penalty (`float`), image_no_repeat_ngram_size (`int`, *optional*): over the codes of the document.
                 Without `image_`, these and all that look back at what was written (history_jam.py) go by text alone.
             pixel_values (float `[P, 3, H, W]`, *optional*): pictures of the prompt, as the processor makes them.
-            memory (`Memory`, *optional*): documents found for each prompt are put before it (memory_jam.py); they are in none
-                of the sequences that come back.
+            memory (`Memory`, *optional*): documents found for each prompt are put before it; they are in none of the
+                sequences that come back (jam_hf/generation/retrieval_prompts.py).
             num_candidates (`int`, *optional*), reranker (*optional*): draw so many candidates for each picture and keep the
-                best; see `generate_best_pictures` in candidates_jam.py.
+                best; see `generate_best_pictures` in jam_hf/generation/best_of_n.py.
 
             Everything else as in `GenerationMixin.generate`. Pictures of the prompt come back as their codes. Where neither
             `max_new_tokens` nor `max_length` is set, a document may fill the model's positions; "image" mode makes its picture.
@@ -145,6 +144,7 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
                 no room for the pictures that are asked for.
         """
         if (memory := kwargs.pop("memory", None)) is not None:
+            generate_with_memory = from_package("memory", "generate(memory=...)")
             return generate_with_memory(self, memory, inputs, generation_config, kwargs)
         mode = self._setting("generation_mode", generation_config, kwargs)
         if mode is not None and mode not in GENERATION_MODES:
@@ -171,8 +171,7 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         if kwargs.get("negative_prompt_ids") is not None:
             kwargs["negative_prompt_ids"] = as_ids(torch.as_tensor(kwargs["negative_prompt_ids"]), "negative_prompt_ids")
         if num_candidates is not None or reranker is not None:
-            from .candidates_jam import generate_best_pictures
-
+            generate_best_pictures = from_package("num_candidates", "generate(num_candidates=..., reranker=...)")
             return generate_best_pictures(self, num_candidates, reranker, generation_config, inputs=inputs, **kwargs)
         kwargs["_negative_prompt"] = negative_prompts(
             kwargs.pop("negative_prompt_ids", None),
@@ -332,7 +331,7 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
         model_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> LogitsProcessorList:
-        # A segment of a document (candidates_jam.py) counts from the document's prompt.
+        # A segment of a document (jam_hf/generation/best_of_n.py) counts from the document's prompt.
         segment = getattr(generation_config, "document_prompt_length", None)
         prompt_length = input_ids_seq_length if segment is None else segment
         # GenerationMixin would answer `guidance_scale` with a second forward over the whole prompt at every step.
@@ -371,7 +370,7 @@ class JamGenerationMixin(JamContinuousBatchingMixin, GenerationMixin):
 
         ours = LogitsProcessorList()
         prompt_rows = None if encoder_input_ids is None else len(encoder_input_ids)
-        infills = any(isinstance(processor, InfillLogitsProcessor) for processor in kwargs.get("logits_processor") or ())
+        infills = any(getattr(processor, "fills_gaps", False) for processor in kwargs.get("logits_processor") or ())
         guidance = self._guidance(generation_config, reader, cache, mask, embedded, prompt_rows, infills)
         if guidance is not None:
             ours.append(PictureGuidanceLogitsProcessor(guidance))

@@ -28,10 +28,8 @@ from transformers.utils import logging
 from .chats_jam import chat_pictures, check_that_parts_are_written, plain_chat
 from .code_tokens_jam import CODE_NAME, name_codes, reading_names_as_text
 from .configuration_jam import JamConfig
-from .documents_jam import load_json, save_html, save_json, save_markdown
 from .grammar_jam import PictureGrammar
-from .infilling_jam import JamInfill
-from .masking_jam import masked_documents
+from .package_jam import PackageFunction
 from .remote_code_jam import AUTO_MAP  # noqa: F401  (its file brings all the others along)
 
 
@@ -68,11 +66,11 @@ class JamProcessor(ProcessorMixin):
 
     valid_processor_kwargs = JamProcessorKwargs
 
-    # What post_process_interleaved returns, as files, see documents_jam.py.
-    save_html = staticmethod(save_html)
-    save_markdown = staticmethod(save_markdown)
-    save_json = staticmethod(save_json)
-    load_json = staticmethod(load_json)
+    # Documents with gaps to what `generate` fills them from, and back: jam_hf/generation/infilling.py.
+    infill = PackageFunction(method=True)
+    post_process_infill = PackageFunction(method=True)
+    # What post_process_interleaved returns, as files and back: jam_hf/generation/export.py.
+    save_html, save_markdown, save_json, load_json = (PackageFunction() for _ in range(4))
 
     def __init__(
         self,
@@ -378,56 +376,9 @@ class JamProcessor(ProcessorMixin):
             )
         begun = PictureGrammar(model.config).state(sequences[:, :prompt_length]).position.tolist()
         rows = [ids[prompt_length - count :] for ids, count in zip(sequences.tolist(), begun)]
-        return self._segments(rows, model, skip_special_tokens)
+        return self.segments(rows, model, skip_special_tokens)
 
-    def infill(
-        self,
-        text: str | Sequence[str],
-        images: Sequence[Any] | None = None,
-        image_masks: Sequence[Any] | None = None,
-        *,
-        model: JamForCausalLM,
-        max_text_tokens: int = 64,
-    ) -> JamInfill:
-        """Documents with gaps to what `generate` needs to fill them: `model.generate(**processor.infill(...))`.
-
-        Args:
-            text (`str` or `list[str]`): documents; `<mask>` (the tokenizer's name of `config.mask_token_id`) marks each gap in
-                the text, and `<image>` the place of each picture. A mark stands for whole tokens, which in most tokenizers
-                bring the space before a word along: `"a small<mask> circle"`.
-            images: for one document a list with each of its pictures, in order, for several a list of such lists. A picture
-                is what the image processor takes, or its codes, int64 `[N]`, as ids. `None` is a picture that is missing.
-            image_masks: beside `images`, which codes of each picture are missing, `None` for none: a list of spans
-                `(start, end)` of codes in reading order and rectangles `(left, upper, right, lower)` in columns and rows of
-                codes, ends exclusive; or bool `[G, G]`. Codes that follow one another in reading order are one gap.
-            model: the JAM that will fill the gaps; it encodes the pictures.
-            max_text_tokens (`int`, defaults to 64): the most that is written into each gap in text.
-        Returns:
-            [`JamInfill`]: keyword arguments of `generate`, the grammar of infills among them. The model fills gaps as it was
-            trained to: one that saw no CM3 objective has no idea of them.
-        Raises:
-            ValueError: if marks, pictures and masks do not fit each other, a region is empty, overlaps another or is not
-                inside the grid, there is no gap, or there are more than sentinels or than positions allow.
-        """
-        if isinstance(max_text_tokens, bool) or not isinstance(max_text_tokens, int) or max_text_tokens < 1:
-            raise ValueError(f"infill: max_text_tokens must be an integer of at least 1, got {max_text_tokens!r}.")
-        documents = masked_documents(self, model, text, images, image_masks)
-        return JamInfill(documents, model.config, max_text_tokens, model.device)
-
-    def post_process_infill(
-        self, generated: Any, infill: JamInfill, model: JamForCausalLM, skip_special_tokens: bool = True
-    ) -> list[list[dict[str, Any]]]:
-        """Filled documents as ordered segments, see `post_process_interleaved`; `infill.restore` has them as ids.
-
-        Args:
-            generated: int64 `[R, T]` as `generate(**infill)` returns it, or its output object.
-            infill: what `infill(...)` returned for them.
-        Raises:
-            ValueError: if these are not the spans of this infill.
-        """
-        return self._segments(infill.restore(generated), model, skip_special_tokens)
-
-    def _segments(self, rows: list[list[int]], model: JamForCausalLM, skip_special_tokens: bool) -> list[list[dict[str, Any]]]:
+    def segments(self, rows: list[list[int]], model: JamForCausalLM, skip_special_tokens: bool) -> list[list[dict[str, Any]]]:
         config = model.config
         if config.image_seq_length != self.image_seq_length:
             raise ValueError(

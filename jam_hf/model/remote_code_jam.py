@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from .image_processing_jam import JamImageProcessor  # noqa: F401
     from .modeling_jam import JamForCausalLM  # noqa: F401
     from .processing_jam import JamProcessor  # noqa: F401
-    from .streaming_jam import JamStreamer  # noqa: F401
 
 # `file.Class` for each Auto class, as `auto_map` in config.json has it. transformers itself records only the class it saves.
 AUTO_MAP = {

@@ -1,7 +1,7 @@
 """A memory of captioned pictures: built with a JAM's VQ model and CLIP, searched with FAISS, put before prompts and documents.
 
-The model knows nothing of this folder: what it asks of a memory is a protocol, jam_hf/model/memory_jam.py. FAISS is an extra:
-`pip install jam_hf[retrieval]`.
+The model knows nothing of this folder: what it asks of a memory is a protocol, jam_hf/generation/retrieval_prompts.py.
+FAISS is an extra: `pip install jam_hf[retrieval]`.
 """
 
 from .augmentation import documents_with_memory, stack_codes

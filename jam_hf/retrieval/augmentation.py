@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 from tqdm import tqdm
 
-from ..model.memory_jam import how_many_fit
+from ..generation.retrieval_prompts import how_many_fit
 from ..model.modeling_jam import JamForCausalLM
 from .corpus import as_pairs, caption_ids, codes_and_pictures
 from .embedder import embedded

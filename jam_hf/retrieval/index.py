@@ -1,7 +1,7 @@
 """The index of a memory: captions, codes of their pictures and embeddings, searched for what is similar to a query.
 
 A folder of it holds `documents/` (datasets' own files), `documents.faiss` and `index.json`. It knows a JAM's processor and,
-when asked for the documents of prompts, the JAM; how they are laid out in a prompt is memory_jam.py's business.
+when asked for the documents of prompts, the JAM; how they are laid out in a prompt is retrieval_prompts.py's business.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from datasets import Dataset
 
 from ..contents import load_saved_dataset, public_name
 from ..files import read_json
-from ..model.memory_jam import AugmentedPrompts, MemoryDocument, MemoryQuery, augment_prompts
+from ..generation.retrieval_prompts import AugmentedPrompts, MemoryDocument, MemoryQuery, augment_prompts
 from ..model.modeling_jam import JamForCausalLM
 from ..model.modeling_jam_vq import JamVQModel
 from ..model.processing_jam import JamProcessor

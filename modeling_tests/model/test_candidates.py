@@ -24,9 +24,9 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, LogitsProcessor, LogitsProcessorList
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from jam_hf.model.candidates_jam import JamRerankedOutput
-from jam_hf.model.reranking_jam import CLIPReranker, LikelihoodReranker, PictureCandidates
-from jam_hf.model.streaming_jam import JamStreamer
+from jam_hf.generation.best_of_n import JamRerankedOutput
+from jam_hf.generation.rerankers import CLIPReranker, LikelihoodReranker, PictureCandidates
+from jam_hf.generation.streaming import JamStreamer
 
 
 layout_tokenizer, laid_out = test_picture_layout.layout_tokenizer, test_picture_layout.laid_out  # fixtures

@@ -17,8 +17,8 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from jam_hf import JamProcessor
-from jam_hf.model import documents_jam
-from jam_hf.model.documents_jam import html_page, load_json, save_html, save_json, save_markdown
+from jam_hf.generation import export
+from jam_hf.generation.export import html_page, load_json, save_html, save_json, save_markdown
 
 
 def noise(seed: int, mode: str = "RGB", size=(5, 3)) -> Image.Image:
@@ -32,7 +32,7 @@ NASTY = st.lists(
     ),
     max_size=25,
 ).map("".join)
-PICTURES = st.builds(noise, st.integers(0, 9), st.sampled_from(documents_jam.LOSSLESS_MODES))
+PICTURES = st.builds(noise, st.integers(0, 9), st.sampled_from(export.LOSSLESS_MODES))
 SEGMENTS = st.one_of(
     st.builds(lambda text: {"type": "text", "text": text}, st.one_of(NASTY, st.text(max_size=20))),
     st.builds(lambda image: {"type": "image", "image": image}, PICTURES),
@@ -420,7 +420,7 @@ def test_deep_and_huge_files_are_errors_that_say_so(tmp_path, monkeypatch):
 
 def test_a_file_that_came_meanwhile_stays(tmp_path, monkeypatch):
     """Written between our look and our last step."""
-    import jam_hf.model.documents_jam as module
+    import jam_hf.generation.export as module
 
     render = module.html_page
 

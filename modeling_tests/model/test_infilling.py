@@ -38,8 +38,8 @@ from transformers import GenerationConfig
 
 from jam_hf.data.cm3 import CM3Settings, apply_spans
 from jam_hf.data.sequences import encode_documents
-from jam_hf.model.infilling_jam import InfillLogitsProcessor, JamInfill
-from jam_hf.model.masking_jam import DocumentMasker, picture_mask
+from jam_hf.generation.gaps import DocumentMasker, picture_mask
+from jam_hf.generation.infilling import InfillLogitsProcessor, JamInfill
 
 
 # ----- by hand --------------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ import torch
 from model.test_picture_layout import BOS, BREAK, EOS, FIRST, IMAGE, LAYOUTS, N, picture
 from retrieval.tiny_memory import document, layout_jam
 
-from jam_hf.model import memory_jam
-from jam_hf.model.memory_jam import AugmentedPrompts, MemoryDocument, augment_prompts, document_ids, how_many_fit
+from jam_hf.generation import retrieval_prompts
+from jam_hf.generation.retrieval_prompts import AugmentedPrompts, MemoryDocument, augment_prompts, document_ids, how_many_fit
 
 
 RED, BLUE, GREEN = (document(*args) for args in (("red", [60, 61], 0), ("blue", [70], 5), ("green", [80, 81, 82], 9)))
@@ -118,7 +118,7 @@ def test_pictures_of_the_prompt_go_with_their_rows(jams):
 def test_documents_without_room_are_left_out_the_least_similar_first(room, count, jams, monkeypatch):
     """Their 20, 19 and 21 tokens are counted beside the prompt's 3 and those to be written; it is said what is left out."""
     told: list[str] = []
-    monkeypatch.setattr(memory_jam.logger, "warning_once", told.append)
+    monkeypatch.setattr(retrieval_prompts.logger, "warning_once", told.append)
     documents, ids = [RED, BLUE, GREEN], torch.tensor([[BOS, 30, 31]])
     assert [len(laid_out(d, {})) for d in documents] == [20, 19, 21]
     new = 128 - 3 - room

@@ -24,7 +24,7 @@ from model.test_picture_layout import (
 )
 from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
 
-from jam_hf.model.streaming_jam import AsyncJamStreamer, JamStreamer, stream, stream_async
+from jam_hf.generation.streaming import AsyncJamStreamer, JamStreamer, stream, stream_async
 
 
 layout_tokenizer, laid_out = test_picture_layout.layout_tokenizer, test_picture_layout.laid_out  # fixtures

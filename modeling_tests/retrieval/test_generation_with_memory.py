@@ -10,7 +10,7 @@ from model.test_picture_layout import BOS, BREAK, FIRST, IMAGE, LAYOUTS, picture
 from retrieval.tiny_memory import N, TableEmbedder, layout_jam, noise, pairs, processor_for, tiny_clip
 
 from jam_hf import JamProcessor
-from jam_hf.model.memory_jam import MemoryQuery
+from jam_hf.generation.retrieval_prompts import MemoryQuery
 from jam_hf.retrieval import ClipEmbedder, RetrievalSettings, build_index
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from jam_hf import JamForCausalLM
-from jam_hf.model.memory_jam import MemoryDocument
+from jam_hf.generation.retrieval_prompts import MemoryDocument
 
 
 N, OFFSET = G * G, 300

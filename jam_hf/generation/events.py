@@ -1,23 +1,21 @@
 """From ids, as `generate()` writes them, to events: text as it comes, each picture when it is complete.
 
 It tells text from pictures as `JamProcessor.post_process_interleaved` does. When text is readable is decided by transformers'
-`TextStreamer`. It does not know how ids are chosen, nor how events reach their consumer (streaming_jam.py).
+`TextStreamer`. It does not know how ids are chosen, nor how events reach their consumer (streaming.py).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from .call_settings_jam import end_ids
+from ..model.call_settings_jam import end_ids
+from ..model.modeling_jam import JamForCausalLM
+from ..model.processing_jam import JamProcessor
 
-
-if TYPE_CHECKING:
-    from .modeling_jam import JamForCausalLM
-    from .processing_jam import JamProcessor
 
 Event = dict[str, Any]
 
@@ -73,7 +71,7 @@ class _Row:
 
 
 class DocumentStreamer(BaseStreamer):
-    """Ids to events, row by row; how events reach the consumer is the business of streaming_jam.py."""
+    """Ids to events, row by row; how events reach the consumer is the business of streaming.py."""
 
     def __init__(
         self,

@@ -1,23 +1,21 @@
 """Documents with gaps, in ids, as a JAM saw them in training (CM3: paper.md, Training [M]; jam_hf/data/cm3.py).
 
 Each gap is a sentinel in its place, numbered from the first to the last; a gap lies inside one text or inside one picture, and
-the document ends in `<eos>`. What is written into the gaps is the subject of infilling_jam.py.
+the document ends in `<eos>`. What is written into the gaps is the subject of infilling.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-
-if TYPE_CHECKING:
-    from .configuration_jam import JamConfig
-    from .modeling_jam import JamForCausalLM
-    from .processing_jam import JamProcessor
+from ..model.configuration_jam import JamConfig
+from ..model.modeling_jam import JamForCausalLM
+from ..model.processing_jam import JamProcessor
 
 
 @dataclass(frozen=True)

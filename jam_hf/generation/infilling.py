@@ -1,6 +1,6 @@
 """Infilling: the prompt for documents with gaps, the grammar of what is written into them, and whole documents again.
 
-The prompt is what CM3 makes of a document (masking_jam.py), and the first sentinel again; the model then writes
+The prompt is what CM3 makes of a document (gaps.py), and the first sentinel again; the model then writes
 `span <end of span> <sentinel> span <end of span> ... <eos>`. It knows token ids only.
 
 Shape suffixes: R rows of a batch, F places of all scripts one after the other, V vocabulary.
@@ -9,16 +9,16 @@ Shape suffixes: R rows of a batch, F places of all scripts one after the other, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from .masking_jam import MaskedDocument, ids_that_are_no_text
+from ..model.configuration_jam import JamConfig
+from ..model.modeling_jam import JamForCausalLM
+from ..model.processing_jam import JamProcessor
+from .gaps import MaskedDocument, ids_that_are_no_text, masked_documents
 
-
-if TYPE_CHECKING:
-    from .configuration_jam import JamConfig
 
 # What may stand at a place of a script where no single id must: any code; text; text or the end of the span.
 CODE, TEXT, TEXT_OR_END = -1, -2, -3
@@ -31,6 +31,8 @@ class InfillLogitsProcessor(LogitsProcessor):
     ids, so it holds for beams and several return sequences of each document. What other processors left without a score may
     be the only id that can follow; it is written nevertheless.
     """
+
+    fills_gaps = True  # by which the model knows that no whole document is written
 
     def __init__(
         self,
@@ -194,4 +196,55 @@ class JamInfill(dict):
         return len(span) == len(gap) and all(token in codes if place < 0 else token == place for token, place in zip(span, gap))
 
 
-__all__ = ["InfillLogitsProcessor", "JamInfill"]
+def infill(
+    processor: JamProcessor,
+    text: str | Sequence[str],
+    images: Sequence[Any] | None = None,
+    image_masks: Sequence[Any] | None = None,
+    *,
+    model: JamForCausalLM,
+    max_text_tokens: int = 64,
+) -> JamInfill:
+    """`processor.infill`: documents with gaps to what `generate` needs to fill them: `model.generate(**processor.infill(...))`.
+
+    Args:
+        text (`str` or `list[str]`): documents; `<mask>` (the tokenizer's name of `config.mask_token_id`) marks each gap in
+            the text, and `<image>` the place of each picture. A mark stands for whole tokens, which in most tokenizers
+            bring the space before a word along: `"a small<mask> circle"`.
+        images: for one document a list with each of its pictures, in order, for several a list of such lists. A picture
+            is what the image processor takes, or its codes, int64 `[N]`, as ids. `None` is a picture that is missing.
+        image_masks: beside `images`, which codes of each picture are missing, `None` for none: a list of spans
+            `(start, end)` of codes in reading order and rectangles `(left, upper, right, lower)` in columns and rows of
+            codes, ends exclusive; or bool `[G, G]`. Codes that follow one another in reading order are one gap.
+        model: the JAM that will fill the gaps; it encodes the pictures.
+        max_text_tokens (`int`, defaults to 64): the most that is written into each gap in text.
+    Returns:
+        [`JamInfill`]: keyword arguments of `generate`, the grammar of infills among them. The model fills gaps as it was
+        trained to: one that saw no CM3 objective has no idea of them.
+    Raises:
+        ValueError: if marks, pictures and masks do not fit each other, a region is empty, overlaps another or is not
+            inside the grid, there is no gap, or there are more than sentinels or than positions allow.
+    """
+    if isinstance(max_text_tokens, bool) or not isinstance(max_text_tokens, int) or max_text_tokens < 1:
+        raise ValueError(f"infill: max_text_tokens must be an integer of at least 1, got {max_text_tokens!r}.")
+    documents = masked_documents(processor, model, text, images, image_masks)
+    return JamInfill(documents, model.config, max_text_tokens, model.device)
+
+
+def post_process_infill(
+    processor: JamProcessor, generated: Any, infill: JamInfill, model: JamForCausalLM, skip_special_tokens: bool = True
+) -> list[list[dict[str, Any]]]:
+    """`processor.post_process_infill`: filled documents as ordered segments, see `post_process_interleaved`.
+
+    `infill.restore` has them as ids.
+
+    Args:
+        generated: int64 `[R, T]` as `generate(**infill)` returns it, or its output object.
+        infill: what `infill(...)` returned for them.
+    Raises:
+        ValueError: if these are not the spans of this infill.
+    """
+    return processor.segments(infill.restore(generated), model, skip_special_tokens)
+
+
+__all__ = ["InfillLogitsProcessor", "JamInfill", "infill", "post_process_infill"]

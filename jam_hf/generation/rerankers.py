@@ -1,6 +1,6 @@
 """Rerankers: which of several candidates for one picture is the best, by their likelihood, by a CLIP model, or by any callable.
 
-They see one picture's candidates and the document before them; candidates_jam.py draws them and goes on from the best.
+They see one picture's candidates and the document before them; best_of_n.py draws them and goes on from the best.
 
 Shapes: T positions, C candidates, N codes a picture.
 """
@@ -9,21 +9,16 @@ from __future__ import annotations
 
 import copy
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 
-from .grammar_jam import PictureGrammar
-from .guidance_jam import unconditional_context
-from .image_processing_jam import JamImageProcessor
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from .modeling_jam import JamForCausalLM
+from ..model.grammar_jam import PictureGrammar
+from ..model.guidance_jam import unconditional_context
+from ..model.image_processing_jam import JamImageProcessor
+from ..model.modeling_jam import JamForCausalLM
 
 
 class PictureCandidates:

@@ -1,7 +1,7 @@
 """N best: documents put together from segments, with several candidates for each picture, of which a reranker keeps one.
 
 A segment is what the ordinary `generate()` writes: text until a row opens a picture, then the candidates of all rows in one
-batch, and so on. This file does not know how ids are chosen within a segment, nor how pictures are compared (reranking_jam.py).
+batch, and so on. This file does not know how ids are chosen within a segment, nor how pictures are compared (rerankers.py).
 
 Shapes: B rows, T positions, C candidates, N codes a picture.
 """
@@ -11,22 +11,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.configuration_utils import GenerationMode
 
-from .call_settings_jam import document_rules, end_ids
-from .grammar_jam import PictureGrammar
-from .reranking_jam import PictureCandidates, Reranker, checked_scores, reranker_of
+from ..model.call_settings_jam import document_rules, end_ids
+from ..model.grammar_jam import PictureGrammar
+from ..model.modeling_jam import JamForCausalLM
+from .rerankers import PictureCandidates, Reranker, checked_scores, reranker_of
 
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig
-
-    from .modeling_jam import JamForCausalLM
 
 # What counts from the prompt, or is kept step by step, and has no meaning over segments.
 UNSUPPORTED_SETTINGS = (

@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers.utils import logging
 
+from ..model.configuration_jam import JamConfig
+from ..model.modeling_jam import JamForCausalLM
 
-if TYPE_CHECKING:
-    from .configuration_jam import JamConfig
-    from .modeling_jam import JamForCausalLM
 
 logger = logging.get_logger(__name__)
 
@@ -245,7 +244,7 @@ def generate_with_memory(
     if torch.is_tensor(output):
         return prompts.cut(output)
     output["sequences"] = prompts.cut(output.sequences)
-    for slot in output.get("picture_slots") or ():  # candidates_jam.py: places in the sequences
+    for slot in output.get("picture_slots") or ():  # best_of_n.py: places in the sequences
         slot.start -= added
     copies = output.sequences.shape[0] // len(prompts.memory_ids)
     output["memory_ids"] = [ids for ids in prompts.memory_ids for _ in range(copies)]

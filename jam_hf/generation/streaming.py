@@ -1,6 +1,6 @@
 """Streaming: what a document gains while `generate()` writes it, for iteration and for `async for`, and in a thread of its own.
 
-What the events are is decided in document_events_jam.py; this file hands them from one thread to another, and exceptions too.
+What the events are is decided in events.py; this file hands them from one thread to another, and exceptions too.
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Generator
 from queue import Queue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from .document_events_jam import DocumentStreamer, Event
-
-
-if TYPE_CHECKING:
-    from .modeling_jam import JamForCausalLM
-    from .processing_jam import JamProcessor
+from ..model.modeling_jam import JamForCausalLM
+from ..model.processing_jam import JamProcessor
+from .events import DocumentStreamer, Event
 
 
 class JamStreamer(DocumentStreamer):

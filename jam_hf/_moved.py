@@ -1,0 +1,59 @@
+"""Where modules went: imports of their old names go on working, and yield the very same module as the new name."""
+
+import importlib
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+
+# Old name to new. A folder's line holds for what lies in it as well.
+OLD_MODULES = {
+    "jam_hf.evaluation.measured_documents": "jam_hf.data.readers",
+    "jam_hf.fusion.convert_metaseq": "jam_hf.conversion.metaseq",
+    "jam_hf.fusion.convert_vq": "jam_hf.conversion.vq",
+    "jam_hf.fusion.vq_tables": "jam_hf.conversion.vq_tables",
+    "jam_hf.model.candidates_jam": "jam_hf.generation.best_of_n",
+    "jam_hf.model.document_events_jam": "jam_hf.generation.events",
+    "jam_hf.model.documents_jam": "jam_hf.generation.export",
+    "jam_hf.model.infilling_jam": "jam_hf.generation.infilling",
+    "jam_hf.model.masking_jam": "jam_hf.generation.gaps",
+    "jam_hf.model.memory_jam": "jam_hf.generation.retrieval_prompts",
+    "jam_hf.model.reranking_jam": "jam_hf.generation.rerankers",
+    "jam_hf.model.streaming_jam": "jam_hf.generation.streaming",
+    "jam_hf.retrieval.documents": "jam_hf.retrieval.corpus",
+    "jam_hf.retrieval.training_documents": "jam_hf.retrieval.augmentation",
+    "jam_hf.training.cm3": "jam_hf.data.cm3",
+    "jam_hf.training.collator": "jam_hf.data.collator",
+    "jam_hf.training.documents": "jam_hf.data.sequences",
+}
+
+
+def new_name(old: str) -> str | None:
+    """The module that has this old name today; None where it is no old name."""
+    if old in OLD_MODULES:
+        return OLD_MODULES[old]
+    folder, _, name = old.rpartition(".")
+    return f"{OLD_MODULES[folder]}.{name}" if folder in OLD_MODULES else None
+
+
+class _OldModules:
+    """An importer of old names alone. Nothing is imported before somebody asks for one."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if new_name(name) is not None else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        sys.modules[module.__name__] = importlib.import_module(new_name(module.__name__))
+
+
+def serve_old_names() -> None:
+    """Before the importers of files: an old folder's name has the new folder's path, and would be read a second time there."""
+    if not any(isinstance(finder, _OldModules) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _OldModules())
+
+
+__all__ = ["OLD_MODULES", "new_name", "serve_old_names"]

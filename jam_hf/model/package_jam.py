@@ -1,0 +1,50 @@
+"""The one door from a JAM to what its checkpoint does not carry; `jam_hf/__init__.py` says what lies behind it.
+
+A checkpoint has the code to load, to generate and to decode. Loaded without jam_hf, it says what is missing when it is asked
+for more.
+"""
+
+from importlib import import_module
+from types import MethodType
+from typing import Any
+
+
+# A name to `module:attribute`, which is imported when it is asked for. Empty in a folder that was loaded without jam_hf.
+OFFERED: dict[str, str] = {}
+
+
+def from_package(name: str, what: str) -> Any:
+    """What jam_hf offers under `name`; `what` is how a user asked for it, for the message.
+
+    Raises:
+        ImportError: where the model's code came out of a checkpoint's folder.
+    """
+    if name not in OFFERED:
+        raise ImportError(
+            f"{what} needs the package jam_hf: a checkpoint carries the model only, to load, generate and decode. Run "
+            "`pip install jam_hf`, then `import jam_hf` and load the folder again, without trust_remote_code."
+        )
+    module, attribute = OFFERED[name].split(":")
+    return getattr(import_module(module), attribute)
+
+
+class PackageFunction:
+    """A function of jam_hf as an attribute of a class, under its own name: as it is, or with `method=True` as a method.
+
+    It is imported when somebody reads the attribute; where it cannot be, there is a function that says so when it is called.
+    """
+
+    def __init__(self, method: bool = False):
+        self.method = method
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name, self.what = name, f"{owner.__name__}.{name}()"
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if self.name not in OFFERED:
+            return lambda *args, **kwargs: from_package(self.name, self.what)
+        function = from_package(self.name, self.what)
+        return MethodType(function, instance) if self.method and instance is not None else function
+
+
+__all__ = ["OFFERED", "PackageFunction", "from_package"]
