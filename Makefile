@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 
-.PHONY: quickstart test conformance compatibility lint format clean
+.PHONY: quickstart test test-all conformance compatibility lint format clean
 
 # The original taming code is an oracle of the VQ conversion; of what it would bring along only einops is needed.
 # A stamp, so that the environment is made again when what it is made from changes.
@@ -17,12 +17,17 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 quickstart: $(VENV)/.installed
 	$(BIN)/jam-hf quickstart --run $(RUN)
 
-# Two tests side by side, each on one core; transformers' own suite after them.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# Two tests side by side, each on one core, a file on one worker; transformers' own suite after them, likewise.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: $(VENV)/.installed lint
 	$(PYTEST)
 	$(BIN)/python modeling_tests/conformance
+
+# With the nightly cases, three times as long: before a release, and where something large has moved.
+test-all: $(VENV)/.installed lint
+	$(PYTEST) --nightly
+	$(BIN)/python modeling_tests/conformance --nightly
 
 # transformers' own test-suite of the installed version, on JAMs and on a stock Llama.
 conformance: $(VENV)/.installed
@@ -30,8 +35,8 @@ conformance: $(VENV)/.installed
 
 # docs/compatibility.md, from the results of both.
 compatibility: $(VENV)/.installed
-	-$(PYTEST) modeling_tests --feature-report runs/features.json
-	-$(BIN)/python modeling_tests/conformance
+	-$(PYTEST) modeling_tests --nightly --feature-report runs/features.json
+	-$(BIN)/python modeling_tests/conformance --nightly
 	$(BIN)/python modeling_tests/compatibility_table.py --features runs/features.json --conformance runs/conformance.jsonl
 
 lint: $(VENV)/.installed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from jam_hf import JamForCausalLM, JamProcessor, JamVQConfig, JamVQModel
 from jam_hf.training.tokenizer import train_tokenizer
 
 
-pytest_plugins = ["feature_report"]
+pytest_plugins = ["feature_report", "nightly", "pytester"]
 
 torch.set_num_threads(1)  # the models are tiny, and the tests run side by side
 logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -120,21 +121,30 @@ def fused(tmp_path_factory, parents, vq):
     return make
 
 
+@pytest.fixture(scope="session")
+def loaded(fused):
+    """The models of `jam`, each loaded once; whoever changes one copies it first."""
+    made: dict[tuple[str, str, str, bool], JamForCausalLM] = {}
+
+    def load(family: str, mode: str, init: str, alive: bool) -> JamForCausalLM:
+        key = (family, mode, init, alive and mode == "cross")
+        if key not in made:
+            made[key] = JamForCausalLM.from_pretrained(fused(family, mode, init)).eval()
+            if key[-1]:
+                generator = torch.Generator().manual_seed(3)
+                with torch.no_grad():
+                    for name, parameter in made[key].named_parameters():
+                        if "_cross." in name and parameter.dim() > 1:
+                            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        return made[key]
+
+    return load
+
+
 @pytest.fixture
-def jam(fused):
+def jam(loaded):
     """`jam(family, mode, init, alive=True)` -> model; alive: zero-initialised outputs get weights, so that all counts."""
-
-    def make(family: str, mode: str, init: str, alive: bool = True) -> JamForCausalLM:
-        model = JamForCausalLM.from_pretrained(fused(family, mode, init)).eval()
-        if alive and mode == "cross":
-            generator = torch.Generator().manual_seed(3)
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    if "_cross." in name and parameter.dim() > 1:
-                        parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-        return model
-
-    return make
+    return lambda family, mode, init, alive=True: copy.deepcopy(loaded(family, mode, init, alive))
 
 
 @pytest.fixture

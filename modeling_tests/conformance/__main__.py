@@ -1,8 +1,9 @@
 """Run transformers' own test-suite on JAMs and print what passed, failed and was skipped, next to a stock Llama.
 
-    python modeling_tests/conformance [--cache runs/transformers-tests] [--results runs/conformance.jsonl] [-k EXPRESSION]
+    python modeling_tests/conformance [-n 2] [--nightly] [-k EXPRESSION] [--results runs/conformance.jsonl]
 
-Fetches the tests of the installed version from the package index, once. Ends with an error where a test failed.
+Fetches the tests of the installed version from the package index, once. Two workers share the tests. Without --nightly the
+tests that train or start processes run on three of the JAMs. Ends with an error where a test failed.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
 
-def run_suites(tests: Path, results: Path, expression: str) -> None:
-    """Append one line to `results` for each test whose name matches; an error of pytest itself is raised."""
+def run_suites(tests: Path, results: Path, options: list[str]) -> None:
+    """Write one line to `results` for each test; an error of pytest itself is raised."""
     environment = {
         **os.environ,
         "TRANSFORMERS_TESTS": str(tests),
@@ -29,32 +30,10 @@ def run_suites(tests: Path, results: Path, expression: str) -> None:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    pytest = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-c",
-        os.devnull,
-        "--rootdir",
-        str(HERE),
-        "--noconftest",
-        "-p",
-        "no:cacheprovider",
-    ]
-    pytest += [
-        "-p",
-        "harness",
-        "-p",
-        "results",
-        "-o",
-        "python_files=suite_*.py",
-        "-o",
-        "verbosity_subtests=0",
-        "--results",
-        str(results),
-    ]
-    pytest += ["-q", "--tb=short", "-W", "ignore", str(HERE)]
-    pytest += ["-k", expression] if expression else []
+    pytest = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(HERE), "--noconftest"]
+    pytest += ["-p", "no:cacheprovider", "-p", "harness", "-p", "results", "--results", str(results)]
+    pytest += ["-o", "python_files=suite_*.py", "-o", "verbosity_subtests=0"]
+    pytest += ["-q", "--tb=short", "-W", "ignore", str(HERE), *options]
     code = subprocess.run(pytest, env=environment, cwd=ROOT).returncode
     if code not in (0, 1, 5):  # passed, some failed, none selected
         raise SystemExit(f"pytest could not run the suites (exit code {code}); its output above says why.")
@@ -69,6 +48,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "transformers-tests", help="where the tests are kept")
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "conformance.jsonl", help="one line for each test")
     parser.add_argument("-k", default="", metavar="EXPRESSION", help="only tests whose names match, as in pytest")
+    parser.add_argument("-n", type=int, default=2, metavar="WORKERS", help="processes that share the tests (default: 2)")
+    parser.add_argument("--nightly", action="store_true", help="on all JAMs what otherwise runs on three")
     arguments = parser.parse_args()
 
     tests = fetch_tests(arguments.cache.resolve())
@@ -76,7 +57,8 @@ def main() -> None:
     results.parent.mkdir(parents=True, exist_ok=True)
     aside = results.with_name(f".{results.name}.{os.getpid()}")
     try:
-        run_suites(tests, aside, arguments.k)
+        options = ["-n", str(arguments.n), *(["--nightly"] if arguments.nightly else [])]
+        run_suites(tests, aside, [*options, *(["-k", arguments.k] if arguments.k else [])])
         if not aside.exists() or not aside.stat().st_size:
             raise SystemExit(f"No test matches -k {arguments.k!r}.")
         os.replace(aside, results)

@@ -5,6 +5,7 @@ Loaded as a pytest plugin before the suites. Each entry says why it is needed.
 
 from __future__ import annotations
 
+import pytest
 import torch
 from tests import test_fsdp_mixin, test_tensor_parallel_mixin
 from transformers import initialization as init
@@ -13,7 +14,12 @@ from transformers.models.auto import modeling_auto
 from jam_hf.model import modeling_jam_cross
 
 
+# Every day the tests that train for long or start processes, a third of all time, run on one JAM of each mode; nightly on all.
+LONG = {"is_training_test", "is_tensor_parallel_test", "is_fsdp_test"}
+EVERY_DAY = {"UniformLlama", "WidthOPT", "CrossFamilies"}
+
 torch.set_num_threads(1)
+torch.set_printoptions(threshold=4, edgeitems=1)  # one test writes out every parameter for a message that is rarely read
 
 # The tests tell a base model from one with a head by its name in such tables; jam_hf itself puts JamForCausalLM into them.
 modeling_auto.MODEL_MAPPING_NAMES["jam"] = "JamModel"
@@ -37,3 +43,17 @@ def draw_weights_in_place_of_zeros() -> None:
 
 
 draw_weights_in_place_of_zeros()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--nightly", action="store_true", help="on all JAMs what otherwise runs on three")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    suites = {item.cls.__name__ for item in items}
+    assert EVERY_DAY <= suites, f"no such suite: {EVERY_DAY - suites}"
+    if config.getoption("--nightly"):
+        return
+    for item in items:
+        if item.cls.__name__ not in EVERY_DAY and LONG & {mark.name for mark in item.iter_markers()}:
+            item.add_marker(pytest.mark.skip(reason=f"nightly (every day on {', '.join(sorted(EVERY_DAY))})"))

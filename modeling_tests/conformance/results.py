@@ -23,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "flash_attn_test flash_attn_3_test flash_attn_4_test flash_attn_mps_test all_flash_attn_test order"
     ).split():
         config.addinivalue_line("markers", f"{name}: of transformers")
-    if config.getoption("--results"):
+    if config.getoption("--results") and not hasattr(config, "workerinput"):  # under xdist, the controller's job
         config.pluginmanager.register(Results(Path(config.getoption("--results"))))
 
 
@@ -31,6 +31,11 @@ class Results:
     def __init__(self, path: Path):
         self.path = path
         self.tests: dict[str, dict[str, Any]] = {}
+        self.order: dict[str, int] = {}
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        self.order = {test: place for place, test in enumerate(ids)}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         suite, _, name = report.nodeid.partition("::")[2].partition("::")
@@ -43,8 +48,8 @@ class Results:
                 test["reason"] = " ".join(report.longrepr[2].removeprefix("Skipped: ").split())
 
     def pytest_sessionfinish(self) -> None:
-        with self.path.open("a") as file:
-            file.writelines(json.dumps(test) + "\n" for test in self.tests.values())
+        names = sorted(self.tests, key=lambda test: self.order.get(test, 0))  # workers report as they finish
+        self.path.write_text("".join(json.dumps(self.tests[name]) + "\n" for name in names))
 
 
 def table(tests: list[dict[str, Any]]) -> str:
