@@ -62,6 +62,15 @@ OFFERED |= {
     "save_markdown": "jam_hf.generation.export:save_markdown",
     "save_json": "jam_hf.generation.export:save_json",
     "load_json": "jam_hf.generation.export:load_json",
+    "name_codes_of": "jam_hf.fusion.code_names:name_codes_of",
+    "paper": "jam_hf.fusion.paper:paper",
+    "model_loaded": "jam_hf.provenance:model_loaded",
+    "catch_card_writers": "jam_hf.provenance:catch_card_writers",
+    "before_saving": "jam_hf.provenance:before_saving",
+    "carry_on": "jam_hf.provenance:carry_on",
+    "tensor_parallel_plan": "jam_hf.integrations.sharding:tensor_parallel_plan",
+    "parallel_plans": "jam_hf.integrations.sharding:parallel_plans",
+    "split_for": "jam_hf.integrations.sharding:split_for",
 }
 _register()
 

@@ -28,7 +28,7 @@ from ..fusion.vocabulary import differing_tokens
 from ..model.configuration_jam import JamConfig
 from ..model.modeling_jam import JamForCausalLM
 from ..model.processing_jam import JamProcessor
-from ..model.provenance_jam import carried
+from ..provenance import carried
 from ..reading import read_config, read_tokenizer
 from ..version import __version__
 from .lm_eval_model import check_softmax

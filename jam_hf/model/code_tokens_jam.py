@@ -1,7 +1,7 @@
-"""Names of image codes in a tokenizer: `<img:17>`, so that decoding can show a code and no new token gets a code's id.
+"""A prompt that spells the name of an image code, `<img:17>`, is text: it is read by a tokenizer to which names mean nothing.
 
-They are special tokens behind all others. A prompt that spells such a name is text all the same: it is read by a tokenizer to
-which the names mean nothing (`reading_names_as_text`). It knows tokenizers; which ids are codes it is told.
+The names are special tokens behind all others, so that decoding can show a code and no new token gets a code's id
+(jam_hf/fusion/code_names.py gives them).
 """
 
 from __future__ import annotations
@@ -12,63 +12,12 @@ import re
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from transformers import AddedToken
-
 
 CODE_NAME = "<img:{}>"
-# Where the tokenizer has these names already, from another model's codes.
-OTHER_CODE_NAMES = ("<jam:img:{}>", "<jam:img:{}/2>")
 # For ids between the tokenizer's last and code 0: rows of padding in the text parent.
 UNUSED_NAME = "<unused:{}>"
 
 _readers: WeakKeyDictionary[Any, tuple[int, str, Any]] = WeakKeyDictionary()
-
-
-def name_codes(tokenizer: Any, first: int, count: int) -> str | None:
-    """Give the ids `[first, first + count)` names in the tokenizer, and those before them that have none.
-
-    Args:
-        tokenizer: changed in place. first: id of code 0. count: K.
-    Returns:
-        the form of the names, "<img:{}>"; None where the codes had names.
-    Raises:
-        ValueError: if other tokens have ids of codes, or the tokenizer, whose vocabulary has holes, gives other ids.
-    """
-    by_id = {index: token for token, index in tokenizer.get_vocab().items()}
-    taken = [index for index in range(first, first + count) if index in by_id]
-    if len(taken) == count:
-        return None
-    if taken:
-        raise ValueError(
-            f"The ids {first}..{first + count - 1} are image codes, but the tokenizer has the token {by_id[taken[0]]!r} with "
-            f"the id {taken[0]} ({len(taken)} such tokens): it was added before the codes had names. Take the tokenizer as it "
-            "was fused, load it with JamProcessor.from_pretrained, which names the codes, and add the token then."
-        )
-    known = set(by_id.values())
-    for form in (CODE_NAME, *OTHER_CODE_NAMES):
-        names = [form.format(code) for code in range(count)]
-        if known.isdisjoint(names):
-            break
-    else:
-        raise ValueError(f"The tokenizer has other tokens of all the names that codes could have: {CODE_NAME.format(0)}, ...")
-    end = max(by_id, default=-1) + 1
-    names = [*(UNUSED_NAME.format(index) for index in range(end, first)), *names]
-    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
-    if tokenizer.convert_tokens_to_ids(names) != list(range(end, first + count)):
-        raise ValueError(
-            f"The tokenizer has {len(by_id)} tokens and ids up to {end - 1}; new ones do not get the ids from {end} on. Give "
-            "each id below a token that no text has, in the vocabulary of its tokenizer.json."
-        )
-    return form
-
-
-def num_named_codes(tokenizer: Any, form: str = CODE_NAME) -> int:
-    """How many codes have names, with one id behind the other."""
-    vocabulary = tokenizer.get_vocab()
-    first, count = vocabulary.get(form.format(0)), 0
-    while first is not None and vocabulary.get(form.format(count)) == first + count:
-        count += 1
-    return count
 
 
 def reading_names_as_text(processor: Any, texts: list[str]) -> Any:
@@ -114,4 +63,4 @@ def _without_names(tokenizer: Any, form: str) -> Any:
     return reader
 
 
-__all__ = ["CODE_NAME", "name_codes", "num_named_codes", "reading_names_as_text"]
+__all__ = ["CODE_NAME", "UNUSED_NAME", "reading_names_as_text"]

@@ -20,9 +20,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .class_names_jam import MODEL_TYPE
-from .provenance_jam import carry_on
+from .package_jam import PackageFunction, tell
 from .remote_code_jam import AUTO_MAP, VQ_AUTO_MAP
-from .sharding_jam import tensor_parallel_plan
 
 
 FUSION_MODES = ("uniform", "width", "cross")
@@ -253,7 +252,7 @@ class JamConfig(PreTrainedConfig):
         image_token_offset (`int`, *optional*): id of image code 0; the last codes of the vocabulary where `None`.
         image_seq_length (`int`, *optional*): codes in one picture (N). Follows from `vq_config`; checked if given.
         provenance (`dict`, *optional*): what the JAM was made of and what was done since, for the card and the recipe that
-            every save carries on; see provenance_jam.py.
+            every save carries on; see jam_hf/provenance.py.
         tie_word_embeddings (`bool`, *optional*): follows `text_config` where `None`; never in the preserving form.
 
     `vocab_size`, `hidden_size`, `num_hidden_layers` and their like are read from, and written to, the decoders' configs.
@@ -264,6 +263,7 @@ class JamConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
+    paper = PackageFunction(class_method=True)  # the paper's own JAMs: jam_hf/fusion/paper.py
     keys_to_ignore_at_inference = ["past_key_values"]
     sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
@@ -298,7 +298,7 @@ class JamConfig(PreTrainedConfig):
     image_row_end_token_id: int | None = None
     image_suffix_token_ids: list[int] | tuple[int, ...] = ()
 
-    # The texts of card and recipe, and what was done since: see provenance_jam.py.
+    # The texts of card and recipe, and what was done since: see jam_hf/provenance.py.
     provenance: dict | None = None
 
     def __post_init__(self, **kwargs):
@@ -344,10 +344,10 @@ class JamConfig(PreTrainedConfig):
         """As in `PreTrainedConfig`; the folder carries the code that it needs (remote_code_jam.py)."""
         _add_auto_map(self, AUTO_MAP)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        carry_on(self, save_directory)
+        tell("carry_on", self, save_directory)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        carry_on(self, working_dir)
+        tell("carry_on", self, working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -748,8 +748,8 @@ class JamConfig(PreTrainedConfig):
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
-        """Tensor parallel styles by the names of a [`JamModel`]'s modules, see sharding_jam.py."""
-        return tensor_parallel_plan(self)
+        """Tensor parallel styles by the names of a [`JamModel`]'s modules, see jam_hf/integrations/sharding.py."""
+        return tell("tensor_parallel_plan", self, otherwise={})
 
     @property
     def base_model_fsdp_plan(self) -> dict[str, str]:
@@ -759,57 +759,6 @@ class JamConfig(PreTrainedConfig):
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The JAM is the language model: vocabulary and caches are its own, not one stream's."""
         return self
-
-    # ----- the paper --------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def paper(cls, fusion_mode: str = "cross", **kwargs: Any) -> "JamConfig":
-        """The paper's 7B parents, fused: about 7B ("uniform"), 26B ("width") or 19B ("cross") parameters.
-
-        Parents: 32 layers, hidden size 4096, 32 heads, FFN 4 x 4096, 4096 learned positions, no biases, no LayerNorm
-        parameters, no dropout (CM3leon, arXiv 2309.02591); vocabulary 56,320 + 8,192 image codes. Width doubles hidden
-        size, heads (64) and FFN. GELU, and the tying of input and output embeddings (which the counts suggest), are our
-        reconstruction.
-        """
-        from transformers import OPTConfig
-
-        _check_choice("fusion_mode", fusion_mode, FUSION_MODES)
-        scale = 2 if fusion_mode == "width" else 1
-        codes, text_vocab = 8192, 56320
-        parent = OPTConfig(
-            vocab_size=text_vocab + codes,
-            hidden_size=4096 * scale,
-            ffn_dim=4 * 4096 * scale,
-            num_attention_heads=32 * scale,
-            num_hidden_layers=32,
-            max_position_embeddings=4096,
-            enable_bias=False,
-            layer_norm_elementwise_affine=False,
-            dropout=0.0,
-            activation_function="gelu",
-            init_std=0.006,
-            pad_token_id=1,
-            bos_token_id=2,
-            eos_token_id=2,
-            tie_word_embeddings=True,
-        )
-        settings: dict[str, Any] = {
-            "fusion_mode": fusion_mode,
-            "text_config": parent,
-            "image_config": copy.deepcopy(parent) if fusion_mode == "cross" else None,
-            "cross_form": "paper",
-            "cross_attention_interval": 2,
-            "pad_token_id": 1,
-            "bos_token_id": 2,
-            "eos_token_id": 2,
-            "break_token_id": 3,
-            "image_token_id": 4,
-            "mask_token_id": 5,
-            "num_mask_tokens": 512,
-            "image_token_offset": text_vocab,
-            "tie_word_embeddings": True,
-        }
-        return cls(**{**settings, **kwargs})
 
 
 def attention_type(config: PreTrainedConfig, depth: int) -> str:

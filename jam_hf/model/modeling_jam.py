@@ -210,12 +210,6 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
         teach_trainers()
         return True
 
-    def init_parallel_plans(self) -> None:
-        """As in `JamPreTrainedModel`; an MLP is split by its layers, not as one."""
-        super().init_parallel_plans()
-        if not isinstance(self.image_head, nn.Linear):
-            self._tp_plan.pop("image_head", None)
-
     def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.LongTensor:
         """See [`JamModel.get_image_tokens`]."""
         return self.model.get_image_tokens(pixel_values)

@@ -23,7 +23,6 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -33,12 +32,13 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_jam import JamConfig, attention_type
 from .modeling_jam_families import family_of, masks_by_type, sliding_cache_index, states_of
-from .provenance_jam import adopt, carry_on, catch_card_writers, note_changes, remember
-from .sharding_jam import tensor_parallel_plan
+from .package_jam import from_package, tell
 
 
 # Parameters of the image tokenizer, in a JamModel and in a JamForCausalLM.
 VQ_PREFIXES = ("vq_model.", "model.vq_model.")
+# What the history of a JAM says when it was saved by its checkpoint's own code.
+UNWATCHED = {"what": "saved without jam_hf, which would know whether the weights were changed"}
 
 
 class ZeroInitLinear(nn.Linear):
@@ -228,56 +228,38 @@ class JamPreTrainedModel(PreTrainedModel):
         for name, parameter in model.named_parameters():
             if name.startswith(VQ_PREFIXES):
                 parameter.requires_grad_(False)
-        adopt(model.config, model.name_or_path)
-        remember(model)
+        tell("model_loaded", model)
         return loaded
 
     def train(self, mode: bool = True) -> Any:
-        """As in `nn.Module`; a trainer that is imported by now will carry a JAM's card on (provenance_jam.py)."""
-        catch_card_writers()
+        """As in `nn.Module`; a trainer that is imported by now will carry a JAM's card on (jam_hf/provenance.py)."""
+        tell("catch_card_writers")
         return super().train(mode)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As in `PreTrainedModel`; the folder carries card and recipe on, with what was done since (provenance_jam.py)."""
-        catch_card_writers()
-        if kwargs.get("is_main_process", True):
-            note_changes(self, kwargs.get("state_dict"))
+        """As in `PreTrainedModel`; the folder carries card and recipe on, with what was done since (jam_hf/provenance.py)."""
+        main, provenance = kwargs.get("is_main_process", True), self.config.provenance
+        if main and not tell("before_saving", self, kwargs.get("state_dict")) and provenance:
+            history = [entry for entry in provenance.get("history") or [] if entry != UNWATCHED]
+            self.config.provenance = {**provenance, "history": [*history, UNWATCHED]}
         super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            carry_on(self.config, save_directory)  # an adapter that was added is saved without its config
+        if main:
+            tell("carry_on", self.config, save_directory)  # an adapter that was added is saved without its config
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        carry_on(self.config, working_dir)
+        tell("carry_on", self.config, working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def init_parallel_plans(self) -> None:
-        """As in `PreTrainedModel`, without the rules of parts that this model has not.
-
-        Every config brings rules for the names of a plain decoder (`embed_tokens`, `layers.*`, `norm`); a JAM's parts have
-        others. There is no pipeline parallel plan: transformers' pipelines pass one hidden state from process to process.
-        """
+        """As in `PreTrainedModel`; how a JAM is split is jam_hf/integrations/sharding.py's."""
         super().init_parallel_plans()
-        names = {replace_layer_number_by_wildcard(name) for name, _ in self.named_modules()}
-        self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in names}
-        self._fsdp_plan = {name: style for name, style in self._fsdp_plan.items() if name in names}
-        self._pp_plan = {}
+        self._tp_plan, self._fsdp_plan, self._pp_plan = tell("parallel_plans", self, otherwise=({}, {}, {}))
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in `PreTrainedModel`; attentions whose heads the processes cannot share out evenly are computed whole in each.
-
-        Raises:
-            ValueError: if pipeline parallelism is asked for.
-        """
-        if distributed_config is not None and distributed_config.pp_size > 1:
-            raise ValueError(
-                f"A JAM has no pipeline parallel plan (pp_size={distributed_config.pp_size} was asked for). To spread depths "
-                "over devices use device_map='auto'; to split its weights use tp_size or fsdp_size."
-            )
-        if distributed_config is not None and distributed_config.tp_size > 1:
-            prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-            rules = tensor_parallel_plan(model.config, distributed_config.tp_size)
-            model.tp_plan = {name: rules.get(name.removeprefix(prefix), style) for name, style in model.tp_plan.items()}
+        """As in `PreTrainedModel`; see `split_for` in jam_hf/integrations/sharding.py."""
+        if distributed_config is not None:
+            from_package("split_for", "A model that is split over processes (tp_size, fsdp_size)")(model, distributed_config)
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     def _resolve_parallel_plans(self, distributed_config: Any) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:

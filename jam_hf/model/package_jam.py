@@ -28,14 +28,19 @@ def from_package(name: str, what: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
+def tell(name: str, *args: Any, otherwise: Any = None) -> Any:
+    """Call what jam_hf has under `name`, where it is there; without it nothing is done and the answer is `otherwise`."""
+    return from_package(name, name)(*args) if name in OFFERED else otherwise
+
+
 class PackageFunction:
-    """A function of jam_hf as an attribute of a class, under its own name: as it is, or with `method=True` as a method.
+    """A function of jam_hf as an attribute of a class, under its own name: as it is, or as a method or class method.
 
     It is imported when somebody reads the attribute; where it cannot be, there is a function that says so when it is called.
     """
 
-    def __init__(self, method: bool = False):
-        self.method = method
+    def __init__(self, method: bool = False, class_method: bool = False):
+        self.method, self.class_method = method, class_method
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name, self.what = name, f"{owner.__name__}.{name}()"
@@ -44,7 +49,8 @@ class PackageFunction:
         if self.name not in OFFERED:
             return lambda *args, **kwargs: from_package(self.name, self.what)
         function = from_package(self.name, self.what)
-        return MethodType(function, instance) if self.method and instance is not None else function
+        bound_to = owner if self.class_method else instance if self.method else None
+        return function if bound_to is None else MethodType(function, bound_to)
 
 
-__all__ = ["OFFERED", "PackageFunction", "from_package"]
+__all__ = ["OFFERED", "PackageFunction", "from_package", "tell"]

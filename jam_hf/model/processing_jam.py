@@ -26,10 +26,9 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from transformers.utils import logging
 
 from .chats_jam import chat_pictures, check_that_parts_are_written, plain_chat
-from .code_tokens_jam import CODE_NAME, name_codes, reading_names_as_text
-from .configuration_jam import JamConfig
+from .code_tokens_jam import CODE_NAME, reading_names_as_text
 from .grammar_jam import PictureGrammar
-from .package_jam import PackageFunction
+from .package_jam import PackageFunction, tell
 from .remote_code_jam import AUTO_MAP  # noqa: F401  (its file brings all the others along)
 
 
@@ -108,29 +107,13 @@ class JamProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> JamProcessor:
-        """As in `ProcessorMixin`; in a folder that was fused before codes had names in the tokenizer, they get them here.
+        """As in `ProcessorMixin`; codes get names in the tokenizer where a folder was fused before they had any.
 
         Raises:
             ValueError: if in such a folder a token was added that has the id of an image code.
         """
         processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        found = processor[0] if isinstance(processor, tuple) else processor
-        names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-        try:
-            values, _ = JamConfig.get_config_dict(
-                pretrained_model_name_or_path, **{name: kwargs[name] for name in names if name in kwargs}
-            )
-        except OSError:  # a processor by itself
-            return processor
-        if values.get("model_type") == JamConfig.model_type and values.get("image_token_offset") is not None:
-            config = JamConfig.from_dict(values)
-            form = name_codes(found.tokenizer, config.image_token_offset, config.num_image_tokens)
-            if form is not None:
-                found.image_code_token = form
-                logger.warning_once(
-                    f"{pretrained_model_name_or_path} was fused before image codes had names in the tokenizer: they got the "
-                    f"names {form.format(0)}, ... now. Save the processor to keep them."
-                )
+        tell("name_codes_of", processor, pretrained_model_name_or_path, kwargs)
         return processor
 
     def _check_layout(self) -> None:

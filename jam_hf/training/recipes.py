@@ -26,7 +26,7 @@ from transformers.trainer_utils import EvalPrediction
 from ..contents import name_the_base
 from ..data.collator import JamDataCollator, supports_packing
 from ..files import check_free, folder_lock, read_json, whole_folder, write_whole
-from ..model.provenance_jam import record
+from ..provenance import record
 from ..version import __version__
 from . import fingerprints
 from .muon import MuonAdamW, muon_parameter_groups

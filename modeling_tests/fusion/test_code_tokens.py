@@ -21,9 +21,9 @@ from transformers import AutoTokenizer
 
 import jam_hf
 from jam_hf import JamForCausalLM, JamProcessor
+from jam_hf.fusion.code_names import name_codes, num_named_codes
 from jam_hf.fusion.fuse import plan_fusion
 from jam_hf.fusion.parents import plain_codes
-from jam_hf.model.code_tokens_jam import name_codes, num_named_codes
 
 
 K = NUM_CODES

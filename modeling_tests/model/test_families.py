@@ -36,9 +36,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from jam_hf import JamConfig, JamForCausalLM
 from jam_hf.data.collator import supports_packing
+from jam_hf.integrations.sharding import tensor_parallel_plan
 from jam_hf.model import modeling_jam, modeling_jam_families
 from jam_hf.model.configuration_jam import SUPPORTED_FAMILIES
-from jam_hf.model.sharding_jam import tensor_parallel_plan
 
 
 VOCABULARY, LAYERS = 64, 3

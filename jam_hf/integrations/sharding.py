@@ -1,12 +1,16 @@
 """How the weights of a JAM are split over processes: tables of names and of transformers' parallel styles.
 
 They know names and head counts only; no module is built or touched here. transformers reads them through
-`JamConfig.base_model_tp_plan`, and JamPreTrainedModel adapts them to the number of processes.
+`JamConfig.base_model_tp_plan`, and [`JamPreTrainedModel`] asks here when it is built and when it is split. There is no pipeline
+parallel plan: transformers' pipelines pass one hidden state from process to process.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from torch import nn
+from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard
 
 
 # Split by heads: each process computes its own heads, and `rowwise` sums what they add. A norm that all heads share (Qwen3) is
@@ -82,4 +86,35 @@ def tensor_parallel_plan(config: Any, processes: int = 1) -> dict[str, str]:
     return plan
 
 
-__all__ = ["splits_by_heads", "tensor_parallel_plan"]
+def parallel_plans(model: Any) -> tuple[dict[str, str], dict[str, str], dict[str, Any]]:
+    """The plans of a model for tensors, FSDP2 and pipelines: of those that it has, the rules of parts that it has.
+
+    Every config brings rules for the names of a plain decoder (`embed_tokens`, `layers.*`, `norm`); a JAM's parts have others.
+    """
+    names = {replace_layer_number_by_wildcard(name) for name, _ in model.named_modules()}
+    tensors, units = (
+        {name: style for name, style in plan.items() if name in names} for plan in (model.tp_plan, model.fsdp_plan)
+    )
+    if not isinstance(getattr(model, "image_head", None), nn.Linear):
+        tensors.pop("image_head", None)  # an MLP is split by its layers, not as one
+    return tensors, units, {}
+
+
+def split_for(model: Any, distributed_config: Any) -> None:
+    """Before a model is split: attentions whose heads the processes cannot share out evenly are computed whole in each.
+
+    Raises:
+        ValueError: if pipeline parallelism is asked for.
+    """
+    if distributed_config.pp_size > 1:
+        raise ValueError(
+            f"A JAM has no pipeline parallel plan (pp_size={distributed_config.pp_size} was asked for). To spread depths "
+            "over devices use device_map='auto'; to split its weights use tp_size or fsdp_size."
+        )
+    if distributed_config.tp_size > 1:
+        prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+        rules = tensor_parallel_plan(model.config, distributed_config.tp_size)
+        model.tp_plan = {name: rules.get(name.removeprefix(prefix), style) for name, style in model.tp_plan.items()}
+
+
+__all__ = ["parallel_plans", "split_for", "splits_by_heads", "tensor_parallel_plan"]

@@ -111,6 +111,20 @@ def note_changes(model: Any, state: dict[str, torch.Tensor] | None = None) -> No
             return
 
 
+def before_saving(model: Any, state: dict[str, torch.Tensor] | None) -> bool:
+    """Look at the weights, and at who may write a card of its own behind the save; True: somebody watched."""
+    catch_card_writers()
+    note_changes(model, state)
+    return True
+
+
+def model_loaded(model: Any) -> None:
+    """What a JAM that was loaded is known by from now on."""
+    catch_card_writers()
+    adopt(model.config, model.name_or_path)
+    remember(model)
+
+
 def adopt(config: Any, folder: Any) -> None:
     """For folders fused before configs told of it: take card and recipe from the folder that a model was loaded from."""
     if getattr(config, "provenance", None) is not None:
@@ -204,6 +218,4 @@ def _sample(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-catch_card_writers()  # of those imported by now
-
-__all__ = ["adopt", "carried", "carry_on", "catch_card_writers", "note_changes", "record", "remember"]
+__all__ = ["before_saving", "carried", "carry_on", "catch_card_writers", "model_loaded", "record"]

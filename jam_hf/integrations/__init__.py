@@ -1,0 +1,1 @@
+"""How a JAM fits into other libraries where their public interfaces do not reach."""
