@@ -26,7 +26,7 @@ try:
         PreTrainedTokenizerFast,
     )
 
-    from .fusion import fuse
+    from .fusion.fuse import fuse
     from .generation.streaming import AsyncJamStreamer, JamStreamer, stream, stream_async
     from .model.configuration_jam import JamConfig, JamVQConfig
     from .model.image_processing_jam import JamImageProcessor

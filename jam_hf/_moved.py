@@ -10,8 +10,14 @@ from typing import Any
 # Old name to new. A folder's line holds for what lies in it as well.
 OLD_MODULES = {
     "jam_hf.evaluation.measured_documents": "jam_hf.data.readers",
+    "jam_hf.fusion.checkpoint": "jam_hf.checkpoints",
     "jam_hf.fusion.convert_metaseq": "jam_hf.conversion.metaseq",
     "jam_hf.fusion.convert_vq": "jam_hf.conversion.vq",
+    "jam_hf.fusion.from_config": "jam_hf.checkpoints.from_config",
+    "jam_hf.fusion.licences": "jam_hf.checkpoints.licences",
+    "jam_hf.fusion.preprocessing": "jam_hf.conversion.image_processing",
+    "jam_hf.fusion.report": "jam_hf.fusion.plan",
+    "jam_hf.fusion.tensor_files": "jam_hf.checkpoints.tensor_files",
     "jam_hf.fusion.vq_tables": "jam_hf.conversion.vq_tables",
     "jam_hf.model.candidates_jam": "jam_hf.generation.best_of_n",
     "jam_hf.model.document_events_jam": "jam_hf.generation.events",

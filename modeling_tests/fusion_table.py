@@ -44,8 +44,8 @@ from transformers.utils import logging
 
 import jam_hf
 from jam_hf import JamForCausalLM
+from jam_hf.checkpoints.parent import Parent
 from jam_hf.fusion import parents
-from jam_hf.fusion.checkpoint import Parent
 from jam_hf.fusion.shapes import check_parents
 from jam_hf.fusion.tables import INITS
 

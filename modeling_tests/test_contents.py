@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 import jam_hf
 from jam_hf import JamForCausalLM, JamProcessor, cli
+from jam_hf.checkpoints.parent import Parent
 from jam_hf.contents import beside, check_shards, load_saved_dataset
 from jam_hf.data.readers import read_pairs
-from jam_hf.fusion.checkpoint import Parent
 
 
 PACKAGE = Path(jam_hf.__file__).parent

@@ -16,13 +16,12 @@ from safetensors.torch import save_file
 
 import jam_hf
 import jam_hf.retrieval
+from jam_hf.checkpoints import writer
+from jam_hf.checkpoints.plan import Band, TensorPlan
+from jam_hf.checkpoints.tensor_files import TensorFileWriter, TensorSpec
 from jam_hf.conversion.vq import convert_vq
 from jam_hf.files import check_free, folder_lock, naming, read_json, resumable_folder, whole_folder, write_whole
-from jam_hf.fusion import checkpoint
-from jam_hf.fusion.tensor_files import TensorFileWriter, TensorSpec
-
-
-engine = importlib.import_module("jam_hf.fusion.fuse")  # by its name in the package, it is the function
+from jam_hf.fusion import run as fusion_run
 
 
 def resumed(output_dir, overwrite=False):
@@ -93,7 +92,7 @@ def test_commands_do_not_delete_a_folder_filled_meanwhile(command, parents, toke
         monkeypatch.setattr(module, name, step)
 
     if command.startswith("fuse"):
-        late(engine, "_write_small_files")
+        late(fusion_run, "_write_small_files")
         text, image = parents("llama")
         settings = {"vq_model": vq}
         if command == "fuse from memory":
@@ -229,20 +228,20 @@ def test_what_a_flush_says_is_heard(code, last, tmp_path, monkeypatch):
             raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(TensorFileWriter, "flush", flush)
-    monkeypatch.setattr(checkpoint, "_FLUSH_BYTES", 1000)
+    monkeypatch.setattr(writer, "_FLUSH_BYTES", 1000)
     spec = TensorSpec((300,), torch.float32)
-    plans = {key: checkpoint.TensorPlan(spec, (checkpoint.Band(300, (), lambda: torch.zeros(300)),)) for key in ("a", "b", "c")}
+    plans = {key: TensorPlan(spec, (Band(300, (), lambda: torch.zeros(300)),)) for key in ("a", "b", "c")}
     with pytest.raises(OSError, match=f"model.safetensors.partial to the disk: {os.strerror(code)}") as error:
-        checkpoint.write_plans(tmp_path, plans)
+        writer.write_plans(tmp_path, plans)
     assert error.value.errno == code and not (tmp_path / "model.safetensors").exists()
     monkeypatch.undo()
-    checkpoint.write_plans(tmp_path, plans)
+    writer.write_plans(tmp_path, plans)
     assert (tmp_path / "model.safetensors").is_file()
 
 
 def test_a_shard_that_cannot_be_finished_stops_the_next(tmp_path, monkeypatch):
     begun = []
-    init, finish = TensorFileWriter.__init__, checkpoint._finish
+    init, finish = TensorFileWriter.__init__, writer._finish
 
     def slow_to_begin(self, path, specs):
         begun.append(path.name)
@@ -254,11 +253,11 @@ def test_a_shard_that_cannot_be_finished_stops_the_next(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "lost")
 
     monkeypatch.setattr(TensorFileWriter, "__init__", slow_to_begin)
-    monkeypatch.setattr(checkpoint, "_finish", failing)
+    monkeypatch.setattr(writer, "_finish", failing)
     spec = TensorSpec((300,), torch.float32)
-    plans = {f"{n}": checkpoint.TensorPlan(spec, (checkpoint.Band(300, (), lambda: torch.zeros(300)),)) for n in range(20)}
+    plans = {f"{n}": TensorPlan(spec, (Band(300, (), lambda: torch.zeros(300)),)) for n in range(20)}
     with pytest.raises(OSError, match="lost"):
-        checkpoint.write_plans(tmp_path, plans, "1KB")
+        writer.write_plans(tmp_path, plans, "1KB")
     assert len(begun) < 5
 
 

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, OPTConfig, OPTForCausalLM
 
+from ..checkpoints.from_config import specs_of
+from ..checkpoints.plan import Band, TensorPlan
+from ..checkpoints.tensor_files import TensorSpec, named_dtype
+from ..checkpoints.writer import write_plans
 from ..files import check_apart, whole_folder
-from ..fusion.checkpoint import Band, TensorPlan, specs_of, write_plans
-from ..fusion.tensor_files import TensorSpec, named_dtype
 
 
 ROWS, COLUMNS, SAME = "rows", "columns", "same"  # how parts join: on dim 0, on dim 1, or each part has all of it
@@ -46,7 +48,7 @@ _EMBED, _OUTPUT, _VERSION = "decoder.embed_tokens.weight", "decoder.output_proje
 
 
 @dataclass(frozen=True)
-class _Source:
+class _Cut:
     """Where a tensor of OPT comes from: a key of metaseq, how its parts join, and which third of its rows."""
 
     key: str
@@ -84,7 +86,7 @@ class MetaseqCheckpoint:
     def keys(self) -> set[str]:
         return set(self.parts[0])
 
-    def shape(self, source: _Source) -> list[int]:
+    def shape(self, source: _Cut) -> list[int]:
         """The shape of the joined tensor. Raises `ValueError` if the parts cannot be joined."""
         shapes = [list(part[source.key].shape) for part in self.parts]
         if any(shape != shapes[0] for shape in shapes) or (source.join == COLUMNS and len(shapes[0]) != 2):
@@ -98,7 +100,7 @@ class MetaseqCheckpoint:
             shape["rows columns".split().index(source.join)] *= len(self.parts)
         return shape
 
-    def read(self, source: _Source, first: int, last: int) -> torch.Tensor:
+    def read(self, source: _Cut, first: int, last: int) -> torch.Tensor:
         """Rows `[first, last)` of the joined tensor.
 
         Raises:
@@ -127,7 +129,7 @@ class MetaseqCheckpoint:
 class _JoinedRows:
     """A joined tensor, row by row, as `write_plans` reads it."""
 
-    def __init__(self, checkpoint: MetaseqCheckpoint, source: _Source):
+    def __init__(self, checkpoint: MetaseqCheckpoint, source: _Cut):
         self.checkpoint, self.source = checkpoint, source
 
     def read(self, first: int, last: int) -> torch.Tensor:
@@ -289,7 +291,7 @@ def _config(
         )
     if settings.get("no_scale_embedding") is False:
         raise ValueError("This model scales its embeddings (no_scale_embedding is False), which OPT does not.")
-    rows, embedding_size = checkpoint.shape(_Source(_EMBED, ROWS))
+    rows, embedding_size = checkpoint.shape(_Cut(_EMBED, ROWS))
     positions, hidden_size = first["decoder.embed_positions.weight"].shape
     heads = _setting("num_attention_heads", heads, settings.get("decoder_attention_heads"), "32, say")
     activation = _setting("activation_function", activation, settings.get("activation_fn"), "relu for OPT")
@@ -306,7 +308,7 @@ def _config(
         word_embed_proj_dim=embedding_size,
         max_position_embeddings=positions - 2,
         num_hidden_layers=max(depths) + 1,
-        ffn_dim=checkpoint.shape(_Source("decoder.layers.0.fc1.weight", ROWS))[0],
+        ffn_dim=checkpoint.shape(_Cut("decoder.layers.0.fc1.weight", ROWS))[0],
         num_attention_heads=heads,
         activation_function=activation,
         do_layer_norm_before=not post_norm,
@@ -345,12 +347,12 @@ def _dtype(checkpoint: MetaseqCheckpoint, dtype: str | torch.dtype | None) -> to
     return named or expected
 
 
-def _sources(checkpoint: MetaseqCheckpoint, specs: dict[str, TensorSpec], post_norm: bool) -> dict[str, _Source]:
+def _sources(checkpoint: MetaseqCheckpoint, specs: dict[str, TensorSpec], post_norm: bool) -> dict[str, _Cut]:
     """For every tensor of OPT its source, checked: none missing, none left over, all of the right shape."""
     keys = checkpoint.keys()
     sources = {key: _source(key, keys) for key in specs}
-    if "lm_head.weight" in sources and checkpoint.parts[0][_OUTPUT].shape[0] == checkpoint.shape(_Source(_EMBED, ROWS))[0]:
-        sources["lm_head.weight"] = _Source(_OUTPUT, SAME)  # not cut over the parts, unlike the embedding
+    if "lm_head.weight" in sources and checkpoint.parts[0][_OUTPUT].shape[0] == checkpoint.shape(_Cut(_EMBED, ROWS))[0]:
+        sources["lm_head.weight"] = _Cut(_OUTPUT, SAME)  # not cut over the parts, unlike the embedding
     missing = sorted({source.key for source in sources.values()} - keys)
     if missing:
         hint = ""
@@ -363,7 +365,7 @@ def _sources(checkpoint: MetaseqCheckpoint, specs: dict[str, TensorSpec], post_n
             f"{checkpoint.files[0]} has tensors that OPT has no place for: {_some(left)}. The model is not a plain OPT; "
             "leaving them out would give another model."
         )
-    rows = checkpoint.shape(_Source(_EMBED, ROWS))[0]
+    rows = checkpoint.shape(_Cut(_EMBED, ROWS))[0]
     for key, source in sources.items():
         expected = list(specs[key].shape)
         if source.key in (_EMBED, _OUTPUT):
@@ -377,7 +379,7 @@ def _sources(checkpoint: MetaseqCheckpoint, specs: dict[str, TensorSpec], post_n
     return sources
 
 
-def _source(key: str, keys: set[str]) -> _Source:
+def _source(key: str, keys: set[str]) -> _Cut:
     for pattern, template, join in _TABLE:
         match = re.fullmatch(pattern, key)
         if match is None:
@@ -385,8 +387,8 @@ def _source(key: str, keys: set[str]) -> _Source:
         name = match.expand(template)
         joined = re.sub(r"\.[kvq]_proj\.", ".qkv_proj.", name)
         if joined != name and joined in keys:
-            return _Source(joined, join, _THIRDS[name.split(".")[-2]])
-        return _Source(name, join)
+            return _Cut(joined, join, _THIRDS[name.split(".")[-2]])
+        return _Cut(name, join)
     raise AssertionError(f"no row for '{key}' in the table")
 
 

@@ -17,11 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import JanusVQVAEConfig, PreTrainedConfig
 
+from ..checkpoints.parent import Parent
 from ..files import check_apart, whole_folder
-from ..fusion.checkpoint import Parent
-from ..fusion.preprocessing import image_processing_of
 from ..model.configuration_jam import JamVQConfig
 from ..model.modeling_jam_vq import JamVQModel
+from .image_processing import image_processing_of
 from .vq_tables import (
     LAYOUTS,
     LINEAR_IN_DIFFUSERS,
@@ -41,7 +41,7 @@ OLD_FILES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 @dataclass
-class Source:
+class VQWeights:
     """Where the tensors come from. config: that of the VQ model, where the checkpoint has one."""
 
     name: str
@@ -108,7 +108,7 @@ def vq_model_from(parent: Parent, sample_size: int | None = None, say: Callable[
 
 
 def _converted(
-    origin: Source,
+    origin: VQWeights,
     layout: str | None,
     sample_size: int | None,
     codebook_l2_norm: bool | None,
@@ -142,7 +142,7 @@ def _converted(
 # ----- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _open(source: str | os.PathLike, allow_pickle: bool) -> Source:
+def _open(source: str | os.PathLike, allow_pickle: bool) -> VQWeights:
     path = Path(source)
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
@@ -156,8 +156,8 @@ def _open(source: str | os.PathLike, allow_pickle: bool) -> Source:
     return _open_pickle(path)
 
 
-def _inside(parent: Parent) -> Source:
-    return Source(parent.name, parent.keys(), parent.get, _vq_config(parent))
+def _inside(parent: Parent) -> VQWeights:
+    return VQWeights(parent.name, parent.keys(), parent.get, _vq_config(parent))
 
 
 def _vq_config(parent: Parent) -> PreTrainedConfig:
@@ -173,19 +173,19 @@ def _vq_config(parent: Parent) -> PreTrainedConfig:
     return found
 
 
-def _open_safetensors(path: Path) -> Source:
+def _open_safetensors(path: Path) -> VQWeights:
     def get(key: str) -> torch.Tensor:
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(key)
 
     try:
         with safe_open(path, framework="pt") as file:
-            return Source(str(path), set(file.keys()), get)
+            return VQWeights(str(path), set(file.keys()), get)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"Cannot read {path}: {error}. The file is damaged or cut short.") from error
 
 
-def _open_pickle(path: Path) -> Source:
+def _open_pickle(path: Path) -> VQWeights:
     try:
         # What torch wrote before version 1.6 is no zip file and cannot be mapped.
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -202,10 +202,10 @@ def _open_pickle(path: Path) -> Source:
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} holds a {type(loaded).__name__}; expected a dictionary of tensors.")
     tensors = {key: value for key, value in loaded.items() if isinstance(value, torch.Tensor)}
-    return Source(str(path), set(tensors), tensors.__getitem__)
+    return VQWeights(str(path), set(tensors), tensors.__getitem__)
 
 
-def _vq_tensors(origin: Source, say: Callable[[str], None]) -> dict[str, torch.Tensor]:
+def _vq_tensors(origin: VQWeights, say: Callable[[str], None]) -> dict[str, torch.Tensor]:
     """The VQ model's tensors by its own names, floats as float32. What only training uses is left out, and counted."""
     prefix = find_prefix(origin.keys)
     if prefix is None:

@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ..checkpoints.parent import Parent
 from ..model.code_tokens_jam import UNUSED_NAME
-from .checkpoint import Parent
 
 
 FILE = "generation_config.json"

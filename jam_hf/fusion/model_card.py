@@ -6,18 +6,13 @@ It knows words only; what they say comes from the plan of the fusion.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCardData
 
+from ..checkpoints.licences import as_text
 from ..version import __version__
-from . import report
-from .licences import as_text
 from .parents import Decoder
-
-
-if TYPE_CHECKING:
-    from .fuse import FusionPlan
+from .plan import FusionPlan, preserved
 
 
 _MODES = {
@@ -118,7 +113,7 @@ def model_card(plan: FusionPlan) -> str:
         codes=config.num_image_tokens,
         digest=plan.digest[:16],
         version=__version__,
-        preserved=report.preserved(plan.recipe.mode, plan.recipe.init),
+        preserved=preserved(plan.recipe.mode, plan.recipe.init),
         vocabulary=_vocabulary(plan),
         notes="".join(f"- {_one_line(warning)}\n" for warning in plan.warnings),
         recipe=plan.recipe.to_yaml(),

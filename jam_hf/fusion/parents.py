@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from .checkpoint import Parent, row_blocks
+from ..checkpoints.parent import Parent
+from ..checkpoints.tensor_files import row_blocks
 
 
 TEXT_PARENTS = ("llama", "mistral", "qwen2", "qwen3", "opt")

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import torch
 
+from ..checkpoints.parent import Parent
+from ..checkpoints.tensor_files import TensorSpec
 from . import inits
-from .checkpoint import Parent
 from .parents import Decoder, ImageCodes
-from .tensor_files import TensorSpec
 from .vocabulary import RowMap
 
 

@@ -13,12 +13,13 @@ from functools import partial
 
 import torch
 
+from ..checkpoints.parent import Parent
+from ..checkpoints.plan import Band, RowSource, TensorPlan
+from ..checkpoints.tensor_files import TensorSpec
 from ..model.configuration_jam import JamConfig
 from . import inits
-from .checkpoint import Band, Parent, Source, TensorPlan
 from .parents import Decoder, ImageCodes
 from .sources import Combined, Constant, Noise, ParentRows, VocabularyRows
-from .tensor_files import TensorSpec
 from .vocabulary import RowMap
 
 
@@ -78,7 +79,7 @@ def _as_it_is(rows: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def _whole(source: Source, spec: TensorSpec, make: Callable = _as_it_is) -> tuple[Band, ...]:
+def _whole(source: RowSource, spec: TensorSpec, make: Callable = _as_it_is) -> tuple[Band, ...]:
     return (Band(spec.rows, (source,), make),)
 
 

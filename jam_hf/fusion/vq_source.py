@@ -49,7 +49,7 @@ def vq_model_of(source: Any, image: Decoder, image_size: int | None, config_only
                 "its arguments."
             )
     if config_only and not any(folder.glob("*.safetensors*")):
-        from .from_config import vq_model_from_config
+        from ..checkpoints.from_config import vq_model_from_config
 
         model = vq_model_from_config(str(source))
         return model, _halves(model)

@@ -10,10 +10,10 @@ from huggingface_hub import HfApi, ModelCard
 from transformers import Trainer, TrainingArguments
 
 from jam_hf import JamConfig, JamForCausalLM
+from jam_hf.checkpoints.licences import licence_of
 from jam_hf.data.collator import JamDataCollator
 from jam_hf.evaluation.retention import certify
 from jam_hf.fusion.fuse import plan_fusion, run_fusion
-from jam_hf.fusion.licences import licence_of
 from jam_hf.training.recipes import RecipeSettings, train_causal_lm
 
 

@@ -97,7 +97,7 @@ def test_logits_are_equal_bit_for_bit(kind, count, tmp_path):
 def test_blocks_of_rows_that_do_not_end_where_parts_end(count, tmp_path, monkeypatch):
     model = opt("untied", vocab_size=44)
     source = write(tmp_path / "metaseq", metaseq_parts(model, count))
-    monkeypatch.setattr("jam_hf.fusion.checkpoint.BLOCK_BYTES", 5 * 32 * 4)  # five rows of the embedding, 2 of fc2
+    monkeypatch.setattr("jam_hf.checkpoints.tensor_files.BLOCK_BYTES", 5 * 32 * 4)  # five rows of the embedding, 2 of fc2
     path = convert_metaseq(source, tmp_path / "opt", vocab_size=42, **OPTIONS)
     converted, expected = AutoModelForCausalLM.from_pretrained(path).state_dict(), model.state_dict()
     for name in ("model.decoder.embed_tokens.weight", "lm_head.weight"):

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import importlib
 import json
 import os
 import resource
@@ -15,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import jam_hf
+import jam_hf.fusion.fuse as engine
 from jam_hf import JamForCausalLM
-from jam_hf.fusion import checkpoint
-from jam_hf.fusion.tensor_files import TensorFileWriter
+from jam_hf.checkpoints.parent import Parent
+from jam_hf.checkpoints.tensor_files import BLOCK_BYTES, TensorFileWriter, all_finite
 
 
-engine = importlib.import_module("jam_hf.fusion.fuse")  # by its name in the package, it is the function
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 FORMAT = {"format": "pt"}
 
@@ -218,7 +217,7 @@ def test_nan_and_infinity_are_found_wherever_they_are(dtype, key, text, parents,
         state[key].view(-1)[place] = value
         save_file(state, path, metadata=FORMAT)
         with pytest.raises(ValueError) as error:
-            checkpoint.Parent(text, "text parent").check_finite(key)
+            Parent(text, "text parent").check_finite(key)
         assert str(error.value) == f"Tensor '{key}' of the text parent, in {path}, holds NaN or infinity."
     if dtype == torch.float32:
         with pytest.raises(ValueError, match=f"Tensor '{key}' of the text parent, in {path}, holds NaN or infinity"):
@@ -230,15 +229,15 @@ def test_nan_and_infinity_are_found_wherever_they_are(dtype, key, text, parents,
 def test_finite_numbers_of_every_size_are_finite(dtype):
     info = torch.finfo(dtype)
     extremes = torch.tensor([info.max, info.min, info.tiny, info.smallest_normal, -0.0, info.tiny / 4], dtype=dtype)
-    assert checkpoint.all_finite(extremes.repeat(3)) and checkpoint.all_finite(extremes[:0])
-    large = torch.ones(checkpoint.BLOCK_BYTES + 5, dtype=dtype)
-    assert checkpoint.all_finite(large)
-    for place in (0, checkpoint.BLOCK_BYTES - 1, checkpoint.BLOCK_BYTES, -1):
+    assert all_finite(extremes.repeat(3)) and all_finite(extremes[:0])
+    large = torch.ones(BLOCK_BYTES + 5, dtype=dtype)
+    assert all_finite(large)
+    for place in (0, BLOCK_BYTES - 1, BLOCK_BYTES, -1):
         for value in (float("inf"), -float("inf"), float("nan")):
             bad = large.clone()
             bad[place] = value
-            assert not checkpoint.all_finite(bad)
-    assert not checkpoint.all_finite(torch.tensor([float("inf"), -float("inf")], dtype=dtype))
+            assert not all_finite(bad)
+    assert not all_finite(torch.tensor([float("inf"), -float("inf")], dtype=dtype))
 
 
 def test_overflowing_dtypes(text, refused, parents, vq, tmp_path):
@@ -481,7 +480,7 @@ def test_no_file_stays_open(parents, vq, text, tmp_path):
 
 
 def test_a_writer_that_cannot_begin_closes_its_file(tmp_path, monkeypatch):
-    from jam_hf.fusion.tensor_files import TensorSpec
+    from jam_hf.checkpoints.tensor_files import TensorSpec
 
     monkeypatch.setattr(os, "ftruncate", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     before = len(os.listdir("/proc/self/fd"))

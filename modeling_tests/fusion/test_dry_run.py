@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from jam_hf import cli, fuse
 from jam_hf.fusion.fuse import plan_fusion, run_fusion
-from jam_hf.fusion.report import parts, weight_bytes
+from jam_hf.fusion.plan import parts, weight_bytes
 
 
 def without_weights(folder, target, *more):

@@ -14,11 +14,12 @@ from fusion_zoo import image_parent, save, text_parent
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from jam_hf.checkpoints.tensor_files import TensorFileWriter
 from jam_hf.cli import main
 from jam_hf.commands.fuse import _SETTINGS
+from jam_hf.fusion.fuse import plan_fusion
+from jam_hf.fusion.plan import size
 from jam_hf.fusion.recipe import FusionRecipe
-from jam_hf.fusion.report import size
-from jam_hf.fusion.tensor_files import TensorFileWriter
 
 
 @pytest.fixture
@@ -252,13 +253,10 @@ def yaml_digest(folder):
 @pytest.mark.parametrize(("text", "image", "extra"), PAIRS)
 def test_every_tensor_is_explained_and_no_other(text, image, extra, zoo, vq, capsys):
     """Its provenance names tensors that are there, and all tensors of the parents that matter are named by one."""
-    import importlib
-
-    engine = importlib.import_module("jam_hf.fusion.fuse")
     text, image = zoo(text, image)
     plain = image_kind(image) == "llama"
     settings = {name.replace("-", "_"): value for name, value in extra.items()}
-    plan = engine.plan_fusion(text, image, "cross", vq_model=vq if plain else None, **settings)
+    plan = plan_fusion(text, image, "cross", vq_model=vq if plain else None, **settings)
     there = {}
     for role, folder in (("text parent", text), ("image parent", image)):
         with safe_open(folder / "model.safetensors", framework="pt") as file:

@@ -4,7 +4,6 @@ Each fusion runs in a process of its own; its peak is that of the process, less 
 """
 
 import contextlib
-import importlib
 import re
 import shutil
 import weakref
@@ -15,11 +14,11 @@ from fusion_zoo import image_parent, text_parent, vq_model
 from test_restart import in_a_clean_process
 from transformers import LlamaForCausalLM
 
+import jam_hf.fusion.fuse as engine
 from jam_hf.fusion import sources
-from jam_hf.fusion.report import peak_memory
+from jam_hf.fusion.plan import peak_memory
 
 
-engine = importlib.import_module("jam_hf.fusion.fuse")  # by its name in the package, it is the function
 ROWS, HIDDEN = 150_000, 256
 TABLE = ROWS * HIDDEN * 2  # 73 MiB in bfloat16: what must not be there twice
 MARGIN = 55 << 20  # blocks in flight, tokenizers, lists of ids

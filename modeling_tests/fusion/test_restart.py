@@ -6,7 +6,6 @@ a child can be killed before any step of the file system (Python's audit events)
 
 import fcntl
 import hashlib
-import importlib
 import json
 import multiprocessing
 import os
@@ -27,13 +26,14 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 import jam_hf
+import jam_hf.fusion.fuse as engine
 from jam_hf import JamForCausalLM
+from jam_hf.checkpoints.parent import Parent
+from jam_hf.checkpoints.tensor_files import TensorFileWriter
 from jam_hf.files import resumable_folder, whole_folder
-from jam_hf.fusion import checkpoint, recipe
-from jam_hf.fusion.tensor_files import TensorFileWriter
+from jam_hf.fusion import recipe, run
 
 
-engine = importlib.import_module("jam_hf.fusion.fuse")  # by its name in the package, it is the function
 SETTINGS = {"max_shard_size": "60KB", "init": "paper", "dtype": "bfloat16"}
 STEPS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "fcntl.flock", "shutil.rmtree")
 
@@ -249,7 +249,7 @@ def interrupted(parents, vq, tmp_path, monkeypatch):
             def stop(*_):
                 raise KeyboardInterrupt
 
-            patch.setattr(engine, "_write_small_files", stop)
+            patch.setattr(run, "_write_small_files", stop)
             with pytest.raises(KeyboardInterrupt):
                 jam_hf.fuse(*parents("llama"), "cross", tmp_path / "jam", vq_model=vq, **{**SETTINGS, **settings})
         assert {path.name for path in tmp_path.iterdir()} >= {".jam.unfinished", ".jam.unfinished.recipe"}
@@ -309,7 +309,7 @@ def test_leftovers_of_changed_inputs_are_not_used(what, parents, vq, written, tm
         def full(*_):
             raise OSError(28, "No space left on device")
 
-        patch.setattr(engine, "_write_small_files", full)
+        patch.setattr(run, "_write_small_files", full)
         with pytest.raises(OSError, match="No space left"):
             jam_hf.fuse(text, image, "cross", tmp_path / "jam", vq_model=vq, **SETTINGS)
     assert len(list((tmp_path / ".jam.unfinished").glob("*.safetensors"))) == len(written)
@@ -368,7 +368,7 @@ def test_models_in_memory_leave_nothing(parents, vq, tokenizer, tmp_path, monkey
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "_write_small_files", stop)
+    monkeypatch.setattr(run, "_write_small_files", stop)
     text = parent_model("llama", len(tokenizer), 1)
     with pytest.raises(KeyboardInterrupt):
         jam_hf.fuse(text, parents("llama")[1], "cross", tmp_path / "jam", vq_model=vq, tokenizer=tokenizer)
@@ -539,6 +539,6 @@ def test_a_failed_rename_gives_the_old_folder_back(tmp_path, monkeypatch):
 def test_the_output_is_refused_before_parents_are_read(vq, tmp_path, monkeypatch):
     (tmp_path / "jam").mkdir()
     (tmp_path / "jam" / "mine").touch()
-    monkeypatch.setattr(checkpoint.Parent, "__init__", lambda *_: pytest.fail("a parent was read"))
+    monkeypatch.setattr(Parent, "__init__", lambda *_: pytest.fail("a parent was read"))
     with pytest.raises(FileExistsError, match="not empty"):
         jam_hf.fuse("a/b", "c/d", "cross", tmp_path / "jam", vq_model=vq)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from jam_hf.fusion.checkpoint import Parent
+from jam_hf.checkpoints.parent import Parent
 from jam_hf.fusion.parents import Decoder, ImageCodes, PictureTokens
 from jam_hf.fusion.sources import VocabularyRows
 from jam_hf.fusion.vocabulary import (

@@ -1,25 +1,52 @@
-"""What a fusion will be, in words: the dry run, the provenance of a tensor, and what a user should be warned of."""
+"""`FusionPlan`: a fusion before it is done, and what it will be, in words: the dry run, the provenance of a tensor."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import Any
 
+from ..checkpoints.plan import TensorPlan, plan_shards
+from ..checkpoints.tensor_files import file_size
 from ..model.configuration_jam import JamConfig
-from .checkpoint import plan_shards
 from .parents import Decoder
-from .tensor_files import file_size
-from .vocabulary import NONE, Vocabulary
-
-
-if TYPE_CHECKING:
-    from .fuse import FusionPlan
+from .recipe import FusionRecipe
+from .vocabulary import Vocabulary
 
 
 # Interpreter, torch and transformers, and the blocks in flight; measured with modeling_tests/benchmarks/fusion.py.
 _BASE_BYTES = 700 << 20
 _NAME_BYTES = 3 << 10  # of an added token, in a tokenizer that is made, copied and saved
+
+
+@dataclass
+class FusionPlan:
+    """A fusion before it is done. `describe()` and `explain(key)` say what it will be; nothing has been written."""
+
+    recipe: FusionRecipe
+    config: JamConfig
+    vocabulary: Vocabulary
+    text: Decoder
+    image: Decoder
+    tensors: dict[str, TensorPlan]
+    warnings: list[str]
+    digest: str | None  # None: weights were not read, only their headers
+    fingerprint: str | None  # None: an input is in memory, so that a stopped run cannot be taken up again
+    sampling: dict[str, Any] = field(default_factory=dict)  # defaults of generation, by the JAM's names
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all output tensors."""
+        return sum(plan.spec.nbytes for plan in self.tensors.values())
+
+    def describe(self, tensors: bool = True) -> str:
+        """Parameters, memory, disk, vocabulary, pairing of layers, warnings and (`tensors`) shapes, as text."""
+        return describe(self, tensors)
+
+    def explain(self, key: str) -> str:
+        """Where a tensor comes from, as text. Raises `ValueError` for a tensor that the JAM does not have."""
+        return explain(self, key)
 
 
 def size(num_bytes: int) -> str:
@@ -51,39 +78,6 @@ def preserved(mode: str, init: str) -> str:
     if mode == "width":
         return "Neither parent's logits: one norm reads both halves; a starting point for training."
     return "Neither parent's logits: the mean of two networks is a starting point for training."
-
-
-def warnings(text: Decoder, image: Decoder, config: JamConfig, vocabulary: Vocabulary, mode: str, init: str) -> list[str]:
-    """What may surprise a user."""
-    found = []
-    if (mode, init) != ("cross", "preserving"):
-        found.append(preserved(mode, init))
-    if (text.tied or image.tied) and not config.tie_word_embeddings:
-        tied = " and ".join(d.parent.role for d in (text, image) if d.tied)
-        found.append(f"The {tied} ties its output projection to its embedding; in the JAM they are two tensors.")
-    if vocabulary.added:
-        shown = ", ".join(vocabulary.added[:4]) + (" ..." if len(vocabulary.added) > 4 else "")
-        found.append(
-            f"The tokenizer got {len(vocabulary.added)} special tokens ({shown}). What neither parent knows starts as the mean "
-            "of all rows, or as a row of the text parent's padding, and must be trained."
-        )
-    if vocabulary.coverage is not None:
-        missing = vocabulary.coverage.counts[NONE]
-        if missing > 0.02 * vocabulary.coverage.total:
-            share = 100 * missing / vocabulary.coverage.total
-            found.append(
-                f"{share:.1f} % of the text tokens have no counterpart in the image parent's vocabulary: its stream reads the "
-                "mean row for them."
-            )
-    licences = {d.parent.role: d.parent.license for d in (text, image) if d.parent.license}
-    if len(set(licences.values())) > 1:
-        listing = ", ".join(f"{role}: {name}" for role, name in licences.items())
-        found.append(f"The parents' licences differ ({listing}); the JAM is bound by both.")
-    limits = {d.parent.role: d.config.max_position_embeddings for d in (text, image)}
-    if len(set(limits.values())) > 1:
-        listing = ", ".join(f"{role}: {limit}" for role, limit in limits.items())
-        found.append(f"The parents read contexts of different lengths ({listing} positions); the JAM reads the shorter.")
-    return found
 
 
 # By the tensors' names, the first that is found.

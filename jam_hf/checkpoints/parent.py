@@ -1,40 +1,21 @@
-"""Checkpoints read row by row, and written shard by shard. It knows nothing of the maths and of key names.
-
-Only safetensors are read. Nothing here holds more than a few blocks of rows, unless a source asks for a whole tensor.
-"""
+"""`Parent`: a checkpoint, read row by row. It knows nothing of the maths and of key names. Only safetensors are read."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..contents import beside
-from ..files import write_whole
 from ..reading import read_config
+from .from_config import specs_from_config
 from .licences import licence_of
-from .tensor_files import DTYPES, TensorFile, TensorFileWriter, TensorSpec, no_duplicates
-
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-BLOCK_BYTES = 1 << 20  # of output made at a time by each thread: small enough that sources and result stay in a core's cache
-_FLUSH_BYTES = 256 << 20  # sent to the disk at a time, while the next ones are made
-_THREADS = min(4, os.cpu_count() or 1)
+from .tensor_files import DTYPES, INDEX, SINGLE, TensorFile, TensorSpec, all_finite, no_duplicates, row_blocks
 
 
 class Parent:
@@ -83,8 +64,6 @@ class Parent:
         self.license = licence_of(self.folder)
         self.config = _config(self.folder, role)
         if self.from_config:
-            from .from_config import specs_from_config
-
             self.specs = specs_from_config(self.config, role)
             return
         if self.headers_only:
@@ -168,31 +147,6 @@ class Parent:
             if spec.rows:
                 digest.update(self.read(key, 0, 1).reshape(-1)[:64].view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
-
-
-def specs_of(model: PreTrainedModel) -> dict[str, TensorSpec]:
-    """Shape and dtype of every tensor that a checkpoint of the model holds: of tied ones, the first alone."""
-    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
-    state = model.state_dict()
-    return {key: TensorSpec(tuple(value.shape), value.dtype) for key, value in state.items() if key not in tied}
-
-
-def row_blocks(spec: TensorSpec, rows: int) -> Iterator[tuple[int, int]]:
-    """`[first, last)` of blocks of about `BLOCK_BYTES`, for so many rows of a tensor."""
-    size = max(1, BLOCK_BYTES // max(1, spec.row_numel * spec.dtype.itemsize))
-    return ((first, min(first + size, rows)) for first in range(0, rows, size))
-
-
-def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether no element is NaN or infinite; for half precision by the bits of the exponent, at memory speed."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    exponents = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
-    if tensor.dtype in exponents:
-        if tensor.numel() > BLOCK_BYTES:  # no second copy of a large tensor
-            return all(all_finite(part) for part in tensor.reshape(-1).split(BLOCK_BYTES))
-        return int((tensor.contiguous().view(torch.int16) & 0x7FFF).amax()) < exponents[tensor.dtype]
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float64))) or bool(torch.isfinite(tensor).all())
 
 
 def _resolve_folder(source: str | os.PathLike, role: str, revision: str | None, headers_only: bool = False) -> Path:
@@ -304,216 +258,3 @@ def _tensor_files(folder: Path, role: str) -> dict[str, TensorFile]:
                 )
             found[key] = file
     return found
-
-
-class Source(Protocol):
-    """Something that yields rows of one tensor: a parent's, noise, a constant, or several of them combined."""
-
-    def read(self, first: int, last: int) -> torch.Tensor:
-        """Rows `[first, last)`."""
-
-    def release(self) -> None:
-        """Forget what was kept to answer `read`."""
-
-
-@dataclass(frozen=True)
-class Band:
-    """Consecutive rows of an output tensor: `make` of the same rows of all sources, block by block."""
-
-    rows: int
-    sources: tuple[Source, ...]
-    make: Callable[..., torch.Tensor]
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """How one output tensor is made. what: in words, for people. inputs: the parents' tensors that it comes from."""
-
-    spec: TensorSpec
-    bands: tuple[Band, ...]
-    what: str = ""
-    inputs: tuple[tuple[Parent, str], ...] = ()
-    loads: int = 0  # bytes that its sources keep in memory while it is made
-
-    def blocks(self) -> Iterator[tuple[int, int, Callable[[], torch.Tensor]]]:
-        """(first row, number of rows, function that makes them) for blocks of about `BLOCK_BYTES`."""
-        start = 0
-        for band in self.bands:
-            for first, last in row_blocks(self.spec, band.rows):
-                yield start + first, last - first, lambda band=band, first=first, last=last: _make(band, first, last)
-            start += band.rows
-
-    def tensor(self) -> torch.Tensor:
-        """The whole tensor: what the blocks are, put together."""
-        made = [make().reshape(rows, *self.spec.shape[1:]) for _, rows, make in self.blocks()]
-        return torch.cat(made).reshape(self.spec.shape)
-
-
-def _make(band: Band, first: int, last: int) -> torch.Tensor:
-    return band.make(*(source.read(first, last) for source in band.sources))
-
-
-def plan_shards(specs: dict[str, TensorSpec], max_shard_size: str) -> tuple[dict[str, list[str]], dict[str, Any] | None]:
-    """Keys by file name, and the index (None where one file holds all)."""
-    plan = split_state_dict_into_shards_factory(
-        specs,
-        get_storage_size=lambda spec: spec.nbytes,
-        get_storage_id=lambda spec: None,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
-    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename} if plan.is_sharded else None
-    return plan.filename_to_tensors, index
-
-
-def write_plans(folder: Path, plans: dict[str, TensorPlan], max_shard_size: str = "2GB") -> None:
-    """Write planned tensors shard by shard, a few blocks of rows in memory at a time.
-
-    A shard gets its name when it is whole and on the disk; shards that are there already, from a run that was stopped, stay.
-
-    Raises:
-        ValueError: if a tensor made has another shape than planned, or does not fit its dtype. OSError: if the disk is full or
-            cannot be written; the message names file and tensor.
-    """
-    shards, index = plan_shards({key: plan.spec for key, plan in plans.items()}, max_shard_size)
-    total = sum(plan.spec.nbytes for plan in plans.values())
-    whole = [name for name in shards if (folder / name).is_file()]
-    there = sum(plans[key].spec.nbytes for name in whole for key in shards[name])
-    if whole:
-        tqdm.write(f"going on: {len(whole)} of {len(shards)} files are there already", file=sys.stderr)
-    with (
-        tqdm(total=total, initial=there, desc="tensors", unit="B", unit_scale=True, unit_divisor=1024) as progress,
-        _one_torch_thread(),
-        ThreadPoolExecutor(1, "sync") as syncing,
-    ):
-        pending: list[Future] = []
-        for name, keys in shards.items():
-            _raise_of_done(pending)
-            path = folder / name
-            if path.is_file():
-                continue
-            partial = path.with_name(f"{name}.partial")
-            try:
-                writer = TensorFileWriter(partial, {key: plans[key].spec for key in keys})
-            except OSError as error:
-                raise OSError(error.errno, f"cannot write {path.name} in {folder}: {error.strerror}") from error
-            try:
-                _write_shard(writer, {key: plans[key] for key in keys}, progress, syncing)
-            except BaseException:
-                syncing.submit(writer.close, sync=False).result()  # behind its flushes
-                raise
-            pending.append(syncing.submit(_finish, writer, path))
-        for future in pending:
-            future.result()
-    if index is not None:
-        write_whole(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def _finish(writer: TensorFileWriter, path: Path) -> None:
-    try:
-        writer.close(sync=True)
-        writer.path.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot finish {path}: {error.strerror}") from error
-
-
-def _write_shard(writer: TensorFileWriter, plans: dict[str, TensorPlan], progress: tqdm, syncing: ThreadPoolExecutor) -> None:
-    room = threading.Semaphore(2 * _THREADS)
-    failed, counting = threading.Event(), threading.Lock()
-
-    def work(key: str, first: int, rows: int, make: Callable[[], torch.Tensor]) -> None:
-        try:
-            if failed.is_set():
-                return
-            spec = plans[key].spec
-            made = make()
-            if tuple(made.shape) != ((rows, *spec.shape[1:]) if spec.shape else ()):
-                raise ValueError(
-                    f"Tensor '{key}': expected rows of {list(spec.shape)}, made {list(made.shape)} at row {first}."
-                )
-            cast = made.to(spec.dtype)
-            if not all_finite(cast):
-                for parent, name in plans[key].inputs:
-                    parent.check_finite(name)
-                if made.dtype == spec.dtype:
-                    raise ValueError(f"Tensor '{key}' holds NaN or infinity; look at the tensors that it is made of.")
-                origin = ", ".join(f"{parent.role}: {name}" for parent, name in plans[key].inputs) or plans[key].what
-                raise ValueError(
-                    f"Tensor '{key}' (from {origin}) holds {made.abs().max().item():.4g}, which overflows {spec.dtype} "
-                    f"(largest: {torch.finfo(spec.dtype).max:.4g}). Choose another dtype, e.g. dtype='bfloat16'."
-                )
-            try:
-                writer.write(key, first, cast)
-            except OSError as error:
-                raise OSError(error.errno, f"cannot write tensor '{key}' to {writer.path}: {error.strerror}") from error
-            with counting:
-                progress.update(cast.numel() * cast.element_size())
-        except BaseException:
-            failed.set()
-            raise
-        finally:
-            room.release()
-
-    with ThreadPoolExecutor(_THREADS, "fuse") as pool:
-        futures: list[Future] = []
-        flushes: list[Future] = []
-        unflushed = 0
-        try:
-            for key, plan in plans.items():
-                unflushed += plan.spec.nbytes
-                if unflushed > _FLUSH_BYTES:
-                    flushes.append(syncing.submit(_flush, writer))
-                    unflushed = 0
-                for first, rows, make in plan.blocks():
-                    room.acquire()
-                    if failed.is_set():
-                        room.release()
-                        break
-                    futures.append(pool.submit(work, key, first, rows, make))
-                _raise_of_done(flushes)
-                if plan.loads:  # what its sources keep is the largest thing in memory: let go before the next tensor
-                    _wait(futures)
-                    _release(plan)
-                if failed.is_set():
-                    break
-            _wait(futures)
-            _wait(flushes)  # the system tells of a lost page once: what a flush has told, the last one does not tell again
-        except BaseException:
-            failed.set()
-            raise
-
-
-def _flush(writer: TensorFileWriter) -> None:
-    try:
-        writer.flush()
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write {writer.path} to the disk: {error.strerror}") from error
-
-
-def _wait(futures: list[Future]) -> None:
-    for future in futures:
-        future.result()
-    futures.clear()
-
-
-def _raise_of_done(futures: list[Future]) -> None:
-    for future in futures:
-        if future.done():
-            future.result()
-
-
-def _release(plan: TensorPlan) -> None:
-    for band in plan.bands:
-        for source in band.sources:
-            source.release()
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Blocks are shared out among threads of our own; torch's would only get in their way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -15,9 +15,9 @@ from transformers.models.chameleon.image_processing_pil_chameleon import Chamele
 from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
+from ..checkpoints.parent import Parent
 from ..model.configuration_jam import JamVQConfig
 from ..model.image_processing_jam import JamImageProcessor
-from .checkpoint import Parent
 
 
 # Their files say how pictures are read; what a plain LM has may be of something else.

@@ -13,10 +13,10 @@ from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
 from jam_hf import JamImageProcessor, JamProcessor, JamVQConfig, fuse
+from jam_hf.checkpoints.parent import Parent
+from jam_hf.conversion.image_processing import image_processing_of
 from jam_hf.conversion.vq import convert_vq
-from jam_hf.fusion.checkpoint import Parent
 from jam_hf.fusion.fuse import plan_fusion
-from jam_hf.fusion.preprocessing import image_processing_of
 from jam_hf.model.modeling_jam_vq import JamVQModel
 from jam_hf.training.vq import encode_images, pixels_of
 

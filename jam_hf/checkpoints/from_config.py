@@ -10,11 +10,24 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from ..model.configuration_jam import JamVQConfig
 from ..model.modeling_jam_vq import JamVQModel
-from .checkpoint import TensorSpec, specs_of
+from .tensor_files import TensorSpec
+
+
+def specs_of(model: PreTrainedModel) -> dict[str, TensorSpec]:
+    """Shape and dtype of every tensor that a checkpoint of the model holds: of tied ones, the first alone."""
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    state = model.state_dict()
+    return {key: TensorSpec(tuple(value.shape), value.dtype) for key, value in state.items() if key not in tied}
 
 
 def specs_from_config(config: PreTrainedConfig, role: str) -> dict[str, TensorSpec]:

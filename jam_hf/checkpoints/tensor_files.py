@@ -13,12 +13,16 @@ import errno
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+BLOCK_BYTES = 1 << 20  # read or made at a time by each thread: small enough that sources and result stay in a core's cache
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -240,3 +244,21 @@ def no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def row_blocks(spec: TensorSpec, rows: int) -> Iterator[tuple[int, int]]:
+    """`[first, last)` of blocks of about `BLOCK_BYTES`, for so many rows of a tensor."""
+    size = max(1, BLOCK_BYTES // max(1, spec.row_numel * spec.dtype.itemsize))
+    return ((first, min(first + size, rows)) for first in range(0, rows, size))
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite; for half precision by the bits of the exponent, at memory speed."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    exponents = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+    if tensor.dtype in exponents:
+        if tensor.numel() > BLOCK_BYTES:  # no second copy of a large tensor
+            return all(all_finite(part) for part in tensor.reshape(-1).split(BLOCK_BYTES))
+        return int((tensor.contiguous().view(torch.int16) & 0x7FFF).amax()) < exponents[tensor.dtype]
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float64))) or bool(torch.isfinite(tensor).all())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from jam_hf.fusion.tensor_files import DTYPES, TensorFile, TensorFileWriter, TensorSpec
+from jam_hf.checkpoints.tensor_files import DTYPES, TensorFile, TensorFileWriter, TensorSpec
 
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
