@@ -71,6 +71,7 @@ OFFERED |= {
     "tensor_parallel_plan": "jam_hf.integrations.sharding:tensor_parallel_plan",
     "parallel_plans": "jam_hf.integrations.sharding:parallel_plans",
     "split_for": "jam_hf.integrations.sharding:split_for",
+    "trl": "jam_hf.integrations.trl:answering_trl",
 }
 _register()
 

@@ -11,6 +11,7 @@ written token by token is generation_jam.py.
 Shape suffixes: B batch, T positions, E embedding size, V vocabulary, K codebook, N codes a picture.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +33,8 @@ from .grammar_jam import PictureGrammar, as_ids
 from .modeling_jam_cross import JamCrossDecoder, JamModelOutputWithPast, JamPreTrainedModel
 from .modeling_jam_families import FAMILIES, family_of
 from .modeling_jam_vq import JamVQModel
+from .package_jam import from_package
 from .trainer_jam import teach_trainers
-from .trl_jam import answering_trl, is_trl_forward
 
 
 logger = logging.get_logger(__name__)
@@ -164,6 +165,14 @@ class JamCausalLMOutputWithPast(CausalLMOutputWithPast):
     image_cross_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
+def is_trl_forward(value: Any) -> bool:
+    """Whether `value` is the `forward` that trl puts in place of a model's own."""
+    try:
+        return "fused_lm_head" in inspect.signature(value, follow_wrapped=False).parameters
+    except (TypeError, ValueError):
+        return False
+
+
 class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
     """A JAM that writes: next-token logits over one vocabulary of text and image codes.
 
@@ -285,9 +294,13 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
         return torch.cat((logits_BTV[..., :first], image_logits_BTK.to(logits_BTV.device), logits_BTV[..., last:]), dim=-1)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As in `nn.Module`; what trl's trainers put in place of `forward` gets a JAM's logits (see trl_jam.py)."""
+        """As in `nn.Module`; what trl's trainers put in place of `forward` gets a JAM's logits (integrations/trl.py).
+
+        Raises:
+            ImportError: on such a `forward` where the model's code came out of a checkpoint's folder.
+        """
         if name == "forward" and is_trl_forward(value):
-            value = answering_trl(self, value)
+            value = from_package("trl", "Training by trl")(self, value)
         super().__setattr__(name, value)
 
     @can_return_tuple

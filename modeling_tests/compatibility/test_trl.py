@@ -174,6 +174,17 @@ def test_statistics_are_those_that_trl_has_for_a_stock_model(family, parents, fu
         model(input_ids=ids, shift_labels=labels, fused_lm_head=True)
 
 
+def test_without_the_package_trls_loss_is_refused(jam, monkeypatch):
+    """As in a folder loaded without jam_hf: trl's own arithmetic would be wrong without a word."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    monkeypatch.setattr("jam_hf.model.package_jam.OFFERED", {})
+    model = jam("llama", "cross", "preserving")
+    with pytest.raises(ImportError, match="Training by trl needs the package jam_hf"):
+        add_fused_lm_head(model)
+    model.forward = model.forward  # what is not trl's is kept, as by any module
+
+
 def test_preferences_take_the_codes_of_pictures_for_ids(jam, processor, tmp_path):
     """DPO makes its labels of `input_ids` itself. Before the first step policy and reference are one: the loss is log 2."""
     model = jam("llama", "cross", "preserving", alive=False)

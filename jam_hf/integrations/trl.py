@@ -3,7 +3,8 @@
 trl (1.16, say) replaces the `forward` of the model it trains by one that multiplies `last_hidden_state` by `lm_head.weight`
 itself, and compares with the labels that it was given. In a JAM that would be wrong in silence: in the preserving cross form
 image logits come from `image_head`, and placeholders in the labels become codes only inside `forward`. So a JAM keeps trl's
-replacement (see `JamForCausalLM.__setattr__`), and answers its calls with `fused_lm_head=True` here. It needs no trl.
+replacement (see `JamForCausalLM.__setattr__`), and answers its calls with `fused_lm_head=True` here. It needs no trl. A JAM
+loaded from its folder's own code, without jam_hf, refuses the replacement.
 
 Shape suffixes: B batch, T positions, V vocabulary.
 """
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
+
+from ..model.modeling_jam import is_trl_forward
 
 
 @dataclass
@@ -65,14 +68,6 @@ def token_statistics(
         is_top1=(log_probs_V.argmax(-1) == labels) & mask,
         label_mask=mask,
     )
-
-
-def is_trl_forward(value: Any) -> bool:
-    """Whether `value` is the `forward` that trl puts in place of a model's own."""
-    try:
-        return "fused_lm_head" in inspect.signature(value, follow_wrapped=False).parameters
-    except (TypeError, ValueError):
-        return False
 
 
 def answering_trl(model: nn.Module, trl_forward: Callable[..., Any]) -> MethodType:
