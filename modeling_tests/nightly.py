@@ -1,6 +1,6 @@
 """A pytest plugin: which cases run every day and which with `--nightly` alone (`make test-all`). It knows no test by name.
 
-`@pytest.mark.nightly` on a test or a case: only then.
+`@pytest.mark.nightly` on a test or a case: only then. `every_day(cases, *chosen)` marks all but the chosen.
 
 `@pytest.mark.sampled(*names)` on a test of many cases: of the parameters named, by default of all, every value is in a case
 that runs every day; the other cases are nightly. `pairs=True`: every pair of values of two of them is. The choice is made
@@ -16,6 +16,11 @@ import pytest
 
 
 REASON = "nightly: `make test-all` runs it"
+
+
+def every_day(cases: Sequence[tuple], *chosen: tuple) -> list:
+    """The cases for `parametrize`; those that are not among the chosen are nightly."""
+    return [case if case in chosen else pytest.param(*case, marks=pytest.mark.nightly) for case in cases]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

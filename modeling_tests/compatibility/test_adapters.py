@@ -62,6 +62,7 @@ def step(model: nn.Module, **batch) -> None:
 # ----- what is adapted ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.feature("peft", "LoRA, default targets")
 @every_mode
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -75,6 +76,7 @@ def test_default_targets_are_those_of_the_parents(family, mode, init, jam, paren
         assert any("text_cross" in n for n in expected) and any("image_layer" in n for n in expected)
 
 
+@pytest.mark.sampled
 @pytest.mark.feature("peft", "LoRA, all-linear targets")
 @every_mode
 @pytest.mark.parametrize("family", ["llama", "opt-projected"])
@@ -97,6 +99,7 @@ def test_the_attention_of_the_vq_model_is_not_found_by_all_linear():
         get_peft_model(model, LoraConfig(target_modules=["to_q"]))
 
 
+@pytest.mark.sampled
 @pytest.mark.feature("peft", "LoRA, presets of jam_hf for one stream, cross blocks, attention")
 @every_mode
 @pytest.mark.parametrize("target", ADAPTER_TARGETS)
@@ -137,6 +140,7 @@ def test_an_adapter_on_one_stream_leaves_the_other_as_it_is_until_they_meet(jam)
 # ----- training -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.feature("peft", "only the adapter is trained")
 @one_of_each_mode
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -151,6 +155,7 @@ def test_every_adapter_parameter_moves_and_nothing_else(dora, mode, init, jam):
         assert torch.equal(parameter, before[name]) == (name not in trainable), name
 
 
+@pytest.mark.sampled
 @pytest.mark.feature("peft", "gradient checkpointing with adapters")
 @one_of_each_mode
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -189,6 +194,7 @@ def test_trainer_learns_a_picture_through_an_adapter(mode, init, jam, processor,
     assert all(torch.equal(p, base[n]) for n, p in model.named_parameters() if n in base)
 
 
+@pytest.mark.sampled("mode")
 @pytest.mark.feature("peft", "embeddings and heads trained beside an adapter (modules_to_save)")
 @every_mode
 def test_whole_embeddings_and_heads_beside_an_adapter(mode, init, jam, fused, tmp_path):
@@ -224,6 +230,7 @@ def test_only_the_rows_of_new_image_codes_are_trained(mode, init, jam):
 # ----- saving, merging, switching -------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled("mode")
 @pytest.mark.feature("peft", "adapters saved and loaded")
 @every_mode
 def test_saved_adapters_come_back_by_every_road(mode, init, jam, fused, tmp_path):
@@ -256,6 +263,7 @@ def test_an_adapter_added_by_transformers_survives_save_pretrained(mode, init, f
     assert not torch.equal(logits(model), expected)
 
 
+@pytest.mark.sampled
 @pytest.mark.feature("peft", "merge_and_unload")
 @every_mode
 @pytest.mark.parametrize("target", ["all-linear", "attention"])
@@ -271,6 +279,7 @@ def test_merged_weights_give_the_adapters_logits(target, mode, init, jam, tmp_pa
     torch.testing.assert_close(logits(JamForCausalLM.from_pretrained(tmp_path)), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.sampled("mode")
 @pytest.mark.feature("peft", "DoRA")
 @every_mode
 def test_dora_is_the_base_at_first_and_merges(mode, init, jam):

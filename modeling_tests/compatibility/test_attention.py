@@ -51,6 +51,7 @@ def _logits(model, back_end, inputs):
         return model(**inputs).logits
 
 
+@pytest.mark.sampled
 @pytest.mark.feature(SECTION, "eager = sdpa = flex = flash-attention 2 in logits (flash: dispatch, arithmetic in torch)")
 @pytest.mark.parametrize(
     ("back_end", "padded"),
@@ -71,6 +72,7 @@ def test_back_ends_agree(family, mode, init, back_end, padded, jam, flash, flex)
     assert all(sums == [0, 8, 17, 29] for sums in flash.cumulative)
 
 
+@pytest.mark.sampled
 @pytest.mark.feature(SECTION, "back ends agree, streams of unequal heads and widths", modes=("cross",))
 @by_back_end
 @pytest.mark.parametrize("text_family", ["llama", "opt"])
@@ -111,7 +113,7 @@ def test_gradients_through_flex(family, mode, init, jam, parents, flex):
     pytest.skip("torch has no backward of flex attention on a CPU; a stock Llama fails the same way")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.feature(SECTION, "flex, compiled by inductor", modes=("cross",))
 def test_flex_as_transformers_compiles_it(jam):
     torch._dynamo.reset()
@@ -125,6 +127,7 @@ def test_flex_as_transformers_compiles_it(jam):
 MIXED = [("eager", "sdpa"), ("sdpa", "flash_attention_2"), ("flash_attention_2", "eager"), ("flex_attention", "sdpa")]
 
 
+@pytest.mark.sampled
 @pytest.mark.feature(SECTION, "a back end for each stream", modes=("cross",))
 @pytest.mark.parametrize(("text", "image"), MIXED)
 @pytest.mark.parametrize(("init", "when"), [("preserving", "from_pretrained"), ("paper", "set_attn_implementation")])
@@ -158,6 +161,7 @@ def test_a_back_end_for_each_stream(text, image, init, when, fused, flash, flex,
     assert {entry: seen_by.count(entry) for entry in set(seen_by)} == dict.fromkeys(wanted, each)
 
 
+@pytest.mark.sampled
 @pytest.mark.feature(SECTION, "flash-attention 2 under generate(): padding, static cache")
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @by_case
@@ -229,6 +233,7 @@ def _alone(model, documents):
         return torch.cat([model(input_ids=torch.tensor([d]), use_cache=False).logits for d in documents], dim=1)
 
 
+@pytest.mark.sampled
 @pytest.mark.feature("Packing", "documents packed by position_ids")
 @pytest.mark.parametrize("back_end", ["eager", *BACK_ENDS])
 @by_case
@@ -280,6 +285,7 @@ def test_cumulative_lengths_reach_every_attention(family, mode, init, jam, flash
     torch.testing.assert_close(output.loss, losses, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.sampled
 @pytest.mark.feature("Packing", "gradients of packed documents")
 @pytest.mark.parametrize("back_end", ["eager", "sdpa", "flash_attention_2"])
 @by_mode

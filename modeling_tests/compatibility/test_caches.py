@@ -54,6 +54,7 @@ def test_a_static_cache_reset_and_used_again(family, mode, init, jam):
         cache.reset()
 
 
+@pytest.mark.sampled
 @pytest.mark.feature(SECTION, "continuation from a returned cache")
 @pytest.mark.parametrize("implementation", ["dynamic", "static"])
 @by_some
@@ -108,6 +109,7 @@ def test_one_prompt_filled_once_and_continued_twice(family, mode, init, jam):
         assert output[0, 8:].tolist() == greedy(model, ids[0].tolist(), 4)
 
 
+@pytest.mark.sampled
 @pytest.mark.feature(SECTION, "chunked prefill")
 @pytest.mark.parametrize("implementation", ["dynamic", "static"])
 @by_some
@@ -129,6 +131,7 @@ def test_chunked_prefill(family, mode, init, implementation, jam):
     assert output[:, 6:].tolist() == [greedy(model, row, 5) for row in rows]
 
 
+@pytest.mark.sampled
 @pytest.mark.feature(SECTION, "chunked prefill, streams of unequal heads and widths", modes=("cross",))
 @pytest.mark.parametrize("text_family", ["llama", "opt"])
 @pytest.mark.parametrize("implementation", ["dynamic", "static"])
@@ -177,6 +180,7 @@ def pretend_to_offload(monkeypatch):
     return fetched
 
 
+@pytest.mark.sampled
 @pytest.mark.feature(SECTION, "offloaded cache, dynamic and static (each layer fetched before its turn)")
 @pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
 @by_some

@@ -86,6 +86,7 @@ def test_base_weights_and_heads_part_and_meet(mode, init, family, jam, tmp_path)
     assert not report["unexpected_keys"] and not report["mismatched_keys"]
 
 
+@pytest.mark.sampled
 @pytest.mark.feature(SECTION, "round trips without loss, float32, bfloat16 and float16")
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -1,12 +1,14 @@
 """torch.compile without graph breaks, without recompilation from step to step; torch.export of the decode step.
 
 The graphs run by torch's "eager" backend, which shows graph breaks and wrong graphs and does not wait for code generation.
+Every day the decode step in each mode, and of what is slower one case each, all modes among them; the rest is nightly.
 """
 
 import pytest
 import torch
 from conftest import random_ids
 from decoding_oracles import BREAK, BY_MODE, SHORT, greedy, picture_scores, unequal_streams
+from nightly import every_day
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, CompileConfig, StaticCache
 from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
@@ -14,8 +16,11 @@ from transformers.integrations.executorch import TorchExportableModuleForDecoder
 
 SECTION = "torch.compile and torch.export"
 GREEDY = {"do_sample": False, "eos_token_id": None, "generation_mode": None}
-by_case = pytest.mark.parametrize(("family", "mode", "init"), SHORT)
-by_mode = pytest.mark.parametrize(("family", "mode", "init"), BY_MODE)
+UNIFORM, WIDTH, CROSS = BY_MODE
+
+
+def one_of(cases, case):
+    return pytest.mark.parametrize(("family", "mode", "init"), every_day(cases, case))
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +38,7 @@ def _inputs(model, length=9):
 
 
 @pytest.mark.feature(SECTION, "forward without graph breaks")
-@by_case
+@one_of(SHORT, SHORT[-1])
 def test_forward_is_one_graph(family, mode, init, jam):
     model = jam(family, mode, init)
     inputs, counter = _inputs(model), CompileCounter()
@@ -44,6 +49,7 @@ def test_forward_is_one_graph(family, mode, init, jam):
     assert counter.frame_count == 1
 
 
+@pytest.mark.nightly
 @pytest.mark.feature(SECTION, "forward that returns all hidden states, without graph breaks", modes=("cross",))
 def test_recorded_states_are_in_the_graph(jam):
     model = jam("llama", "cross", "preserving")
@@ -58,7 +64,7 @@ def test_recorded_states_are_in_the_graph(jam):
 
 
 @pytest.mark.feature(SECTION, "training step without graph breaks")
-@by_mode
+@one_of(BY_MODE, WIDTH)
 def test_a_training_step_is_one_graph(family, mode, init, jam):
     model = jam(family, mode, init).train()
     inputs = _inputs(model)
@@ -74,7 +80,7 @@ def test_a_training_step_is_one_graph(family, mode, init, jam):
 
 
 @pytest.mark.feature(SECTION, "forward with pictures (pixel_values) without graph breaks")
-@by_mode
+@one_of(BY_MODE, UNIFORM)
 def test_pictures_are_in_the_graph(family, mode, init, jam):
     model = jam(family, mode, init)
     config = model.config
@@ -111,7 +117,7 @@ def _decode(model, ids, mask, prefill, positions=True):
 
 
 @pytest.mark.feature(SECTION, "decode step on a static cache: one graph, no recompilation")
-@by_case
+@pytest.mark.parametrize(("family", "mode", "init"), every_day(SHORT, *BY_MODE))
 def test_a_decode_step_is_one_graph(family, mode, init, jam):
     model = jam(family, mode, init)
     inputs = _inputs(model)
@@ -124,7 +130,7 @@ def test_a_decode_step_is_one_graph(family, mode, init, jam):
 
 
 @pytest.mark.feature(SECTION, "decode step, streams of unequal heads and widths", modes=("cross",))
-@pytest.mark.parametrize("text_family", ["llama", "opt"])
+@pytest.mark.parametrize("text_family", ["llama", pytest.param("opt", marks=pytest.mark.nightly)])
 def test_a_decode_step_with_unequal_streams_is_one_graph(text_family):
     """Without position_ids: each stream counts for itself, from the cache and, in an OPT stream, from the mask."""
     model = unequal_streams(text_family)
@@ -144,7 +150,7 @@ def _compile_on_a_cpu(counter) -> CompileConfig:
 
 
 @pytest.mark.feature(SECTION, "generate() with a static cache, compiled by itself")
-@by_case
+@one_of(SHORT, CROSS)
 def test_generate_compiles_its_decode_step(family, mode, init, jam):
     model, counter = jam(family, mode, init), CompileCounter()
     settings = {"cache_implementation": "static", "compile_config": _compile_on_a_cpu(counter), "max_new_tokens": 6, **GREEDY}
@@ -154,6 +160,7 @@ def test_generate_compiles_its_decode_step(family, mode, init, jam):
         assert counter.frame_count == 1  # one graph for all steps, and for the second prompt too
 
 
+@pytest.mark.nightly
 @pytest.mark.feature(SECTION, "generate() with pictures and guidance, compiled by itself")
 def test_generate_compiles_while_it_draws(jam):
     """One graph for a step of text and one for a step inside a picture, with the branch beside it; and no third."""
@@ -191,14 +198,15 @@ def _check_exported(model) -> None:
 
 
 @pytest.mark.feature(SECTION, "torch.export of the decode step (static cache)")
-@by_mode
+@one_of(BY_MODE, UNIFORM)
 def test_export_of_the_decode_step(family, mode, init, jam):
     _check_exported(jam(family, mode, init))
 
 
 @pytest.mark.feature(SECTION, "torch.export of the decode step (static cache), OPT")
 @pytest.mark.parametrize(
-    ("mode", "init"), [("uniform", "average"), ("width", "copy"), ("cross", "preserving"), ("cross", "paper")]
+    ("mode", "init"),
+    every_day([("uniform", "average"), ("width", "copy"), ("cross", "preserving"), ("cross", "paper")], ("cross", "paper")),
 )
 def test_export_of_the_decode_step_of_opt(mode, init, jam, parents):
     if mode == "cross":
@@ -210,14 +218,15 @@ def test_export_of_the_decode_step_of_opt(mode, init, jam, parents):
     pytest.skip("the stock OPT decoder makes a mask as long as the cache is full, which torch.export refuses")
 
 
+@pytest.mark.nightly
 @pytest.mark.feature(SECTION, "torch.export, streams of unequal heads and widths", modes=("cross",))
 def test_export_with_unequal_streams():
     _check_exported(unequal_streams())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.feature(SECTION, "compiled by inductor")
-@by_mode
+@pytest.mark.parametrize(("family", "mode", "init"), BY_MODE)
 def test_forward_compiled_by_inductor(family, mode, init, jam):
     model = jam(family, mode, init)
     inputs = _inputs(model)

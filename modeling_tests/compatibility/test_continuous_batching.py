@@ -53,6 +53,7 @@ def batched(model, prompts, config, **settings):
 
 
 @pytest.mark.feature(SECTION, "text and codes without a grammar")
+@pytest.mark.sampled
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @by_case
 def test_plain_decoding(family, mode, init, attention, jam):
@@ -65,6 +66,7 @@ def test_plain_decoding(family, mode, init, attention, jam):
     assert model.config._attn_implementation == attention
 
 
+@pytest.mark.sampled
 @pytest.mark.feature(SECTION, "interleaved documents")
 @pytest.mark.parametrize(
     "settings",

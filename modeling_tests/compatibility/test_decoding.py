@@ -20,6 +20,7 @@ def _prompt(model, length=6, seed=0):
     return random_ids(model, 1, length, seed)
 
 
+@pytest.mark.sampled
 @pytest.mark.feature(SECTION, "greedy decoding")
 @pytest.mark.parametrize("use_cache", [True, False])
 @by_case
@@ -31,6 +32,7 @@ def test_greedy(family, mode, init, use_cache, jam):
     assert len(set(output[0, 6:].tolist())) > 1
 
 
+@pytest.mark.sampled
 @pytest.mark.feature(SECTION, "greedy decoding, streams of unequal heads and widths", modes=("cross",))
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("text_family", ["llama", "opt"])
@@ -41,6 +43,7 @@ def test_greedy_with_unequal_streams(text_family, use_cache):
     assert output[0, 6:].tolist() == greedy(model, ids[0].tolist(), 10)
 
 
+@pytest.mark.sampled
 @pytest.mark.feature(SECTION, "left padding")
 @pytest.mark.parametrize("use_cache", [True, False])
 @by_case
@@ -159,6 +162,7 @@ def test_a_decoding_loop_of_ones_own(family, mode, init, jam):
     assert output[0, 6:].tolist() == expected
 
 
+@pytest.mark.sampled
 @pytest.mark.feature(SECTION, "assisted decoding (a draft model)")
 @pytest.mark.parametrize("draft", ["stock Llama", "small JAM", "itself"])
 @by_mode
@@ -209,6 +213,7 @@ def test_prompt_lookup(family, mode, init, jam):
     assert max(calls) == 4  # three ids looked up and one more
 
 
+@pytest.mark.sampled
 @pytest.mark.feature(SECTION, "inputs_embeds")
 @pytest.mark.parametrize("use_cache", [True, False])
 @by_mode

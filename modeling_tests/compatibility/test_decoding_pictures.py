@@ -106,6 +106,7 @@ def test_beams(family, mode, init, jam):
     assert expected[0] != expected[1]
 
 
+@pytest.mark.sampled
 @pytest.mark.feature(SECTION, "assisted decoding (a draft model)")
 @pytest.mark.parametrize(
     ("generation_mode", "scale", "draft"), [("interleaved", 1.0, "stock Llama"), ("image", 2.0, "small JAM")]
@@ -171,6 +172,7 @@ def test_prompt_lookup(family, mode, init, jam):
     assert output[0, len(row) :].tolist() == _expected(model, row, "image", 1.0, CODES + 2)
 
 
+@pytest.mark.sampled
 @pytest.mark.feature(SECTION, "pictures in the prompt, pixel_values or inputs_embeds")
 @pytest.mark.parametrize("use_cache", [True, False])
 @by_case

@@ -84,6 +84,7 @@ def count_moves(model: nn.Module, device_map: dict[str, int]) -> list[tuple[str,
     return counter.moves
 
 
+@pytest.mark.sampled
 @pytest.mark.feature(SECTION, "`device_map='auto'` keeps each depth on one device")
 @pytest.mark.parametrize("family", ["llama", "opt"])
 @pytest.mark.parametrize(("mode", "form"), MODES)
@@ -102,6 +103,7 @@ def test_a_device_map_splits_no_depth(mode, form, family):
         assert device_of("model.language_model.embed_tokens", device_map) == 0
 
 
+@pytest.mark.sampled
 @pytest.mark.feature(SECTION, "hidden states hop between devices as often as in a plain stack")
 @pytest.mark.parametrize("family", ["llama", "opt"])
 @pytest.mark.parametrize(("mode", "form"), MODES)
@@ -129,6 +131,7 @@ def test_states_hop_as_often_as_in_the_stock_decoder(mode, form, family):
             assert behind == (back_and_forth[:1] if form == "paper" else [move for move in back_and_forth for _ in range(2)])
 
 
+@pytest.mark.sampled
 @pytest.mark.feature(SECTION, "a device map written by hand")
 @pytest.mark.parametrize("family", ["llama", "opt"])
 @pytest.mark.parametrize(("mode", "form"), MODES)
@@ -181,6 +184,7 @@ def offloaded(tmp_path_factory):
     return make
 
 
+@pytest.mark.sampled
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
 @pytest.mark.feature(SECTION, "CPU and disk offload: equal logits, generation with pictures, saving")
 @pytest.mark.parametrize("family", ["llama", "opt"])

@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import VQ_SETTINGS, parent_model, random_ids, randomise
 from datasets import Dataset
+from nightly import every_day
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainingArguments
 from transformers.distributed.configuration_utils import DistributedConfig
@@ -39,6 +40,7 @@ CASES = {
     "cross-paper": ("cross", "paper", "llama-tied"),
 }
 ALL = [(case.partition("-")[0], case) for case in CASES]
+DAILY = {"accelerate": ALL[2], "native": ALL[0], "trainer-fsdp": ALL[1], "trainer-ddp": ALL[3]}  # the others are nightly
 
 
 def build(case: str) -> JamForCausalLM:
@@ -221,10 +223,10 @@ WORKERS = {
 }
 
 
-def all_cases_worker(root: str, kind: str) -> dict[str, Any]:
+def cases_worker(root: str, kind: str, cases: list[str]) -> dict[str, Any]:
     worker, arguments = WORKERS[kind]
     results = {}
-    for case in CASES:
+    for case in cases:
         AcceleratorState._reset_state()
         with fsdp_on_cpu():
             results[case] = worker(f"{root}/{case}", kind, *arguments)
@@ -232,7 +234,7 @@ def all_cases_worker(root: str, kind: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, pytestconfig):
     """`trained(kind, case)` -> folder, what the workers of that kind return; and what one process finds for the case."""
     root = tmp_path_factory.mktemp("fsdp")
     for case in CASES:
@@ -243,7 +245,8 @@ def trained(tmp_path_factory):
     def get(kind: str, case: str) -> tuple[Path, dict[str, Any], tuple[list[float], JamForCausalLM]]:
         if kind not in parallel:
             parallel[kind] = {}  # if it fails once, it is not tried for every case
-            parallel[kind] = processes.run(all_cases_worker, 2, str(root), kind, limit=200)[0]
+            cases = list(CASES) if pytestconfig.getoption("--nightly") else [DAILY[kind][1]]
+            parallel[kind] = processes.run(cases_worker, 2, str(root), kind, cases, limit=200)[0]
         if case not in alone:
             model = JamForCausalLM.from_pretrained(root / case / "start").train()
             alone[case] = train(model, documents(model), torch.Tensor.backward, optimizer_of(model)), model.eval()
@@ -338,7 +341,7 @@ def test_smoothing_under_fsdp_is_that_of_shifted_labels_and_codes(recipes_in_two
 
 
 @pytest.mark.feature(SECTION, "FSDP2 by accelerate: same losses, full and sharded checkpoints")
-@pytest.mark.parametrize(("mode", "case"), ALL)
+@pytest.mark.parametrize(("mode", "case"), every_day(ALL, DAILY["accelerate"]))
 def test_fsdp_by_accelerate(mode, case, trained):
     parallel = check("accelerate", case, trained)
     check_units(parallel["units"])
@@ -347,18 +350,18 @@ def test_fsdp_by_accelerate(mode, case, trained):
 
 
 @pytest.mark.feature(SECTION, "FSDP2 by `DistributedConfig(fsdp_size=...)`")
-@pytest.mark.parametrize(("mode", "case"), ALL)
+@pytest.mark.parametrize(("mode", "case"), every_day(ALL, DAILY["native"]))
 def test_fsdp_by_transformers(mode, case, trained):
     check_units(check("native", case, trained)["units"])
 
 
 @pytest.mark.feature(SECTION, "`Trainer` with FSDP2")
-@pytest.mark.parametrize(("mode", "case"), ALL)
+@pytest.mark.parametrize(("mode", "case"), every_day(ALL, DAILY["trainer-fsdp"]))
 def test_trainer_with_fsdp(mode, case, trained):
     check_units(check("trainer-fsdp", case, trained)["units"])
 
 
 @pytest.mark.feature(SECTION, "`Trainer` with data parallelism (DDP)")
-@pytest.mark.parametrize(("mode", "case"), ALL)
+@pytest.mark.parametrize(("mode", "case"), every_day(ALL, DAILY["trainer-ddp"]))
 def test_trainer_with_data_parallelism(mode, case, trained):
     assert not check("trainer-ddp", case, trained)["units"]

@@ -26,6 +26,7 @@ def written(results):
     return [result.generated_tokens for result in results.values()]
 
 
+@pytest.mark.sampled
 @pytest.mark.feature(SECTION, PADDED)
 @pytest.mark.parametrize("memory", [20, 70, 10**6])
 @pytest.mark.parametrize("family", ["llama", "opt"])

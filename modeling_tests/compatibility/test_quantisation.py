@@ -102,6 +102,7 @@ def pictures(count: int = 3) -> torch.Tensor:
     return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
+@pytest.mark.sampled
 @every_method_and_mode("{}")
 @torch.no_grad()
 def test_logits_are_those_of_the_dequantised_weights(method, mode, init, folder):
@@ -126,6 +127,7 @@ def _distance(one: torch.Tensor, other: torch.Tensor, scale: torch.Tensor) -> fl
     return float((one - other).square().mean().sqrt() / scale.std())
 
 
+@pytest.mark.sampled
 @every_method_and_mode("{}")
 def test_heads_and_the_vq_model_are_not_quantised(method, mode, init, folder):
     original = JamForCausalLM.from_pretrained(folder(mode, init))
@@ -139,6 +141,7 @@ def test_heads_and_the_vq_model_are_not_quantised(method, mode, init, folder):
     assert quantised(load(folder(mode, init), method)) == expected
 
 
+@pytest.mark.sampled
 @every_method_and_mode("{}: the VQ model keeps its codes", MODES[2:3])
 @pytest.mark.parametrize("skip", [None, ["lm_head"]], ids=["plain call", "skip list of the user"])
 @torch.no_grad()
@@ -153,6 +156,7 @@ def test_codes_and_pixels_are_those_of_the_float_model(method, skip, mode, init,
     assert ("image_head" in quantised(model)) == (skip is not None)  # as the stock skip list: what it names, and no more
 
 
+@pytest.mark.sampled
 @every_method_and_mode("{}: saved and loaded")
 @torch.no_grad()
 def test_a_quantised_checkpoint_comes_back(method, mode, init, folder, tmp_path):
@@ -169,6 +173,7 @@ def test_a_quantised_checkpoint_comes_back(method, mode, init, folder, tmp_path)
     assert sizes[0] < sizes[1]
 
 
+@pytest.mark.sampled
 @every_method_and_mode("{}: pictures are drawn", MODES[:3])
 def test_pictures_are_drawn(method, mode, init, folder, processor):
     model = load(folder(mode, init), method)
@@ -178,6 +183,7 @@ def test_pictures_are_drawn(method, mode, init, folder, processor):
         assert [s["image"].size for s in segments if s["type"] == "image"] == [(16, 16)]
 
 
+@pytest.mark.sampled
 @every_method_and_mode("{}: LoRA on top (QLoRA)", MODES[:3])
 def test_an_adapter_on_a_quantised_base_learns(method, mode, init, folder, processor):
     model = prepare_model_for_kbit_training(load(folder(mode, init), method))

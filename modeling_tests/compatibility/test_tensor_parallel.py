@@ -9,6 +9,7 @@ import processes
 import pytest
 import torch
 from conftest import NUM_CODES, VQ_SETTINGS, parent_model, random_ids, randomise
+from nightly import every_day
 from transformers import AutoConfig
 from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -42,6 +43,8 @@ CASES["uniform-emu3"] = ("uniform", "preserving", ("emu3_text_model",), ({},))
 CASES["cross-qwen2-qwen3"] = ("cross", "preserving", ("qwen2", "qwen3"), (LAYERWISE, {"head_dim": 16}))
 CASES["cross-mistral-emu3"] = ("cross", "preserving", ("mistral", "emu3_text_model"), (WINDOW, UNEQUAL))
 CASES["cross-qwen3-chameleon"] = ("cross", "preserving", ("qwen3", "chameleon"), ({"head_dim": 16}, UNEQUAL))
+DAILY = ("uniform-llama", "uniform-qwen3", "width-opt", "cross-preserving-llama", "cross-preserving-opt-projected")
+DAILY += ("cross-paper-llama-tied", "cross-unequal-heads", "cross-indivisible", "cross-qwen3-chameleon")  # others: nightly
 DRAWN = ("uniform-llama", "width-opt", "cross-preserving-llama")
 
 
@@ -119,12 +122,13 @@ def worker(folders: dict[str, str]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
+def both(tmp_path_factory, pytestconfig):
     """`both(case)` -> folder, what one process computes, what two compute. All cases run in one start of the processes."""
     root = tmp_path_factory.mktemp("tensor-parallel")
-    for case in CASES:
+    cases = CASES if pytestconfig.getoption("--nightly") else DAILY
+    for case in cases:
         build(case).save_pretrained(root / case)
-    parallel = processes.run(worker, 2, {case: str(root / case) for case in CASES}, limit=300)[0]
+    parallel = processes.run(worker, 2, {case: str(root / case) for case in cases}, limit=300)[0]
 
     def get(case: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         if isinstance(parallel[case], str):
@@ -143,7 +147,7 @@ ALL += [(CASES[case][0], case) for case in CASES if "indivisible" in case]
 
 
 @pytest.mark.feature(SECTION, "tensor parallelism (`tp_plan='auto'`): logits, gradients, generation, saving")
-@pytest.mark.parametrize(("mode", "case"), ALL)
+@pytest.mark.parametrize(("mode", "case"), every_day(ALL, *[(CASES[case][0], case) for case in DAILY]))
 def test_two_processes_compute_what_one_does(mode, case, both):
     folder, alone, parallel = both(case)
     np.testing.assert_allclose(parallel["logits"], alone["logits"], rtol=1e-4, atol=1e-4)
@@ -163,7 +167,7 @@ def test_two_processes_compute_what_one_does(mode, case, both):
         assert torch.equal(saved[name], tensor), name
 
 
-@pytest.mark.parametrize("case", [case for _, case in ALL])
+@pytest.mark.parametrize(("case",), every_day([(case,) for _, case in ALL], *[(case,) for case in DAILY]))
 def test_every_large_matrix_is_split(case, both):
     """Half of every matrix of layers, cross blocks, embeddings and heads stands in each process; the VQ model is whole."""
     folder, _, parallel = both(case)

@@ -78,6 +78,7 @@ def oracle(model: JamForCausalLM, batch: dict) -> torch.Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
+@pytest.mark.sampled
 @pytest.mark.feature("trl", "SFTTrainer on interleaved chats")
 @every_mode
 @pytest.mark.parametrize("assistant_only", [True, False], ids=["assistant only", "all"])

@@ -78,6 +78,7 @@ def measure(root, text, image, mode, init, out):
     return planned - start, status("VmHWM") - before, tables[0], status("VmHWM"), peak_memory(plan), loads, left
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("image", "mode", "init", "tables"),
     [

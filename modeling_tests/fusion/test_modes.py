@@ -169,11 +169,13 @@ def _rest(arguments):
     return {name: value for name, value in arguments.items() if name not in ("text_model", "image_model")}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("text_kind", "image_name"), SAME)
 def test_uniform_is_the_mean_entry_by_entry(text_kind, image_name, pair):
     assert_defined(pair(text_kind, image_name), "uniform", "average")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("init", ["copy", "average", "block_diagonal"])
 @pytest.mark.parametrize(("text_kind", "image_name"), SAME)
 def test_width_follows_its_rule_entry_by_entry(text_kind, image_name, init, pair):
@@ -221,6 +223,7 @@ def test_a_head_is_tied_only_where_both_parents_tie_theirs(mode, init, tied, pai
     assert any(tied in warning and "two tensors" in warning for warning in plan.warnings)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("text_kind", "image_name"), PAPER)
 def test_the_papers_cross_form_entry_by_entry(text_kind, image_name, pair):
     plan, drawn = assert_defined(pair(text_kind, image_name, OTHER), "cross", "paper")
@@ -268,6 +271,7 @@ AT_WORK = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("text_kind", "image_name", "mode", "init"), AT_WORK)
 def test_a_saved_jam_loads_reads_and_draws(text_kind, image_name, mode, init, pair, tmp_path):
     sizes = {"preserving": LARGER, "paper": OTHER, "block_diagonal": LARGER}.get(init, SMALL)

@@ -113,6 +113,7 @@ def assert_preserves_both(text_entry, image_entry, kind, folder, **settings):
     return model
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("image_name", IMAGE_PARENTS)
 @pytest.mark.parametrize("text_kind", TEXT_KINDS)
 def test_cross_preserving_gives_both_parents_logits(text_kind, image_name, zoo, tmp_path):
@@ -243,6 +244,7 @@ def test_a_head_that_is_not_what_the_config_ties_it_to_is_its_own(zoo, tmp_path)
 # ----- what each mode refuses -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("image_name", IMAGE_PARENTS)
 @pytest.mark.parametrize("text_kind", TEXT_KINDS)
 def test_pairs_that_cannot_be_one_decoder_are_refused_with_the_reason(text_kind, image_name, zoo):

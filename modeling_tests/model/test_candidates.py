@@ -123,6 +123,7 @@ def test_the_best_candidate_is_kept_and_text_is_what_the_row_would_write_alone(n
         assert set(row[shift + len(ids) :]) <= {PAD}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(
     "settings",
@@ -323,6 +324,7 @@ def mean_by_hand(model, layout: dict, context: list[int], codes: list[int]) -> f
     return total / N
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "mode"), [("plain", "cross"), ("emu3", "uniform"), ("emu3", "cross")])
 @pytest.mark.parametrize("minus", [False, True])
 def test_likelihood_is_that_of_full_forwards(name, mode, minus, laid_out):

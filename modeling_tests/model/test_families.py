@@ -211,6 +211,7 @@ def same_logits(model: JamForCausalLM, text: str, image: str, **inputs) -> tuple
 # ----- against the stock classes ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("use_cache", [False, True])
 @by_pair
 def test_both_parents_bit_for_bit(text, image, use_cache):
@@ -400,6 +401,7 @@ def test_cached_steps_equal_the_full_forward(text, image):
             torch.testing.assert_close(found[shown.bool()], full[shown.bool()], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @by_pair
 def test_generation_equals_that_without_a_cache(text, image, cache):
@@ -498,6 +500,7 @@ def test_saved_and_loaded(text, image, tmp_path):
     assert [c.model_type for c in again.config.decoder_configs] == [c.model_type for c in model.config.decoder_configs]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize(("text", "image"), [("qwen2", "chameleon"), ("chameleon-swin", "mistral"), ("qwen3", "emu3")])
 def test_gradients_with_and_without_checkpointing(text, image, reentrant):

@@ -134,6 +134,7 @@ def check(model, kind: dict, mode: str, steps: int, rows: list[list[int]] | None
     return output
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("fusion", "kind"),
     [(FUSIONS[0], kind) for kind in KINDS] + [(fusion, kind) for fusion in FUSIONS[1:] for kind in SOME],
@@ -144,12 +145,14 @@ def test_each_kind_equals_the_oracle_in_a_mixed_batch(kind, fusion, jam):
     assert (output[:, -2 * N - 8 :] == BREAK).sum() > 6
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", ["classifier-free", "two scales", "negative"])
 @pytest.mark.parametrize("settings", [{"cache_implementation": "static"}, {"use_cache": False}])
 def test_each_cache(kind, settings, jam):
     check(jam("llama", "cross", "preserving"), KINDS[kind], "interleaved", N + 8, **settings)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", ["classifier-free", "two scales"])
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -309,6 +312,7 @@ def test_scores_and_logits_are_right_at_every_step(jam):
     assert len(seen) == len(output.scores)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}])
 @pytest.mark.parametrize("fusion", [("llama", "cross", "preserving"), ("opt", "uniform", "average")])
 def test_the_head_computes_codes_alone_where_only_codes_come(fusion, settings, jam, monkeypatch):

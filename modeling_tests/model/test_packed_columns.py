@@ -175,6 +175,7 @@ def attentions(model) -> list[str]:
     return [config._attn_implementation for config in configs if hasattr(config, "_attn_implementation")]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", SOME)
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_lanes_of_many_blocks_equal_the_oracle(fusion, kind, jam, lanes, unwritten_is_no_number):

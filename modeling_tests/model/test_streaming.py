@@ -123,6 +123,7 @@ def test_a_picture_begun_in_the_prompt_is_shown_whole_though_the_prompt_is_skipp
 # ----- against generate() ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("how", [{"do_sample": False}, SAMPLE, {**SAMPLE, "num_return_sequences": 2}])
 @pytest.mark.parametrize("skip_prompt", [True, False])
