@@ -51,7 +51,7 @@ def _logits(model, back_end, inputs):
         return model(**inputs).logits
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled("mode", "back_end", "padded", pairs=True)
 @pytest.mark.feature(SECTION, "eager = sdpa = flex = flash-attention 2 in logits (flash: dispatch, arithmetic in torch)")
 @pytest.mark.parametrize(
     ("back_end", "padded"),
@@ -233,7 +233,7 @@ def _alone(model, documents):
         return torch.cat([model(input_ids=torch.tensor([d]), use_cache=False).logits for d in documents], dim=1)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled("mode", "back_end", pairs=True)
 @pytest.mark.feature("Packing", "documents packed by position_ids")
 @pytest.mark.parametrize("back_end", ["eager", *BACK_ENDS])
 @by_case
