@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import glob
 import hashlib
 import json
@@ -19,10 +18,11 @@ import re
 import shutil
 import socket
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from . import portable
 
 
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # what a rename of a folder says where something lies
@@ -62,7 +62,7 @@ def whole_folder(output_dir: str | os.PathLike, overwrite: bool = False, lock: B
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
             kept = _free_name(target)
-            partial.replace(kept)
+            portable.rename_folder(partial, kept)
             raise _not_placed(error.reason, target, kept) from error.reason
 
 
@@ -127,13 +127,11 @@ def check_free(output_dir: str | os.PathLike, overwrite: bool = False) -> None:
     target = _target(output_dir)
     note = _unfinished(target)[1]
     _check_target(target, output_dir)
-    noted = False
-    with contextlib.suppress(FileNotFoundError), note.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise _busy(output_dir, note) from error
-        noted = note.stat().st_size > 0
+    free, noted = True, False
+    with _explained(output_dir), contextlib.suppress(FileNotFoundError), note.open("r+b") as file:
+        free, noted = portable.try_lock(file), note.stat().st_size > 0
+    if not free:
+        raise _busy(output_dir, note)
     if not noted:
         _refuse_full(target, overwrite)
 
@@ -191,41 +189,43 @@ def _explained(output_dir: str | os.PathLike) -> Iterator[None]:
 def folder_lock(output_dir: str | os.PathLike) -> Iterator[BinaryIO]:
     """The right to write `output_dir`, for one run at a time, until the block ends; yields the open file that is the lock.
 
-    The lock is the system's (flock): when a run is killed, it is free. Only who holds it removes the file; who then gets a
-    lock on the removed file opens the new one.
+    The lock is the system's: when a run is killed, it is free. Only who holds it removes the file; who then gets a lock on the
+    removed file opens the new one.
 
     Raises:
         FileExistsError: if another run holds it. OSError: if nothing can be written beside `output_dir`.
     """
     target = _target(output_dir)
     partial, note = _unfinished(target)
-    while True:
-        with contextlib.ExitStack() as stack:
-            with _explained(output_dir):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(note.open("a+b"))
-                flocked = _flocked(file)
-            if not flocked:
-                raise _busy(output_dir, note)
-            if not _is_still(note, file):
-                continue
-            try:
-                yield file
-            finally:
-                if not partial.exists():
-                    note.unlink(missing_ok=True)
-            return
-
-
-def _flocked(file: BinaryIO) -> bool:
-    """Whether we hold it now. `check_free` of others holds it for a moment, so that once is not enough."""
-    for _ in range(5):
+    with _explained(output_dir):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = _locked(note, wait=False)
+    if file is None:
+        raise _busy(output_dir, note)
+    with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            time.sleep(0.01)
-    return False
+            yield file
+        finally:
+            if not partial.exists():
+                portable.remove_locked(note, file)
+
+
+def _locked(path: Path, wait: bool) -> BinaryIO | None:
+    """The file at `path`, open and locked; None where it is another run's and we do not `wait`."""
+    while True:
+        file = path.open("a+b")
+        try:
+            if wait:
+                portable.lock(file)
+            elif not portable.try_lock(file):
+                file.close()
+                return None
+            if portable.is_still(path, file):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
 
 
 def _busy(output_dir: str | os.PathLike, note: Path) -> FileExistsError:
@@ -243,13 +243,6 @@ def _read_note(file: BinaryIO, note: Path, partial: Path) -> str:
             f"The note '{note}', which says what an unfinished run makes, is damaged ({error}). Delete it and '{partial}' to "
             "begin again."
         ) from error
-
-
-def _is_still(path: Path, file: BinaryIO) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
 
 
 def _append(file: BinaryIO, text: str, note: Path) -> None:
@@ -271,12 +264,8 @@ def _listing(folder: Path) -> str:
 def _sync(folder: Path) -> None:
     """Only once its files lie on the disk may a folder get its final name."""
     for path in (*(path for path in folder.rglob("*") if path.is_file()), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            with naming(path):
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with naming(path):
+            portable.flush_path(path)
 
 
 class _NotPlacedError(Exception):
@@ -295,8 +284,8 @@ def _put_in_place(partial: Path, target: Path, overwrite: bool) -> None:
     try:
         if overwrite and target.is_dir():
             shutil.rmtree(replaced, ignore_errors=True)
-            target.replace(replaced)
-        partial.replace(target)
+            portable.rename_folder(target, replaced)
+        portable.rename_folder(partial, target)
     except BaseException as error:
         _recover(target)
         if isinstance(error, OSError):
@@ -321,7 +310,7 @@ def _free_name(target: Path) -> Path:
 def _recover(target: Path) -> None:
     """Give the old folder its name back, if a run was killed between the two renames."""
     if _replaced(target).is_dir() and not target.exists():
-        _replaced(target).replace(target)
+        portable.rename_folder(_replaced(target), target)
 
 
 def _partial_prefix(target: Path) -> str:
@@ -333,14 +322,10 @@ def _remove_abandoned(target: Path) -> bool:
     prefix, others = _partial_prefix(target), False
     for path in target.parent.glob(f"{glob.escape(prefix)}*"):
         pid = path.name.removeprefix(prefix).split("-")[0]
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            shutil.rmtree(path, ignore_errors=True)
-        except (ValueError, OSError):
-            others = True  # not ours to judge
+        if not pid.isdecimal() or portable.process_runs(int(pid)):
+            others = True  # at work, or not ours to judge
         else:
-            others = True
+            shutil.rmtree(path, ignore_errors=True)
     return others
 
 
@@ -348,22 +333,19 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
     """Write a text file (UTF-8) aside, then rename it, once it lies on the disk; of two runs at once, one after the other."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.partial")  # one name, so that what a killed run left is gone with the next
-    with naming(path):
-        while True:
-            with aside.open("a+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                if not _is_still(aside, file):
-                    continue
-                try:
-                    file.truncate(0)
-                    file.write(text.encode())
-                    file.flush()
-                    os.fsync(file.fileno())
-                    aside.replace(path)
-                except BaseException:
-                    aside.unlink(missing_ok=True)
-                    raise
-                return
+    note = path.with_name(f".{path.name}.lock")
+    with naming(path), _locked(note, wait=True) as lock:
+        try:
+            with aside.open("wb") as file:
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        finally:
+            portable.remove_locked(note, lock)
 
 
 @contextlib.contextmanager

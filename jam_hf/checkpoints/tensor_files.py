@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from .. import portable
+
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -72,7 +74,7 @@ class TensorFile:
         self.path = Path(path)
         self.specs: dict[str, TensorSpec] = {}
         self._starts: dict[str, int] = {}
-        self._descriptor = os.open(self.path, os.O_RDONLY)
+        self._descriptor = os.open(self.path, os.O_RDONLY | portable.BINARY)
         try:
             self._read_header()
         except BaseException:
@@ -81,14 +83,14 @@ class TensorFile:
 
     def _read_header(self) -> None:
         size = os.fstat(self._descriptor).st_size
-        start = os.pread(self._descriptor, 8, 0)
+        start = self._bytes_at(0, 8)
         length = int.from_bytes(start, "little")
         try:
             if not 2 <= length <= min(_LARGEST_HEADER, size - 8):
                 if start == b"version ":
                     raise ValueError("it looks like a Git LFS pointer, which stands for a file that was not fetched")
                 raise ValueError(f"its header should take {length} bytes, the file has {size}")
-            header = json.loads(os.pread(self._descriptor, length, 8), object_pairs_hook=no_duplicates)
+            header = json.loads(self._bytes_at(8, length), object_pairs_hook=no_duplicates)
             self._read_entries({key: entry for key, entry in header.items() if key != "__metadata__"}, 8 + length)
         except NotImplementedError as error:
             raise ValueError(f"{self.path}: {error}.") from error
@@ -104,6 +106,13 @@ class TensorFile:
             )
         if size > needed:
             raise ValueError(f"{self.path} is damaged: behind its {needed} bytes come others. Fetch or save it again.")
+
+    def _bytes_at(self, start: int, length: int) -> bytearray:
+        data = bytearray(length)
+        with memoryview(data) as view:
+            count = portable.read_at(self._descriptor, view, start)
+        del data[count:]  # the file ends there
+        return data
 
     def _read_entries(self, entries: dict[str, dict], start: int) -> None:
         """Shapes, dtypes and places, which lie in the file one behind the other, without gaps."""
@@ -147,7 +156,7 @@ class TensorFile:
         view, start = _bytes(tensor), self._starts[key] + first * width
         done = 0
         while done < len(view):
-            count = os.preadv(self._descriptor, [view[done:]], start + done)
+            count = portable.read_at(self._descriptor, view[done:], start + done)
             if not count:
                 raise ValueError(f"{self.path} ends inside tensor '{key}': it was cut short while it was read.")
             done += count
@@ -169,7 +178,7 @@ class TensorFileWriter:
     def __init__(self, path: str | os.PathLike, specs: dict[str, TensorSpec]):
         self.path, self.specs = Path(path), specs
         text, self._starts, self.size = _layout(specs)
-        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | portable.BINARY, 0o644)
         try:
             self._write(len(text).to_bytes(8, "little") + text, 0)
             os.ftruncate(self._descriptor, self.size)
@@ -185,14 +194,14 @@ class TensorFileWriter:
     def _write(self, data: bytes | memoryview, start: int) -> None:
         view, done = memoryview(data), 0
         while done < len(view):
-            count = os.pwrite(self._descriptor, view[done:], start + done)
+            count = portable.write_at(self._descriptor, view[done:], start + done)
             if not count:
                 raise OSError(errno.EIO, "nothing more is taken", str(self.path))
             done += count
 
     def flush(self) -> None:
         """What was written so far goes to the disk."""
-        os.fdatasync(self._descriptor)
+        portable.flush_data(self._descriptor)
 
     def close(self, sync: bool = True) -> None:
         """`sync`: only once the bytes lie on the disk may the file be given its final name."""
