@@ -4,7 +4,6 @@ Children are forked from a process of their own that has planned the fusion once
 a child can be killed before any step of the file system (Python's audit events) as well as at any time.
 """
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -27,7 +26,7 @@ from transformers import AutoConfig
 
 import jam_hf
 import jam_hf.fusion.fuse as engine
-from jam_hf import JamForCausalLM
+from jam_hf import JamForCausalLM, portable
 from jam_hf.checkpoints.parent import Parent
 from jam_hf.checkpoints.tensor_files import TensorFileWriter
 from jam_hf.files import resumable_folder, whole_folder
@@ -391,16 +390,16 @@ def test_a_second_run_is_refused_and_the_first_unharmed(tmp_path):
 
 def test_the_lock_of_a_note_that_was_removed_is_no_lock(tmp_path, monkeypatch):
     """Another run ends between our opening of the note and our lock on it."""
-    note, flock, calls = tmp_path / ".jam.unfinished.recipe", fcntl.flock, []
+    note, take, calls = tmp_path / ".jam.unfinished.recipe", portable.lock_descriptor, []
 
-    def late(file, operation):
-        calls.append(os.fstat(file.fileno()).st_ino)
+    def late(file, **settings):
+        calls.append(os.fstat(file).st_ino)
         if len(calls) == 1:
             note.rename(tmp_path / "held")  # still there, so that its inode is not given out again
             note.touch()
-        return flock(file, operation)
+        return take(file, **settings)
 
-    monkeypatch.setattr(fcntl, "flock", late)
+    monkeypatch.setattr(portable, "lock_descriptor", late)
     with resumable_folder(tmp_path / "jam", "recipe") as folder:
         assert len(calls) == 2 and note.stat().st_ino == calls[1]
         (folder / "x").touch()
