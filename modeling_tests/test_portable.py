@@ -23,8 +23,8 @@ from test_files import (  # noqa: F401  (run again, under other rules)
 
 import jam_hf
 from jam_hf import portable
+from jam_hf.checkpoints.tensor_files import TensorFile, TensorFileWriter, TensorSpec
 from jam_hf.files import whole_folder
-from jam_hf.fusion.tensor_files import TensorFile, TensorFileWriter, TensorSpec
 
 
 PACKAGE = Path(jam_hf.__file__).parent
