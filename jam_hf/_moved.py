@@ -20,6 +20,7 @@ OLD_MODULES = {
     "jam_hf.fusion.tensor_files": "jam_hf.checkpoints.tensor_files",
     "jam_hf.fusion.vq_tables": "jam_hf.conversion.vq_tables",
     "jam_hf.model.candidates_jam": "jam_hf.generation.best_of_n",
+    "jam_hf.model.chats_jam": "jam_hf.data.chats",
     "jam_hf.model.document_events_jam": "jam_hf.generation.events",
     "jam_hf.model.documents_jam": "jam_hf.generation.export",
     "jam_hf.model.infilling_jam": "jam_hf.generation.infilling",

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..model.chats_jam import check_that_parts_are_written
+from ..data.chats import check_that_parts_are_written
 
 
 # Ends in `+%}`, so that whatever the template begins with is kept. What a tool returned may be a list of anything.

@@ -15,7 +15,6 @@ import inspect
 import math
 import os
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,10 +24,9 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils import logging
 
-from .chats_jam import chat_pictures, check_that_parts_are_written, plain_chat
 from .code_tokens_jam import CODE_NAME, reading_names_as_text
 from .grammar_jam import PictureGrammar
-from .package_jam import PackageFunction, tell
+from .package_jam import OFFERED, PackageFunction, from_package, tell
 from .remote_code_jam import AUTO_MAP  # noqa: F401  (its file brings all the others along)
 
 
@@ -233,48 +231,12 @@ class JamProcessor(ProcessorMixin):
             ValueError: if the template would not write the parts as text or leaves out a picture; with `tokenize=True`, if a
                 picture part brings no picture, or more pictures came than places.
         """
-        call = inspect.signature(super().apply_chat_template).bind(conversation, *args, **kwargs).arguments
-        call |= call.pop("kwargs", {})
-        conversation = call.pop("conversation")
-        if not isinstance(conversation, (list, tuple)) or not conversation:
-            return super().apply_chat_template(conversation, **call)
-        batched = isinstance(conversation[0], (list, tuple))
-        chats = [plain_chat(chat) for chat in (conversation if batched else [conversation])]
-        # What the template itself reads, without what is about tokens.
-        others = {"tokenize", "return_tensors", "return_dict", "processor_kwargs", "sanitize_control_tokens", "images"}
-        others |= {"return_assistant_tokens_mask", "continue_final_message", "load_audio_from_video"}
-        reads = {name: value for name, value in call.items() if name not in others}
-        for chat in chats:
-            check_that_parts_are_written(chat, partial(super().apply_chat_template, **reads), self.image_token)
-        if call.get("tokenize"):
-            settings = dict(call.get("processor_kwargs") or {})
-            beside = call.pop("images", None) if "images" in call else settings.pop("images", None)
-            typed = not call.get("sanitize_control_tokens")
-            pictures = self._pictures_of_chats(chats, beside, typed)
-            if any(pictures):
-                settings["images"] = pictures if batched else pictures[0]
-            call["processor_kwargs"] = settings
-        return super().apply_chat_template(chats if batched else chats[0], **call)
-
-    def _pictures_of_chats(self, chats: list[list[Any]], beside: Any, typed: bool) -> list[list[Any]]:
-        """The pictures of each chat in reading order; `beside` came in `images=`, see `apply_chat_template`."""
-        if beside is not None and not isinstance(beside, (list, tuple)):
-            beside = [beside]
-        nested = beside is not None and any(entry is None or isinstance(entry, (list, tuple)) for entry in beside)
-        if nested and len(beside) != len(chats):
-            raise ValueError(f"images has {len(beside)} list(s) of pictures for {len(chats)} chat(s); expected one for each.")
-        if nested:
-            stocks = [list(entry) if isinstance(entry, (list, tuple)) else [entry] * (entry is not None) for entry in beside]
-        else:
-            stocks = [None if beside is None else list(beside)] * len(chats)  # one list, which the chats use up in order
-        pictures = [chat_pictures(chat, self.image_token, stock, typed) for chat, stock in zip(chats, stocks)]
-        left = sum(map(len, stocks if nested else stocks[:1])) if beside is not None else 0
-        if left:
-            raise ValueError(
-                f"images has {left} picture(s) more than the chat(s) have places without one. Expected one for each image part "
-                f"that names none and each {self.image_token} in a text."
-            )
-        return pictures
+        stock = super().apply_chat_template
+        if "prepared_chats" in OFFERED or not _is_text_alone(conversation) or "images" in kwargs:
+            what = f"A chat with parts or pictures (or write {self.image_token} into its texts, and pass both to the processor)"
+            call = inspect.signature(stock).bind(conversation, *args, **kwargs).arguments
+            return stock(**from_package("prepared_chats", what)(self, stock, call | call.pop("kwargs", {})))
+        return stock(conversation, *args, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         if self.image_row_end_token is None:
@@ -404,6 +366,12 @@ class JamProcessor(ProcessorMixin):
             for (segment, _), image in zip(pictures, images):
                 segment["image"] = image
         return documents
+
+
+def _is_text_alone(conversation: Any) -> bool:
+    """Whether all messages of a chat, or of several, are texts."""
+    messages = [m for part in conversation for m in (part if isinstance(part, (list, tuple)) else [part])]
+    return all(isinstance(message, dict) and isinstance(message.get("content"), str) for message in messages)
 
 
 JamProcessor.register_for_auto_class()

@@ -8,11 +8,62 @@ under "image_url".
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 
 PICTURE_KEYS = ("image", "url", "path", "base64")
 _UNKNOWN_KEY, _SENTINEL = "jam_part", "a-part-that-no-template-reads"
+
+
+def prepared_chats(processor: Any, render: Callable[..., Any], call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `ProcessorMixin.apply_chat_template` (`render`) in place of those of a call of the JAM's, see there.
+
+    Raises:
+        ValueError: if the template would not write the parts as text or leaves out a picture; with `tokenize=True`, if a
+            picture part brings no picture, or more pictures came than places.
+    """
+    conversation = call["conversation"]
+    if not isinstance(conversation, (list, tuple)) or not conversation:
+        return call
+    batched = isinstance(conversation[0], (list, tuple))
+    chats = [plain_chat(chat) for chat in (conversation if batched else [conversation])]
+    # What the template itself reads, without what is about tokens.
+    others = {"conversation", "tokenize", "return_tensors", "return_dict", "processor_kwargs", "sanitize_control_tokens"}
+    others |= {"images", "return_assistant_tokens_mask", "continue_final_message", "load_audio_from_video"}
+    reads = {name: value for name, value in call.items() if name not in others}
+    for chat in chats:
+        check_that_parts_are_written(chat, partial(render, **reads), processor.image_token)
+    call = call | {"conversation": chats if batched else chats[0]}
+    if call.get("tokenize"):
+        settings = dict(call.get("processor_kwargs") or {})
+        beside = call.pop("images", None) if "images" in call else settings.pop("images", None)
+        pictures = _pictures_of_chats(chats, processor.image_token, beside, typed=not call.get("sanitize_control_tokens"))
+        if any(pictures):
+            settings["images"] = pictures if batched else pictures[0]
+        call["processor_kwargs"] = settings
+    return call
+
+
+def _pictures_of_chats(chats: list[list[Any]], image_token: str, beside: Any, typed: bool) -> list[list[Any]]:
+    """The pictures of each chat in reading order; `beside` came in `images=`, see `JamProcessor.apply_chat_template`."""
+    if beside is not None and not isinstance(beside, (list, tuple)):
+        beside = [beside]
+    nested = beside is not None and any(entry is None or isinstance(entry, (list, tuple)) for entry in beside)
+    if nested and len(beside) != len(chats):
+        raise ValueError(f"images has {len(beside)} list(s) of pictures for {len(chats)} chat(s); expected one for each.")
+    if nested:
+        stocks = [list(entry) if isinstance(entry, (list, tuple)) else [entry] * (entry is not None) for entry in beside]
+    else:
+        stocks = [None if beside is None else list(beside)] * len(chats)  # one list, which the chats use up in order
+    pictures = [chat_pictures(chat, image_token, stock, typed) for chat, stock in zip(chats, stocks)]
+    left = sum(map(len, stocks if nested else stocks[:1])) if beside is not None else 0
+    if left:
+        raise ValueError(
+            f"images has {left} picture(s) more than the chat(s) have places without one. Expected one for each image part "
+            f"that names none and each {image_token} in a text."
+        )
+    return pictures
 
 
 def plain_chat(messages: Sequence[Any]) -> list[Any]:
@@ -153,4 +204,4 @@ _REFUSAL = (
 )
 
 
-__all__ = ["chat_pictures", "check_that_parts_are_written", "plain_chat"]
+__all__ = ["chat_pictures", "check_that_parts_are_written", "plain_chat", "prepared_chats"]
