@@ -28,7 +28,8 @@ try:
 
     from .fusion.fuse import fuse
     from .generation.streaming import AsyncJamStreamer, JamStreamer, stream, stream_async
-    from .model.configuration_jam import JamConfig, JamVQConfig
+    from .model.configuration_jam import JamConfig
+    from .model.configuration_jam_vq import JamVQConfig
     from .model.image_processing_jam import JamImageProcessor
     from .model.modeling_jam import JamForCausalLM, JamModel
     from .model.modeling_jam_vq import JamVQModel

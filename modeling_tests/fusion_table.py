@@ -96,15 +96,17 @@ def rows(sizes: Sizes = SMALL) -> Iterator[tuple[str, str, str, str, str | None]
         AssertionError: if the registry has a family that fusion_zoo.py has no parent of.
     """
     kinds = {settings.get("like", settings["kind"]) for settings in IMAGE_PARENTS.values()}
-    assert set(TEXT_KINDS) == set(parents.TEXT_PARENTS) and kinds == set(parents.IMAGE_PARENTS), "fusion_zoo.py lacks a family"
+    assert set(TEXT_KINDS) == set(parents.text_parents()) and kinds == set(parents.image_parents()), (
+        "fusion_zoo.py lacks a family"
+    )
     texts = {kind: make_text(kind, sizes)[0] for kind in TEXT_KINDS}
     images = {name: make_image(name, sizes)[0] for name in IMAGE_PARENTS}
     for kind, text in texts.items():
         for name, image in images.items():
             text.name_or_path, image.name_or_path = f"'{NAMES[kind]}'", f"'{NAMES[name]}'"
             decoders = [
-                parents.Decoder(Parent(text, "text parent"), parents.TEXT_PARENTS),
-                parents.Decoder(Parent(image, "image parent"), parents.IMAGE_PARENTS),
+                parents.Decoder(Parent(text, "text parent"), parents.text_parents()),
+                parents.Decoder(Parent(image, "image parent"), parents.image_parents()),
             ]
             for mode, inits in INITS.items():
                 for init in inits:

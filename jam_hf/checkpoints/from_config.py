@@ -18,8 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ..model.configuration_jam import JamVQConfig
+from ..model.configuration_jam_vq import JamVQConfig
 from ..model.modeling_jam_vq import JamVQModel
+from .multimodal import MULTIMODAL
 from .tensor_files import TensorSpec
 
 
@@ -36,19 +37,14 @@ def specs_from_config(config: PreTrainedConfig, role: str) -> dict[str, TensorSp
     Raises:
         ValueError: if no stock class computes such a model.
     """
-    model_class = (
-        AutoModelForImageTextToText if getattr(config, "vision_config", None) or _draws(config) else AutoModelForCausalLM
-    )
+    sees = getattr(config, "vision_config", None) or config.model_type in MULTIMODAL
+    model_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     try:
         with torch.device("meta"):
             model = model_class.from_config(config, trust_remote_code=False)
     except Exception as error:  # of any model's constructor
         raise ValueError(f"The config of the {role} does not say which model it is: {error}") from error
     return specs_of(model.to(config.dtype or torch.float32))
-
-
-def _draws(config: PreTrainedConfig) -> bool:
-    return config.model_type in ("chameleon", "emu3", "janus")
 
 
 def vq_model_from_config(source: str) -> JamVQModel:

@@ -11,17 +11,16 @@ from typing import Any
 
 from transformers import AutoImageProcessor
 from transformers.image_processing_backends import PilBackend
-from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
 from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
+from ..checkpoints.multimodal import MULTIMODAL
 from ..checkpoints.parent import Parent
-from ..model.configuration_jam import JamVQConfig
+from ..model.configuration_jam_vq import JamVQConfig
+from ..model.families_jam import stock_class
 from ..model.image_processing_jam import JamImageProcessor
 
 
-# Their files say how pictures are read; what a plain LM has may be of something else.
-_HAVE_PICTURES = ("chameleon", "emu3", "janus")
 _VALUES = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 
 
@@ -29,30 +28,32 @@ def image_processing_of(parent: Parent, given: JamVQConfig | None, sample_size: 
     """`JamVQConfig.image_processing` for a JAM of this image parent, and what a user should know of it.
 
     What the parent's own preprocessor_config.json (or processor_config.json) says. Without one, what the config of the VQ model
-    that was given says (`convert_vq` leaves it there). Without that, for a Chameleon its class, as all published ones have it.
+    that was given says (`convert_vq` leaves it there). Without that, the
+    class that all published checkpoints of its kind have (Chameleon).
 
     Args:
         given: of a VQ model that is not the parent's own. sample_size: side of the JAM's pictures in pixels.
     Raises:
         ValueError: if the parent's file cannot be read, or its class does what `JamImageProcessor` cannot.
     """
-    kind = parent.config.model_type
+    sheet = MULTIMODAL.get(parent.config.model_type)  # of a plain LM, a file may say how something else is read
     own = _processor(parent)
     if own is None and given is not None and given.image_processing is not None:
         return given.image_processing, []
-    if own is None and kind == "chameleon":
-        own = ChameleonImageProcessorPil()
+    if own is None and sheet is not None and sheet.image_processor is not None:
+        file, name = sheet.image_processor
+        own = stock_class(sheet.model_type, name, file)()
     elif own is None:
         warning = (
             f"The {parent.role} brings no preprocessor_config.json: the JAM resizes the shorter side (BICUBIC), cuts a square "
             "from the centre and scales to [-1, 1]. If the parent saw pictures otherwise, put that file into its folder, and "
             "fuse again."
         )
-        return None, [warning] if kind in _HAVE_PICTURES else []
+        return None, [] if sheet is None else [warning]
     try:
         settings, warnings = _settings(own, sample_size, parent.role)
     except ValueError as error:
-        if kind in _HAVE_PICTURES:
+        if sheet is not None:
             raise
         return (None if given is None else given.image_processing), [f"{error} It is passed over."]
     return settings, warnings
@@ -60,18 +61,18 @@ def image_processing_of(parent: Parent, given: JamVQConfig | None, sample_size: 
 
 def _processor(parent: Parent) -> Any:
     """The image processor of the parent's folder; None where it has none."""
-    folder, kind = parent.folder, parent.config.model_type
+    folder, draws = parent.folder, parent.config.model_type in MULTIMODAL
     if folder is None:
         return None
     paths = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
     found = [path for path in paths if path.is_file()]
     try:
         named = any("image_processor_type" in json.dumps(json.loads(path.read_text(encoding="utf-8"))) for path in found)
-        if not named and not (kind in _HAVE_PICTURES and paths[0] in found):  # without a name, transformers goes by the model
+        if not named and not (draws and paths[0] in found):  # without a name, transformers goes by the model
             return None
         return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     except Exception as error:  # damaged JSON, unknown classes and code from outside have no common base class
-        if kind not in _HAVE_PICTURES:
+        if not draws:
             return None
         raise ValueError(
             f"How the {parent.role} reads pictures, {found[0]}, cannot be read: {error}. Expected the image processor of a "

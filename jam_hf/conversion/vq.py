@@ -17,9 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import JanusVQVAEConfig, PreTrainedConfig
 
+from ..checkpoints.multimodal import MULTIMODAL
 from ..checkpoints.parent import Parent
 from ..files import check_apart, whole_folder
-from ..model.configuration_jam import JamVQConfig
+from ..model.configuration_jam_vq import JamVQConfig
 from ..model.modeling_jam_vq import JamVQModel
 from .image_processing import image_processing_of
 from .vq_tables import (
@@ -163,9 +164,9 @@ def _inside(parent: Parent) -> VQWeights:
 def _vq_config(parent: Parent) -> PreTrainedConfig:
     """The VQ model's config: the checkpoint's own, or a part of it."""
     found = parent.config
-    if found.model_type in ("chameleon", "janus", "emu3"):
+    if found.model_type in MULTIMODAL:
         found = found.vq_config
-    if found.model_type not in ("chameleon_vqgan", "janus_vqgan", "emu3_vqgan"):
+    if found.model_type not in {sheet.vq_type for sheet in MULTIMODAL.values()}:
         raise ValueError(
             f"'{parent.name}' is a '{found.model_type}' checkpoint; expected transformers' Chameleon, Janus or Emu3, whole or "
             "its VQ model alone, or a file of weights in taming's or LlamaGen's layout."

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from ..model.configuration_jam import SUPPORTED_FAMILIES
+from ..model.class_names_jam import MODEL_TYPE
+from ..model.families_jam import FAMILIES
 from .cm3 import CM3Settings, cm3
 
 
@@ -144,6 +145,6 @@ def _rank() -> int:
 
 def supports_packing(config: PreTrainedConfig) -> bool:
     """Whether a model with this config keeps packed documents apart, as all stock decoders but OPT's do, or a JAM of such."""
-    if config.model_type == "jam":
+    if config.model_type == MODEL_TYPE:
         return config.fusion_mode == "cross" or supports_packing(config.text_config)
-    return config.model_type in SUPPORTED_FAMILIES and config.model_type != "opt"  # OPT masks without position_ids
+    return config.model_type in FAMILIES and FAMILIES[config.model_type].keeps_documents_apart

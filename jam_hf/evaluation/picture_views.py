@@ -10,26 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import (
-    ChameleonForConditionalGeneration,
-    Emu3ForConditionalGeneration,
-    JanusForConditionalGeneration,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checkpoints.multimodal import MULTIMODAL
 from ..fusion.parents import code_ids, code_names, picture_tokens
 from ..fusion.recipe import FusionRecipe
 from ..fusion.vocabulary import differing_tokens
 from ..model.configuration_jam import JamConfig
 from ..model.modeling_jam import JamForCausalLM
-
-
-MULTIMODAL = {
-    "chameleon": ChameleonForConditionalGeneration,
-    "emu3": Emu3ForConditionalGeneration,
-    "janus": JanusForConditionalGeneration,
-}
 
 
 @dataclass(frozen=True)
@@ -96,20 +84,20 @@ def image_parent_view(
     Raises:
         ValueError: if it has another number of codes, or marks and codes cannot be found.
     """
-    kind, vocabulary = parent.config.model_type, parent.get_input_embeddings().weight.shape[0]
-    if kind not in MULTIMODAL:
+    sheet, vocabulary = MULTIMODAL.get(parent.config.model_type), parent.get_input_embeddings().weight.shape[0]
+    if sheet is None:
         return _plain_view(parent, tokenizer, jam_tokenizer, config, name, image_token_offset, recipe)
     if tokenizer is None:
         raise ValueError(f"The image parent {name} brings no tokenizer to read captions with. Pass image_tokenizer=...")
     codes = code_ids(parent.config, vocabulary, config.num_image_tokens, tokenizer, image_token_offset, name)
     marks = picture_tokens(parent.config, tokenizer, config.grid_size, name)
 
-    def chameleon_logits(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def logits_of_states(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         # The class's own forward forbids image codes; the weights do predict them.
         states = parent.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         return parent.lm_head(states)[..., codes.to(ids.device)]
 
-    def janus_logits(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def logits_of_own_head(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         is_code = (ids >= vocabulary)[..., None]
         text = parent.get_input_embeddings()(ids.clamp(max=vocabulary - 1))
         pictures = parent.prepare_embeddings_for_image_generation((ids - vocabulary).clamp(min=0))
@@ -117,8 +105,12 @@ def image_parent_view(
         outputs = parent.model.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
         return parent.model.generation_head(outputs.last_hidden_state)
 
-    logits = {"chameleon": chameleon_logits, "emu3": _plain_logits(parent, codes), "janus": janus_logits}[kind]
-    caption = _caption(tokenizer, marks.begin, begin=kind == "emu3")
+    logits = _plain_logits(parent, codes)
+    if sheet.own_code_modules:
+        logits = logits_of_own_head
+    elif sheet.forward_forbids_codes:
+        logits = logits_of_states
+    caption = _caption(tokenizer, marks.begin, begin=sheet.bos_by_processor)
     return PictureView(parent, caption, codes, marks.template(config.grid_size), logits)
 
 

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..checkpoints.multimodal import MULTIMODAL
 from ..contents import check_shards
 from ..data.readers import captions_of, read_pairs, read_texts
 from ..files import write_whole
@@ -33,7 +34,7 @@ from ..reading import read_config, read_tokenizer
 from ..version import __version__
 from .lm_eval_model import check_softmax
 from .perplexity import batches, compare_logits, padded
-from .picture_views import MULTIMODAL, PictureView, image_parent_view, jam_view, positions_of
+from .picture_views import PictureView, image_parent_view, jam_view, positions_of
 
 
 SECTION_START = "<!-- jam-hf certify: start -->"
@@ -356,8 +357,8 @@ def _load_jam(model: str | os.PathLike) -> JamForCausalLM:
 
 
 def _load_parent(source: str | os.PathLike, role: str) -> PreTrainedModel:
-    kind = _config(source, role).model_type
-    return _whole(MULTIMODAL.get(kind, AutoModelForCausalLM) if role == "image parent" else AutoModelForCausalLM, source, role)
+    sheet = MULTIMODAL.get(_config(source, role).model_type) if role == "image parent" else None
+    return _whole(AutoModelForCausalLM if sheet is None else sheet.class_of("ForConditionalGeneration"), source, role)
 
 
 def _config(source: str | os.PathLike, role: str) -> Any:

@@ -1,7 +1,8 @@
 """The classes of parents that can be fused: where each keeps its decoder, its vocabulary, its image codes and its VQ model.
 
-An explicit registry; what is not listed is refused by name. It knows checkpoints' keys and configs, not what is made of them.
-`code_ids` and `picture_tokens` need no weights, so that they serve loaded models too.
+What is known of each is on its fact sheet (model/families_jam.py, checkpoints/multimodal.py); what has none is refused by
+name. This module knows checkpoints' keys and configs, not what is made of them. `code_ids` and `picture_tokens` need no
+weights, so that they serve loaded models too.
 """
 
 from __future__ import annotations
@@ -13,16 +14,24 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from ..checkpoints.multimodal import MULTIMODAL, Multimodal
 from ..checkpoints.parent import Parent
 from ..checkpoints.tensor_files import row_blocks
+from ..model.families_jam import FAMILIES
 
-
-TEXT_PARENTS = ("llama", "mistral", "qwen2", "qwen3", "opt")
-# A plain causal LM whose vocabulary holds the codes, or one of the multimodal classes of transformers.
-IMAGE_PARENTS = (*TEXT_PARENTS, "chameleon", "emu3", "janus")
 
 # Parts of multimodal parents that a JAM does not take over: the eye of Janus, and VQ models (converted on their own).
 _OTHER_PARTS = re.compile(r"(.*\.)?(vqmodel|vision_model|aligner|visual)\..*|.*rotary_emb\.inv_freq")
+
+
+def text_parents() -> tuple[str, ...]:
+    """What a text parent may be: the model types of plain causal LMs."""
+    return tuple(family.model_type for family in FAMILIES.values() if family.text_parent)
+
+
+def image_parents() -> tuple[str, ...]:
+    """What an image parent may be: a plain causal LM whose vocabulary holds the codes, or a multimodal class."""
+    return (*text_parents(), *MULTIMODAL)
 
 
 class Decoder:
@@ -35,6 +44,7 @@ class Decoder:
     def __init__(self, parent: Parent, supported: tuple[str, ...]):
         self.parent = parent
         self.kind: str = parent.config.model_type
+        self.multimodal: Multimodal | None = MULTIMODAL.get(self.kind)
         if self.kind not in supported:
             raise ValueError(
                 f"The {parent.role} {parent.name} is of the family '{self.kind}', which is not supported here. Supported: "
@@ -144,11 +154,11 @@ class ImageCodes:
 def image_codes(decoder: Decoder, num_codes: int, offset: int | None, tokenizer: PreTrainedTokenizerBase | None) -> ImageCodes:
     """The codes of an image parent, and what else belongs to them; arguments, errors: see [`code_ids`]."""
     parent = decoder.parent
-    if decoder.kind in TEXT_PARENTS:
+    if decoder.multimodal is None:
         rows, said_by, form = plain_codes(decoder.vocab_size, num_codes, tokenizer, offset, parent.name)
         return ImageCodes(rows, said_by=said_by, form=form)
     rows = code_ids(parent.config, decoder.vocab_size, num_codes, tokenizer, offset, parent.name)
-    return _janus_codes(decoder, rows) if decoder.kind == "janus" else ImageCodes(rows)
+    return _own_codes(decoder, rows) if decoder.multimodal.own_code_modules else ImageCodes(rows)
 
 
 def code_ids(
@@ -170,23 +180,24 @@ def code_ids(
     Raises:
         ValueError: if the parent has not exactly K codes, or they lie outside its vocabulary.
     """
-    if config.model_type not in ("chameleon", "emu3", "janus"):
+    sheet = MULTIMODAL.get(config.model_type)
+    if sheet is None:
         return plain_codes(vocab_size, num_codes, tokenizer, offset, name)[0]
     if offset is not None:
         raise ValueError(
             f"image_token_offset is for plain causal LMs; {name} is a '{config.model_type}', which says itself where its codes "
             "are. Leave it out."
         )
-    if config.model_type == "janus":
+    if sheet.own_code_modules:
         ids = torch.arange(vocab_size, vocab_size + config.vq_config.num_embeddings)
     else:
-        ids = _mapped_ids(config, name)
+        ids = _mapped_ids(config, sheet, name)
     if len(ids) != num_codes:
         raise ValueError(
             f"The image parent {name} has {len(ids)} image codes, the VQ model {num_codes}. Code k must mean the same to both: "
             "use the VQ model that the parent was trained with."
         )
-    if config.model_type != "janus":
+    if not sheet.own_code_modules:
         _check_inside(ids, vocab_size, name)
     return ids
 
@@ -295,15 +306,11 @@ def _check_inside(ids: torch.LongTensor, vocab_size: int, name: str) -> None:
         )
 
 
-def _mapped_ids(config: PreTrainedConfig, name: str) -> torch.LongTensor:
-    """The codes of Chameleon and Emu3 by their names in `vocabulary_map`, as transformers reads them."""
-    from transformers.models.chameleon.modeling_chameleon import ChameleonImageVocabularyMapping
-    from transformers.models.emu3.modeling_emu3 import Emu3ImageVocabularyMapping
-
+def _mapped_ids(config: PreTrainedConfig, sheet: Multimodal, name: str) -> torch.LongTensor:
+    """The codes by their names in `vocabulary_map`, as transformers reads them (Chameleon, Emu3)."""
     if not config.vocabulary_map:
         raise ValueError(f"The config of the image parent {name} has no vocabulary_map, which says what its image codes are.")
-    mapping = {"chameleon": ChameleonImageVocabularyMapping, "emu3": Emu3ImageVocabularyMapping}[config.model_type]
-    ids: dict[int, int] = mapping(config.vocabulary_map).img2bpe
+    ids: dict[int, int] = sheet.class_of("ImageVocabularyMapping")(config.vocabulary_map).img2bpe
     if sorted(ids) != list(range(len(ids))):
         missing = sorted(set(range(max(ids, default=-1) + 1)) - set(ids))
         raise ValueError(f"The vocabulary_map of the image parent {name} lacks {len(missing)} codes, e.g. {missing[:3]}.")
@@ -311,7 +318,7 @@ def _mapped_ids(config: PreTrainedConfig, name: str) -> torch.LongTensor:
 
 
 @torch.no_grad()
-def _janus_codes(decoder: Decoder, rows: torch.LongTensor) -> ImageCodes:
+def _own_codes(decoder: Decoder, rows: torch.LongTensor) -> ImageCodes:
     """Janus embeds codes by an embedding and an aligner of its own, which fold into rows: `aligner(embedding[code])`.
 
     Its head is an MLP, which does not: it stays a module.
@@ -362,37 +369,36 @@ def picture_tokens(
     Raises:
         ValueError: if a token that its class needs cannot be found; the message says what to pass.
     """
-    kind = config.model_type
+    sheet = MULTIMODAL.get(config.model_type)
     ids: dict[str, int] = dict(getattr(config, "vocabulary_map", None) or {})
     if tokenizer is not None:
         ids |= tokenizer.get_vocab()
+    if sheet is None:
+        return PictureTokens(ids.get("<break>"))
 
-    def find(attribute: str, *usual: str) -> int:
+    def find(attribute: str, usual: str) -> int:
         said = getattr(tokenizer, attribute, None) if tokenizer is not None else None
-        for token in (said, *usual):
+        for token in (said, usual):
             if token in ids:
                 return ids[token]
         raise ValueError(
-            f"The image parent {name} ('{kind}') marks pictures by a token ({attribute}, usually {' or '.join(usual)}) that "
+            f"The image parent {name} ('{sheet.model_type}') marks pictures by a token ({attribute}, usually {usual}) that "
             "its tokenizer does not have. Pass its own tokenizer: image_tokenizer=..."
         )
 
-    if kind == "chameleon":
-        return PictureTokens(find("boi_token", "<racm3:break>"), find("eoi_token", "<eoss>"))
-    if kind == "janus":
-        return PictureTokens(find("boi_token", "<begin_of_image>"), find("eoi_token", "<end_of_image>"))
-    if kind == "emu3":
+    size: list[int] = []
+    if sheet.size_form is not None:
         if tokenizer is None:
             raise ValueError(
                 f"The image parent {name} writes the size of a picture in tokens before it, and brings no tokenizer to say "
                 "which. Pass image_tokenizer=..."
             )
-        size = tokenizer.encode(f"{grid_size}*{grid_size}", add_special_tokens=False)
-        return PictureTokens(
-            begin=find("boi_token", "<|image start|>"),
-            end=find("eoi_token", "<|image end|>"),
-            prefix=(*size, find("image_wrapper_token", "<|image token|>")),
-            row_end=find("eol_token", "<|extra_200|>"),
-            suffix=(find("eof_token", "<|extra_201|>"),),
-        )
-    return PictureTokens(ids.get("<break>"))
+        size = tokenizer.encode(sheet.size_form.format(grid_size, grid_size), add_special_tokens=False)
+    found = {role: find(*token) for role, token in sheet.marks.items()}
+    return PictureTokens(
+        begin=found["begin"],
+        end=found["end"],
+        prefix=(*size, *([found["prefix"]] if "prefix" in found else [])),
+        row_end=found.get("row_end"),
+        suffix=(found["suffix"],) if "suffix" in found else (),
+    )

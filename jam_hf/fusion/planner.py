@@ -26,7 +26,7 @@ from ..model.modeling_jam_vq import JamVQModel
 from . import chat_templates, tables
 from .generation_defaults import one_or_list, said_stop_ids, stop_ids, text_sampling
 from .parent_tokenizers import asks_otherwise, check_saved, limit_length, read_parent_tokenizer
-from .parents import IMAGE_PARENTS, TEXT_PARENTS, Decoder, image_codes, picture_tokens
+from .parents import Decoder, image_codes, image_parents, picture_tokens, text_parents
 from .plan import FusionPlan, preserved
 from .recipe import FusionRecipe
 from .shapes import check_parents, jam_config
@@ -83,8 +83,8 @@ def plan_fusion(
     except ValueError as error:
         raise ValueError(f"max_shard_size must be a size such as '2GB', got {recipe.max_shard_size!r}.") from error
     warnings: list[str] = []
-    text = Decoder(Parent(text_model, "text parent", recipe.text_revision, headers_only), TEXT_PARENTS)
-    image = Decoder(Parent(image_model, "image parent", recipe.image_revision, headers_only), IMAGE_PARENTS)
+    text = Decoder(Parent(text_model, "text parent", recipe.text_revision, headers_only), text_parents())
+    image = Decoder(Parent(image_model, "image parent", recipe.image_revision, headers_only), image_parents())
     check_parents(text, image, mode, init)
     vq, vq_warnings = vq_model_of(vq_model, image, recipe.image_size, config_only=headers_only)
     warnings += vq_warnings
@@ -92,13 +92,14 @@ def plan_fusion(
         image.parent, None if vq_model is None else vq.config, vq.config.sample_size
     )
     warnings += processing_warnings
-    shared = image.kind in TEXT_PARENTS and text.vocab_size == image.vocab_size
+    shared = image.multimodal is None and text.vocab_size == image.vocab_size
     if tokenizer is None and _lacks_tokenizer(text.parent):
         marks = (recipe.break_token, recipe.image_token, recipe.mask_token, recipe.mask_end_token) if shared else ()
         tokenizer = stand_in_tokenizer(text.parent.config, text.vocab_size, marks)
         warnings.append(_STAND_IN.format("text parent"))
     if image_tokenizer is None and _lacks_tokenizer(image.parent) and not shared:
-        marks = ("<begin_of_image>", "<end_of_image>") if image.kind == "janus" else ()
+        sheet = image.multimodal  # without a vocabulary_map, the config names no token
+        marks = [usual for _, usual in sheet.marks.values()] if sheet is not None and sheet.own_code_modules else ()
         image_tokenizer = stand_in_tokenizer(image.parent.config, image.vocab_size, marks)
         warnings.append(_STAND_IN.format("image parent"))
     tokenizer = _tokenizer(tokenizer, text.parent, recipe.tokenizer_reading)
@@ -217,7 +218,7 @@ def _vocabulary(
     recipe: FusionRecipe,
 ) -> Vocabulary:
     names = TokenNames(recipe.break_token, recipe.image_token, recipe.mask_token, recipe.mask_end_token)
-    plain = image.kind in TEXT_PARENTS
+    plain = image.multimodal is None
     same_size = text.vocab_size == image.vocab_size
     if plain and same_size and (image_tokenizer is None or not differing_tokens(tokenizer, image_tokenizer)):
         if recipe.special_tokens:

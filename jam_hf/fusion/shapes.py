@@ -9,12 +9,11 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from ..model.configuration_jam import LEARNED_POSITIONS, JamConfig, JamVQConfig
+from ..model.configuration_jam import JamConfig
+from ..model.configuration_jam_vq import JamVQConfig
+from ..model.families_jam import embedding_size_of, family_of, head_dim_of, key_value_heads_of
 from .parents import Decoder
 
-
-# Families whose layers compute the same from the same weights, by the name of the first.
-_SAME_ARITHMETIC = {"llama": "llama", "mistral": "llama", "emu3_text_model": "llama"}
 
 # Every field of a decoder's config is one of three. DECIDED: the JAM's own (ids, rows), or settled elsewhere with both parents
 # in view. IDLE: it changes no weights' arithmetic (training, outputs, the file). All others, also those that a later
@@ -59,25 +58,18 @@ _WITHOUT_FIELD = {"attention_bias": False, "mlp_bias": False, "sliding_window": 
 # Rotations that do not depend on how far the model was meant to read.
 _ROTATIONS_OF_ANY_LENGTH = ("default", "linear", "llama3")
 
-# Sizes that JAM-Width adds up [P] (hidden size, FFN) [A] (heads).
-_ADDED_BY_WIDTH = {
-    "opt": ("hidden_size", "ffn_dim", "num_attention_heads", "word_embed_proj_dim"),
-    "rotary": ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
-}
-
 
 def shape_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """All that must agree for one decoder to stand for both parents: every field of the config but `DECIDED` and `IDLE`."""
-    family = config.model_type
+    family = family_of(config)
     found = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     found = {name: value for name, value in found.items() if name not in DECIDED | IDLE}
-    found["family"] = _SAME_ARITHMETIC.get(family, family)
-    if family in LEARNED_POSITIONS:
+    found["family"] = family.computes_like or family.model_type
+    if family.learned_positions:
         return {**found, "max_position_embeddings": config.max_position_embeddings}
-    heads = config.num_attention_heads
     found = {name: getattr(config, name, value) for name, value in _WITHOUT_FIELD.items()} | found
-    found["num_key_value_heads"] = config.num_key_value_heads or heads
-    found["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // heads
+    found["num_key_value_heads"] = key_value_heads_of(config)
+    found["head_dim"] = head_dim_of(config)
     for name in ("attention_bias", "mlp_bias"):
         found[name] = bool(found[name])
     found["layer_types"] = list(found["layer_types"] or []) if found["sliding_window"] else []
@@ -94,25 +86,22 @@ def check_parents(text: Decoder, image: Decoder, mode: str, init: str) -> None:
         if init == "paper":
             _check_one_embedding(text, image)
         return
-    if image.kind == "chameleon":
+    if family_of(image.config).decoder is None:
         raise ValueError(
-            f"The image parent {image.parent.name} is a Chameleon, whose layers no text parent has: it fuses as 'cross' only, "
-            f"not as '{mode}'."
+            f"The image parent {image.parent.name} is a {image.multimodal.prefix}, whose layers no text parent has: it "
+            f"fuses as 'cross' only, not as '{mode}'."
         )
     ours, theirs = shape_fields(text.config), shape_fields(image.config)
     free: set[str] = set()
     hint = "Fuse them as 'cross', which takes any sizes and depths."
     if mode == "width":
         hint = "Width needs equal depth and head size, and for unequal sizes init='block_diagonal'; 'cross' takes any."
-        if init == "block_diagonal" and ours["family"] == theirs["family"] != "opt":
-            free = {"hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"}
-            ours["heads per key/value head"] = ours["num_attention_heads"] / ours["num_key_value_heads"]
-            theirs["heads per key/value head"] = theirs["num_attention_heads"] / theirs["num_key_value_heads"]
-        elif init == "block_diagonal" and ours["family"] == theirs["family"]:
-            free = {"hidden_size", "ffn_dim", "num_attention_heads", "word_embed_proj_dim"}
+        if init == "block_diagonal" and ours["family"] == theirs["family"]:
+            free = set(family_of(text.config).added_by_width)
             for config, fields in ((text.config, ours), (image.config, theirs)):
-                fields["head_dim"] = config.hidden_size // config.num_attention_heads
-                fields["projected embeddings"] = config.word_embed_proj_dim != config.hidden_size
+                fields["head_dim"] = head_dim_of(config)
+                fields["heads per key/value head"] = config.num_attention_heads / key_value_heads_of(config)
+                fields["projected embeddings"] = embedding_size_of(config) != config.hidden_size
     names = {"family"} if ours["family"] != theirs["family"] else (set(ours) | set(theirs)) - free
     differing = sorted(name for name in names if ours.get(name) != theirs.get(name))
     if differing:
@@ -128,8 +117,8 @@ def _check_one_embedding(text: Decoder, image: Decoder) -> None:
     ours, theirs = (
         {
             "hidden_size": d.config.hidden_size,
-            "size of an embedding": getattr(d.config, "word_embed_proj_dim", d.config.hidden_size),
-            "positions": "learned" if d.config.model_type in LEARNED_POSITIONS else "rotary",
+            "size of an embedding": embedding_size_of(d.config),
+            "positions": "learned" if family_of(d.config).learned_positions else "rotary",
         }
         for d in (text, image)
     )
@@ -171,7 +160,7 @@ def jam_config(
                 f"The text parent {text.parent.name} and the image parent {image.parent.name} cannot be fused as 'width', the "
                 f"decoder of both sizes together is none of the family '{text_config.model_type}': {error}"
             ) from error
-    elif text_config.model_type != "opt":
+    elif not family_of(text_config).learned_positions:
         text_config.max_position_embeddings = min(text_config.max_position_embeddings, image_config.max_position_embeddings)
     return JamConfig(fusion_mode=mode, text_config=text_config, vq_config=vq, tie_word_embeddings=tied, **settings)
 
@@ -196,12 +185,11 @@ def _forget_origin(config: PreTrainedConfig) -> None:
 
 def _widened(text: PreTrainedConfig, image: PreTrainedConfig) -> PreTrainedConfig:
     """The config of a decoder of both hidden sizes, heads and FFNs together (JAM-Width); the head size stays."""
-    rotary = text.model_type != "opt"
-    if rotary:
+    family = family_of(text)
+    if not family.learned_positions:
         for config in (text, image):
-            config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            config.num_key_value_heads = config.num_key_value_heads or config.num_attention_heads
+            config.head_dim, config.num_key_value_heads = head_dim_of(config), key_value_heads_of(config)
         text.max_position_embeddings = min(text.max_position_embeddings, image.max_position_embeddings)
-    for name in _ADDED_BY_WIDTH["rotary" if rotary else "opt"]:
+    for name in family.added_by_width:
         setattr(text, name, getattr(text, name) + getattr(image, name))
     return type(text).from_dict(text.to_dict())

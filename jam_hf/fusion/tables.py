@@ -17,6 +17,7 @@ from ..checkpoints.parent import Parent
 from ..checkpoints.plan import Band, RowSource, TensorPlan
 from ..checkpoints.tensor_files import TensorSpec
 from ..model.configuration_jam import JamConfig
+from ..model.families_jam import family_of
 from . import inits
 from .parents import Decoder, ImageCodes
 from .sources import Combined, Constant, Noise, ParentRows, VocabularyRows
@@ -168,8 +169,9 @@ def _width_block(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec
     )
 
 
-def _width_table(init: str) -> list[Rule]:
+def _width_table(init: str, config: JamConfig) -> list[Rule]:
     columns = "the parents side by side on the hidden dimension"
+    of_all_heads = [name for name, what in family_of(config.text_config).attention.items() if what == "norm of heads"]
     return [
         _VQ,
         _OWN_HEAD,
@@ -177,7 +179,10 @@ def _width_table(init: str) -> list[Rule]:
         Rule(_DECODER + r"embed_tokens\.weight", columns, _width_vocabulary),
         Rule(_DECODER + r"(?P<rest>embed_positions\.weight)", columns, _width_beside),
         # One norm serves all heads of a layer, so both parents' cannot stand side by side (ours [R]).
-        Rule(_DECODER + r"(?P<rest>.*\.[qk]_norm\.weight)", "mean of the parents: one norm for all heads", _mean),
+        *(
+            Rule(_DECODER + rf"(?P<rest>.*\.{name}\.weight)", "mean of the parents: one norm for all heads", _mean)
+            for name in of_all_heads
+        ),
         Rule(_DECODER + r"(?P<rest>.*norm\.weight)", "the parents one after the other", _width_behind),
         Rule(_DECODER + r"(?P<rest>.*\.bias)", "the parents one after the other", _width_behind),
         Rule(_DECODER + r"(?P<rest>.*\.weight)", f"block rule '{init}' of the parents", partial(_width_block, init=init)),
@@ -279,7 +284,7 @@ def table(mode: str, init: str, config: JamConfig) -> list[Rule]:
     if mode == "uniform":
         return _uniform_table()
     if mode == "width":
-        return _width_table(init)
+        return _width_table(init, config)
     return _cross_table(init, config)
 
 

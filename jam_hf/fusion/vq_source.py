@@ -9,12 +9,9 @@ from typing import Any
 from ..contents import check_shards
 from ..conversion.vq import vq_model_from
 from ..files import read_json
-from ..model.configuration_jam import JamVQConfig
+from ..model.configuration_jam_vq import JamVQConfig
 from ..model.modeling_jam_vq import JamVQModel
 from .parents import Decoder
-
-
-_HAVE_VQ = ("chameleon", "emu3", "janus")
 
 
 def vq_model_of(source: Any, image: Decoder, image_size: int | None, config_only: bool = False) -> tuple[JamVQModel, list[str]]:
@@ -58,12 +55,12 @@ def vq_model_of(source: Any, image: Decoder, image_size: int | None, config_only
 
 
 def _parents_own(image: Decoder, image_size: int | None) -> tuple[JamVQModel, list[str]]:
-    if image.kind not in _HAVE_VQ:
+    if image.multimodal is None:
         raise ValueError(
             "vq_model is missing: a JAM carries the image tokenizer that made its image parent's codes, and this parent brings "
             "none. Pass the folder of a JamVQModel (vq_model=..., --vq); `jam-hf convert-vq` makes one of others."
         )
-    if image.kind == "emu3" and image_size is None:
+    if image.multimodal.size_form is not None and image_size is None:
         raise ValueError(
             f"The VQ model of the image parent {image.parent.name} takes pictures of any size, and a JAM's have one: "
             "image_size=512, say (--image-size 512)."

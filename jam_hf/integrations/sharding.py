@@ -7,10 +7,13 @@ parallel plan: transformers' pipelines pass one hidden state from process to pro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard
+
+from ..model.families_jam import family_of, key_value_heads_of
 
 
 # Split by heads: each process computes its own heads, and `rowwise` sums what they add. A norm that all heads share (Qwen3) is
@@ -26,24 +29,8 @@ _WHOLE = dict.fromkeys(("query", "key", "value"), "colwise_gather_output") | {
     "norm of heads": "replicate",
 }
 
-_PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
-_LLAMA_ATTENTION = {f"self_attn.{name}": role for role, name in _PROJECTIONS.items()}
-_ATTENTION = {
-    "llama": _LLAMA_ATTENTION,
-    "mistral": _LLAMA_ATTENTION,
-    "qwen2": _LLAMA_ATTENTION,
-    "qwen3": _LLAMA_ATTENTION | {"self_attn.q_norm": "norm of heads", "self_attn.k_norm": "norm of heads"},
-    "opt": {f"self_attn.{name}": role for role, name in (_PROJECTIONS | {"output": "out_proj"}).items()},
-    "chameleon": _LLAMA_ATTENTION,  # its norms have weights for each head, and are whole as all heads are
-    "emu3_text_model": _LLAMA_ATTENTION,
-}
-_GATED = {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
-_FEED_FORWARD = dict.fromkeys(_ATTENTION, _GATED) | {"opt": {"fc1": "colwise", "fc2": "rowwise"}}
-_CROSS_ATTENTION = {f"cross_attn.{name}": role for role, name in _PROJECTIONS.items()}
-_CROSS_FEED_FORWARD = _FEED_FORWARD | {"opt": {"mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}}
-# OPTAttention and ChameleonAttention reshape to all of their heads, whatever came: a slice of them would be read as a slice of
-# the positions.
-_COUNTS_ALL_HEADS = ("opt", "chameleon")
+_CROSS_ATTENTION = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
+_PLAIN_FEED_FORWARD = {"mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}  # JamFeedForward
 
 
 def splits_by_heads(config: Any, processes: int = 1) -> bool:
@@ -52,8 +39,7 @@ def splits_by_heads(config: Any, processes: int = 1) -> bool:
     All are, or none: transformers sizes static caches by one rule for all layers.
     """
     return all(
-        stream.model_type not in _COUNTS_ALL_HEADS
-        and (getattr(stream, "num_key_value_heads", None) or stream.num_attention_heads) % processes == 0
+        not family_of(stream).counts_all_heads and key_value_heads_of(stream) % processes == 0
         for stream in config.decoder_configs
     )
 
@@ -65,22 +51,22 @@ def tensor_parallel_plan(config: Any, processes: int = 1) -> dict[str, str]:
     by the vocabulary, as a head tied to it must be. Norms, OPT's positions and projections, and the VQ model are whole in
     every process.
     """
-    attention = _BY_HEADS if splits_by_heads(config, processes) else _WHOLE
+    styles = _BY_HEADS if splits_by_heads(config, processes) else _WHOLE
     layers = "language_model.layers.*."
     plan = {"language_model.embed_tokens": "embedding_rowwise"}
 
-    def add(prefix: str, names: dict[str, str], feed_forward: dict[str, str]) -> None:
-        plan.update({f"{prefix}{name}": attention[role] for name, role in names.items()})
+    def add(prefix: str, attention: str, names: Mapping[str, str], feed_forward: Mapping[str, str]) -> None:
+        plan.update({f"{prefix}{attention}.{name}": styles[role] for name, role in names.items()})
         plan.update({f"{prefix}{name}": style for name, style in feed_forward.items()})
 
     if config.fusion_mode != "cross":
-        family = config.text_config.model_type
-        add(layers, _ATTENTION[family], _FEED_FORWARD[family])
+        family = family_of(config.text_config)
+        add(layers, "self_attn", family.attention, family.feed_forward_split)
         return plan
-    for stream, stream_config in (("text", config.text_config), ("image", config.image_config)):
-        family = stream_config.model_type
-        add(f"{layers}{stream}_layer.", _ATTENTION[family], _FEED_FORWARD[family])
-        add(f"{layers}{stream}_cross.", _CROSS_ATTENTION, _CROSS_FEED_FORWARD[family])
+    for stream, family in (("text", family_of(config.text_config)), ("image", family_of(config.image_config))):
+        add(f"{layers}{stream}_layer.", "self_attn", family.attention, family.feed_forward_split)
+        split = family.feed_forward_split if family.feed_forward is not None else _PLAIN_FEED_FORWARD
+        add(f"{layers}{stream}_cross.", "cross_attn", _CROSS_ATTENTION, split)
     if config.cross_form == "paper":
         plan["language_model.output_projection"] = "colwise_gather_output"
     return plan

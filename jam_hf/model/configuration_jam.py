@@ -3,7 +3,7 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific
 # language governing permissions and limitations under the License.
-"""Configuration of a JAM and of its VQ image tokenizer: the one home of every id, of the grid and of the shapes.
+"""Configuration of a JAM: the one home of every id, of the grid and of the shapes.
 
 It knows numbers only: nothing here builds a module or reads a file. Everything that can be derived is derived here, and
 everything that can contradict is checked here, when the config is built.
@@ -20,24 +20,14 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .class_names_jam import MODEL_TYPE
+from .configuration_jam_vq import JamVQConfig
+from .families_jam import FAMILIES, attention_type, embedding_size_of, family_of, head_dim_of, key_value_heads_of
 from .package_jam import PackageFunction, tell
-from .remote_code_jam import AUTO_MAP, VQ_AUTO_MAP
+from .remote_code_jam import AUTO_MAP, add_auto_map
 
 
 FUSION_MODES = ("uniform", "width", "cross")
 CROSS_FORMS = ("preserving", "paper")
-# The explicit registry of decoder families; modeling_jam_families.py holds their modules. Families that scale their
-# embeddings, cap their logits or have other kinds of layers would be silently wrong here, so what is not listed is refused.
-SUPPORTED_FAMILIES = ("llama", "opt", "mistral", "qwen2", "qwen3", "chameleon", "emu3_text_model")
-# Those whose positions are a learned table, added to the embedding; all others rotate queries and keys.
-LEARNED_POSITIONS = ("opt",)
-# Those whose decoder transformers has not without a VQ model inside: one stream of a cross JAM, but no decoder by itself.
-STREAM_ONLY_FAMILIES = ("chameleon",)
-# Those that say layer by layer, in `layer_types`, whether a window slides; Mistral says it for all layers at once.
-LAYERWISE_WINDOWS = ("qwen2", "qwen3")
-# The VQ classes of transformers that JamVQModel runs where diffusers has none for the weights, by their configs' `model_type`.
-VQVAE_CLASSES = {"janus_vqgan": "janus", "emu3_vqgan": "emu3"}
-
 # Read from, and written to, the decoders' own configs: they are the home of these numbers.
 _DELEGATED = (
     "vocab_size",
@@ -48,169 +38,6 @@ _DELEGATED = (
     "max_position_embeddings",
     "use_cache",
 )
-
-
-@strict
-class JamVQConfig(PreTrainedConfig):
-    r"""Arguments of [`diffusers.VQModel`], the image tokenizer inside a JAM, or the config of the class that is in its place.
-
-    Args:
-        sample_size (`int`, *optional*): side of a picture in pixels; pictures are square. Where `None`: 256; with a Janus
-            `vqvae_config`, what its `num_patches` says; with an Emu3 one it must be given.
-        num_vq_embeddings (`int`, defaults to 8192): number of codes in the codebook (paper: 8192).
-        block_out_channels (`list[int]`): channels per level; each level but the last halves the resolution.
-        vq_embed_dim (`int`, *optional*): size of a codebook vector, `latent_channels` where `None`.
-        has_decoder (`bool`, defaults to `True`): `False` for a tokenizer that can only encode (transformers' Chameleon).
-        vqvae_config (`JanusVQVAEConfig`, `Emu3VQVAEConfig` or `dict`, *optional*): the transformers class to run instead of
-            `diffusers.VQModel`. Channels, depth and codebook are then read from it.
-        codebook_l2_norm (`bool`, defaults to `False`): with a Janus `vqvae_config`, normalise latents and codebook before the
-            nearest code is searched, as LlamaGen does (transformers' class does not).
-        image_processing (`dict`, *optional*): how pictures become `pixel_values`, as arguments of [`JamImageProcessor`] that
-            differ from its own: `resample`, `image_mean`, `image_std`, `rescale_factor`, `size`, `letterbox`, ... What the
-            codes were learned from; `fuse` and `convert_vq` read it off the image parent.
-
-        The remaining arguments have the meaning that diffusers gives them. The defaults are our reconstruction of the
-        paper's tokenizer (Gafni et al. 2022: 256x256 pixels to 32x32 codes out of 8192); its weights are not public.
-    """
-
-    model_type = "jam_vq"
-    base_config_key = "vq_config"
-    sub_configs_defaults = {"vqvae_config": SubConfigSpec(config_class=AutoConfig, model_type="janus_vqgan", optional=True)}
-
-    in_channels: int = 3
-    out_channels: int = 3
-    down_block_types: list[str] | tuple[str, ...] | None = None
-    up_block_types: list[str] | tuple[str, ...] | None = None
-    block_out_channels: list[int] | tuple[int, ...] = (128, 128, 256, 512)
-    layers_per_block: int = 2
-    act_fn: str = "silu"
-    latent_channels: int = 256
-    sample_size: int | None = None
-    num_vq_embeddings: int = 8192
-    norm_num_groups: int = 32
-    vq_embed_dim: int | None = None
-    norm_type: str = "group"
-    mid_block_add_attention: bool = True
-    has_decoder: bool = True
-    vqvae_config: dict | PreTrainedConfig | None = None
-    codebook_l2_norm: bool = False
-    image_processing: dict | None = None
-
-    def __post_init__(self, **kwargs):
-        if isinstance(self.vqvae_config, dict) and "model_type" not in self.vqvae_config:
-            raise ValueError(f"JamVQConfig: `vqvae_config` must say its `model_type`, one of {', '.join(VQVAE_CLASSES)}.")
-        super().__post_init__(**kwargs)
-        if self.vqvae_config is not None:
-            self._follow_vqvae_config()
-        if self.codebook_l2_norm and self.vq_class != "janus":
-            raise ValueError(
-                "JamVQConfig: `codebook_l2_norm` is for a Janus `vqvae_config`: its decoder normalises, the others' do not."
-            )
-        if self.sample_size is None:
-            self.sample_size = 256
-        levels = len(self.block_out_channels)
-        if self.down_block_types is None:
-            self.down_block_types = ["DownEncoderBlock2D"] * levels
-        if self.up_block_types is None:
-            self.up_block_types = ["UpDecoderBlock2D"] * levels
-        for name in ("down_block_types", "up_block_types"):
-            if len(getattr(self, name)) != levels:
-                raise ValueError(
-                    f"JamVQConfig: `{name}` must have one entry per level of `block_out_channels` ({levels}), "
-                    f"got {len(getattr(self, name))}."
-                )
-        if self.num_vq_embeddings < 2:
-            raise ValueError(f"JamVQConfig: `num_vq_embeddings` must be at least 2, got {self.num_vq_embeddings}.")
-        if self.sample_size < self.downsampling_factor or self.sample_size % self.downsampling_factor:
-            raise ValueError(
-                f"JamVQConfig: `sample_size` ({self.sample_size}) must be a multiple of the downsampling factor "
-                f"{self.downsampling_factor} (= 2 ** (levels - 1), {levels} levels in `block_out_channels`)."
-            )
-
-    def _follow_vqvae_config(self) -> None:
-        """Read from `vqvae_config` what the two have in common, and check what they could contradict each other in."""
-        inner = self.vqvae_config
-        if inner.model_type not in VQVAE_CLASSES:
-            raise ValueError(
-                f"JamVQConfig: `vqvae_config` is a '{inner.model_type}'; supported: {', '.join(map(repr, VQVAE_CLASSES))}."
-            )
-        if inner.double_latent or not self.has_decoder:
-            raise ValueError("JamVQConfig: with a `vqvae_config`, `double_latent` must be False and `has_decoder` True.")
-        common = {
-            "in_channels": inner.in_channels,
-            "out_channels": inner.out_channels,
-            "block_out_channels": [inner.base_channels * multiplier for multiplier in inner.channel_multiplier],
-            "layers_per_block": inner.num_res_blocks,
-            "latent_channels": inner.latent_channels,
-            "vq_embed_dim": inner.embed_dim,
-            "num_vq_embeddings": inner.num_embeddings if self.vq_class == "janus" else inner.codebook_size,
-        }
-        for name, value in common.items():
-            given, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-            given = list(given) if isinstance(given, tuple) and given != default else given
-            if given not in (default, value):
-                raise ValueError(f"JamVQConfig: `{name}` is {given}, but `vqvae_config` says {value}. Leave it out.")
-            setattr(self, name, value)
-        if self.vq_class == "emu3":
-            frames = inner.temporal_downsample_factor
-            if frames < 1 or frames & (frames - 1):
-                raise ValueError(f"JamVQConfig: `temporal_downsample_factor` must be a power of two, got {frames}.")
-            if self.sample_size is None:
-                raise ValueError("JamVQConfig: Emu3's VQ model takes pictures of any size; say which: sample_size=...")
-            return
-        expected = inner.num_patches * self.downsampling_factor
-        if self.sample_size is not None and self.sample_size != expected:
-            raise ValueError(
-                f"JamVQConfig: `sample_size` is {self.sample_size}, but `vqvae_config.num_patches` {inner.num_patches} means "
-                f"{expected} pixels. Change one of them."
-            )
-        self.sample_size = expected
-
-    @property
-    def vq_class(self) -> str:
-        """Whose class runs the weights: "diffusers", "janus" or "emu3"."""
-        return "diffusers" if self.vqvae_config is None else VQVAE_CLASSES[self.vqvae_config.model_type]
-
-    @property
-    def pixel_range(self) -> tuple[float, float]:
-        """The least and the largest of `pixel_values`: [-1, 1], and what `image_processing` makes of 0 and 255 where more."""
-        said = self.image_processing or {}
-        white = 255 * said.get("rescale_factor", 1 / 255)
-        means, stds = said.get("image_mean", [0.5] * 3), said.get("image_std", [0.5] * 3)
-        if not said.get("do_normalize", True):
-            means, stds = [0.0], [1.0]
-        ends = [(value - mean) / std for value in (0, white) for mean, std in zip(means, stds)]
-        return min(-1.0, *ends), max(1.0, *ends)
-
-    @property
-    def downsampling_factor(self) -> int:
-        """Pixels per code along one side."""
-        return 2 ** (len(self.block_out_channels) - 1)
-
-    @property
-    def grid_size(self) -> int:
-        """Codes per side of a picture."""
-        return self.sample_size // self.downsampling_factor
-
-    @property
-    def image_seq_length(self) -> int:
-        """Codes in one picture (N = grid_size ** 2)."""
-        return self.grid_size**2
-
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As in `PreTrainedConfig`; the folder carries the code that it needs (remote_code_jam.py)."""
-        _add_auto_map(self, VQ_AUTO_MAP)
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-
-    def diffusers_kwargs(self) -> dict[str, Any]:
-        """The keyword arguments for `diffusers.VQModel(...)`."""
-        names = (
-            "in_channels out_channels down_block_types up_block_types block_out_channels layers_per_block act_fn "
-            "latent_channels sample_size num_vq_embeddings norm_num_groups vq_embed_dim norm_type "
-            "mid_block_add_attention"
-        ).split()
-        values = {name: getattr(self, name) for name in names}
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 @strict
@@ -316,7 +143,7 @@ class JamConfig(PreTrainedConfig):
             )
         super().__post_init__(**kwargs)
         self._check_family("text_config")
-        if self.fusion_mode != "cross" and self.text_config.model_type in STREAM_ONLY_FAMILIES:
+        if self.fusion_mode != "cross" and family_of(self.text_config).decoder is None:
             raise ValueError(
                 f"JamConfig: a JAM of fusion_mode='{self.fusion_mode}' is one stock decoder, and transformers has that of the "
                 f"family '{self.text_config.model_type}' only together with a VQ model. Use fusion_mode='cross', where it can "
@@ -342,7 +169,7 @@ class JamConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As in `PreTrainedConfig`; the folder carries the code that it needs (remote_code_jam.py)."""
-        _add_auto_map(self, AUTO_MAP)
+        add_auto_map(self, AUTO_MAP)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         tell("carry_on", self, save_directory)
 
@@ -371,10 +198,10 @@ class JamConfig(PreTrainedConfig):
     def _check_family(self, name: str) -> None:
         config = getattr(self, name)
         family = config.model_type
-        if family not in SUPPORTED_FAMILIES:
+        if family not in FAMILIES:
             raise ValueError(
                 f"JamConfig: `{name}` is of the family '{family}', which JAM does not support yet. Supported families: "
-                f"{', '.join(SUPPORTED_FAMILIES)}. (Others may scale embeddings, cap logits or mix kinds of attention; fusing "
+                f"{', '.join(FAMILIES)}. (Others may scale embeddings, cap logits or mix kinds of attention; fusing "
                 "them unseen would give a wrong model, not an error.)"
             )
         # `layer_types` may say what the stock decoder does not do; a cache, which goes by it, would then hold too little.
@@ -400,14 +227,14 @@ class JamConfig(PreTrainedConfig):
                 f"JamConfig: in cross mode both streams need the same `vocab_size`, got {text.vocab_size} in text_config and "
                 f"{image.vocab_size} in image_config."
             )
-        for size in (self._embedding_size, lambda config: config.hidden_size):  # OPT's may differ
+        for size in (embedding_size_of, lambda config: config.hidden_size):  # OPT's may differ
             if self.cross_form == "paper" and size(text) != size(image):
                 raise ValueError(
                     "JamConfig: cross_form='paper' feeds both streams from one embedding, so both need the same hidden size, "
                     f"got {size(text)} in text_config and {size(image)} in image_config. "
                     "Use cross_form='preserving' for streams of different widths."
                 )
-        learned = [config.model_type in LEARNED_POSITIONS for config in (text, image)]
+        learned = [family_of(config).learned_positions for config in (text, image)]
         if self.cross_form == "paper" and learned[0] != learned[1]:
             kinds = ["learned" if is_learned else "rotary" for is_learned in learned]
             raise ValueError(
@@ -542,10 +369,6 @@ class JamConfig(PreTrainedConfig):
 
     # ----- derived ----------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _embedding_size(config: PreTrainedConfig) -> int:
-        return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
-
     @property
     def decoder_configs(self) -> list[PreTrainedConfig]:
         """Text and, in cross, image: the configs of the decoders that this JAM is made of."""
@@ -555,8 +378,8 @@ class JamConfig(PreTrainedConfig):
     def embedding_sizes(self) -> tuple[int, ...]:
         """Widths of the parts of one row of the input embedding: one, or text and image in the preserving cross form."""
         if self.fusion_mode == "cross" and self.cross_form == "preserving":
-            return self._embedding_size(self.text_config), self._embedding_size(self.image_config)
-        return (self._embedding_size(self.text_config),)
+            return embedding_size_of(self.text_config), embedding_size_of(self.image_config)
+        return (embedding_size_of(self.text_config),)
 
     @property
     def num_image_tokens(self) -> int:
@@ -761,14 +584,6 @@ class JamConfig(PreTrainedConfig):
         return self
 
 
-def attention_type(config: PreTrainedConfig, depth: int) -> str:
-    """ "sliding_attention" or "full_attention": what the stock decoder of this config does in the layer of this depth."""
-    if config.model_type in LAYERWISE_WINDOWS:
-        return config.layer_types[depth]
-    slides = config.model_type == "mistral" and config.sliding_window is not None
-    return "sliding_attention" if slides else "full_attention"
-
-
 def _without_window(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config, or a shallow copy of it without its sliding window where it has one."""
     if getattr(config, "sliding_window", None) is None:
@@ -790,22 +605,16 @@ def _pairs_by_position(text: int, image: int) -> list[list[int]]:
     return pairs if text == shallow else [pair[::-1] for pair in pairs]
 
 
-def _add_auto_map(config: PreTrainedConfig, auto_map: dict[str, str]) -> None:
-    """Entries that are there already, those of a subclass say, stay."""
-    config.auto_map = {**auto_map, **(getattr(config, "auto_map", None) or {})}
-
-
 def _delegate(name: str) -> property:
     """A property that reads the text config's value and writes every decoder's."""
 
     def read(self: "JamConfig") -> Any:
         if name == "head_dim":
-            config = self.text_config
-            return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            return head_dim_of(self.text_config)
         if name == "max_position_embeddings":  # both streams read every token
             return min(config.max_position_embeddings for config in self.decoder_configs)
         if name == "num_key_value_heads":
-            return getattr(self.text_config, name, None) or self.text_config.num_attention_heads
+            return key_value_heads_of(self.text_config)
         return getattr(self.text_config, name)
 
     def write(self: "JamConfig", value: Any) -> None:
@@ -820,7 +629,6 @@ for _name in _DELEGATED:
 
 # transformers copies the code files beside what it saves of classes that say so.
 JamConfig.register_for_auto_class()
-JamVQConfig.register_for_auto_class()
 
 
-__all__ = ["JamConfig", "JamVQConfig", "attention_type"]
+__all__ = ["JamConfig", "JamVQConfig"]

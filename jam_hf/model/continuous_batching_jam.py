@@ -20,8 +20,8 @@ from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
 from .call_settings_jam import document_rules, end_ids
-from .configuration_jam import LEARNED_POSITIONS
 from .continuous_settings_jam import check_model, check_rotation, check_settings, sized
+from .families_jam import family_of
 from .grammar_jam import DocumentRules, PictureGrammar, PictureState, as_ids
 from .padded_batches_jam import generate_padded
 
@@ -223,7 +223,7 @@ def _budget(settings: Any, config: Any, input_ids: list[int], max_new_tokens: in
         budget = operator.index(budget)
     except TypeError as error:
         raise ValueError(f"max_new_tokens must be a whole number, got {budget!r}.") from error
-    learned = any(decoder.model_type in LEARNED_POSITIONS for decoder in config.decoder_configs)
+    learned = any(family_of(decoder).learned_positions for decoder in config.decoder_configs)
     if budget < 1 or (learned and len(input_ids) + budget - 1 > positions):  # the last id is not read
         raise ValueError(
             f"A prompt of {len(input_ids)} ids leaves no room to write {max(budget, 1)}: max_new_tokens="

@@ -15,6 +15,7 @@ import torch
 from transformers import ContinuousBatchingConfig
 
 from .call_settings_jam import CALL_SETTINGS, GUIDANCE_SETTINGS, LAYOUT_SETTINGS, MODALITY_SETTINGS
+from .families_jam import head_dim_of, key_value_heads_of
 from .rotation_jam import one_rotation
 
 
@@ -108,8 +109,7 @@ def check_model(config: JamConfig) -> None:
 
 
 def _heads(decoder: Any) -> tuple[int, int]:
-    count = getattr(decoder, "num_key_value_heads", None) or decoder.num_attention_heads
-    return count, getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
+    return key_value_heads_of(decoder), head_dim_of(decoder)
 
 
 def check_rotation(config: JamConfig, longest: int) -> None:

@@ -25,7 +25,7 @@ from .remote_code_jam import AUTO_MAP  # noqa: F401  (its file brings all the ot
 
 
 if TYPE_CHECKING:
-    from .configuration_jam import JamVQConfig
+    from .configuration_jam_vq import JamVQConfig
 
 
 class JamImageProcessorKwargs(ImagesKwargs, total=False):

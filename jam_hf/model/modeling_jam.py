@@ -28,10 +28,10 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging, to
 from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
 
 from .configuration_jam import JamConfig
+from .families_jam import FAMILIES, family_of
 from .generation_jam import JamGenerationMixin
 from .grammar_jam import PictureGrammar, as_ids
 from .modeling_jam_cross import JamCrossDecoder, JamModelOutputWithPast, JamPreTrainedModel
-from .modeling_jam_families import FAMILIES, family_of
 from .modeling_jam_vq import JamVQModel
 from .package_jam import from_package
 from .trainer_jam import teach_trainers
@@ -51,7 +51,8 @@ class JamModel(JamPreTrainedModel):
         if config.fusion_mode == "cross":
             self.language_model = JamCrossDecoder(config)
         else:
-            self.language_model = family_of(config.text_config).decoder(config.text_config)
+            family = family_of(config.text_config)
+            self.language_model = family.class_of(family.decoder)(config.text_config)
         self.vq_model = JamVQModel(config.vq_config)
         self.vq_model.requires_grad_(False)
         self.post_init()

@@ -30,8 +30,17 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_jam import JamConfig, attention_type
-from .modeling_jam_families import family_of, masks_by_type, sliding_cache_index, states_of
+from .configuration_jam import JamConfig
+from .families_jam import attention_type, head_dim_of, key_value_heads_of
+from .modeling_jam_families import (
+    make_feed_forward,
+    make_layer,
+    make_norm,
+    make_stem,
+    masks_by_type,
+    sliding_cache_index,
+    states_of,
+)
 from .package_jam import from_package, tell
 
 
@@ -86,8 +95,7 @@ class JamCrossAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        num_key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.head_dim, num_key_value_heads = head_dim_of(config), key_value_heads_of(config)
         self.num_key_value_groups = config.num_attention_heads // num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
@@ -139,12 +147,11 @@ class JamCrossBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: PreTrainedConfig, key_value_size: int, layer_idx: int, zero_init: bool):
         super().__init__()
-        family = family_of(config)
         output_class = ZeroInitLinear if zero_init else nn.Linear
-        self.cross_attn_layer_norm = family.norm(config)
+        self.cross_attn_layer_norm = make_norm(config)
         self.cross_attn = JamCrossAttention(config, key_value_size, layer_idx, output_class)
-        self.final_layer_norm = family.norm(config)
-        self.mlp = family.feed_forward(config)
+        self.final_layer_norm = make_norm(config)
+        self.mlp = make_feed_forward(config)
         self.mlp.down_proj = output_class(self.mlp.down_proj.in_features, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor, key_value_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -171,11 +178,11 @@ class JamCrossDecoderLayer(nn.Module):
         self.text_attention_type = self.image_attention_type = "full_attention"
         if "text_layer" in places:
             layer = config.text_layer_depths.index(depth)
-            self.text_layer = family_of(text).make_layer(text, layer, places["text_layer"])
+            self.text_layer = make_layer(text, layer, places["text_layer"])
             self.text_attention_type = attention_type(text, layer)
         if "image_layer" in places:
             layer = config.image_layer_depths.index(depth)
-            self.image_layer = family_of(image).make_layer(image, layer, places["image_layer"])
+            self.image_layer = make_layer(image, layer, places["image_layer"])
             self.image_attention_type = attention_type(image, layer)
         if "text_cross" in places:
             zero_init = config.cross_form == "preserving"
@@ -320,16 +327,15 @@ class JamCrossDecoder(JamPreTrainedModel):
         # One row holds the text stream's embedding and, in the preserving form, the image stream's beside it.
         self.embed_tokens = nn.Embedding(config.vocab_size, sum(config.embedding_sizes), config.pad_token_id)
         stems = {
-            "text_stem": family_of(text).stem(text, has_final_norm=True, has_positions=True),
-            "image_stem": family_of(image).stem(image, has_final_norm=not paper, has_positions=not paper),
+            "text_stem": make_stem(text, has_final_norm=True, has_positions=True),
+            "image_stem": make_stem(image, has_final_norm=not paper, has_positions=not paper),
         }
-        first = {"text_stem": family_of(text).stem_first, "image_stem": family_of(image).stem_first}
         # A device map fills device after device in the order of registration.
-        for name in (name for name in stems if first[name]):
+        for name in (name for name, stem in stems.items() if stem.stands_first):
             self.add_module(name, stems[name])
         # trf-ignore: TRF034 (the four parts of a depth are checkpointing layers; its own checkpoint would compute them twice)
         self.layers = nn.ModuleList([JamCrossDecoderLayer(config, depth) for depth in range(config.num_hidden_layers)])
-        for name in (name for name in stems if not first[name]):
+        for name in (name for name, stem in stems.items() if not stem.stands_first):
             self.add_module(name, stems[name])
         self.output_projection = (
             JamOutputProjection(text.hidden_size + image.hidden_size, text.hidden_size, bias=False) if paper else None

@@ -3,51 +3,25 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
 # "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific
 # language governing permissions and limitations under the License.
-"""The registry of decoder families: what JAM takes from each stock transformers decoder, and what differs between them.
+"""The modules that a JAM takes from each stock transformers decoder: layers, norms, FFNs, and what surrounds the layers.
 
-It knows the stock modules and their names; it does not know how two streams are mixed (modeling_jam_cross.py). A family is
-added here, to `SUPPORTED_FAMILIES` (and what stands beside it) and to the plans of sharding_jam.py; nothing is guessed from a
-config by duck typing.
+What differs between families is read off their fact sheets (families_jam.py). How two streams are mixed is not known here
+(modeling_jam_cross.py).
 
 Shape suffixes: B batch, T new positions, D hidden size, E embedding size (= D but for OPT's `word_embed_proj_dim`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, LlamaModel, MistralModel, PreTrainedConfig, Qwen2Model, Qwen3Model
+from transformers import Cache, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.models.chameleon.modeling_chameleon import (
-    ChameleonDecoderLayer,
-    ChameleonMLP,
-    ChameleonRMSNorm,
-    ChameleonRotaryEmbedding,
-    ChameleonSwinDecoderLayer,
-)
-from transformers.models.emu3.modeling_emu3 import (
-    Emu3DecoderLayer,
-    Emu3MLP,
-    Emu3RMSNorm,
-    Emu3RotaryEmbedding,
-    Emu3TextModel,
-)
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.models.mistral.modeling_mistral import (
-    MistralDecoderLayer,
-    MistralMLP,
-    MistralRMSNorm,
-    MistralRotaryEmbedding,
-)
-from transformers.models.opt.modeling_opt import OPTDecoder, OPTDecoderLayer, OPTLearnedPositionalEmbedding
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm, Qwen2RotaryEmbedding
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
-from .configuration_jam import attention_type
+from .families_jam import attention_type, family_of
 
 
 class JamFeedForward(nn.Module):
@@ -66,11 +40,14 @@ class JamFeedForward(nn.Module):
 class RotaryStem(nn.Module):
     """What a decoder with rotary positions does before its first and after its last layer, under the family's own names."""
 
+    # Whether its weights stand before the layers, as in the stock decoder; a device map goes by that order.
+    stands_first = False
+
     def __init__(self, config: PreTrainedConfig, has_final_norm: bool, has_positions: bool):
         super().__init__()
         family = family_of(config)
-        self.rotary_emb = family.rotary(config=config)
-        self.norm = family.norm(config) if has_final_norm else None
+        self.rotary_emb = family.class_of(family.rotary)(config=config)
+        self.norm = make_norm(config) if has_final_norm else None
 
     def position_ids(self, inputs_embeds: torch.Tensor, attention_mask: Any, past_key_values: Cache | None) -> torch.LongTensor:
         """`[1, T]`: counted from the start of the row, as the stock decoders do."""
@@ -90,13 +67,16 @@ class RotaryStem(nn.Module):
 class OPTStem(nn.Module):
     """What an OPT decoder does before its first and after its last layer, under OPT's own parameter names."""
 
+    stands_first = True
+
     def __init__(self, config: PreTrainedConfig, has_final_norm: bool, has_positions: bool):
         super().__init__()
         self.embed_positions = None
         self.project_in = self.project_out = self.final_layer_norm = None
         projected = config.word_embed_proj_dim != config.hidden_size
         if has_positions:
-            self.embed_positions = OPTLearnedPositionalEmbedding(config.max_position_embeddings, config.hidden_size)
+            table = family_of(config).class_of("LearnedPositionalEmbedding")
+            self.embed_positions = table(config.max_position_embeddings, config.hidden_size)
             if projected:
                 self.project_in = nn.Linear(config.word_embed_proj_dim, config.hidden_size, bias=False)
         if has_final_norm:
@@ -132,91 +112,40 @@ class OPTStem(nn.Module):
         return hidden_BTD if self.project_out is None else self.project_out(hidden_BTD)
 
 
-@dataclass(frozen=True)
-class Family:
-    """Stock classes of one family.
-
-    decoder: the whole decoder (uniform, width); None where transformers has none by itself. layer: one layer of it (cross).
-    swin_layer: the same where the config says `swin_norm`. stem: what surrounds the layers (cross). rotary: its rotary
-        embedding. norm_class, feed_forward_class: the classes behind `norm` and `feed_forward`; None: OPT's, which has neither.
-    decoder_path: where the decoder sits in a checkpoint of the parent's causal LM.
-    stem_first: whether the stem's weights stand before the layers or behind them, as in the stock decoder; a device map goes
-        by that order.
-    """
-
-    decoder: type | None
-    layer: type
-    stem: type
-    decoder_path: str
-    stem_first: bool
-    rotary: type | None = None
-    norm_class: type | None = None
-    feed_forward_class: type | None = None
-    swin_layer: type | None = None
-
-    def make_layer(self, config: PreTrainedConfig, depth: int, cache_index: int) -> nn.Module:
-        """The stock layer of this depth; its attention is the `cache_index`-th of the JAM's cache."""
-        # CODEPATH: Chameleon-30B has swin norms, Chameleon-7B and the other families have none.
-        layer_class = self.swin_layer if self.swin_layer is not None and config.swin_norm else self.layer
-        layer = layer_class(config, layer_idx=depth)  # the stock layer looks up by its depth whether it slides
-        layer.self_attn.layer_idx = cache_index
-        return layer
-
-    def norm(self, config: PreTrainedConfig) -> nn.Module:
-        if self.norm_class is None:
-            return nn.LayerNorm(config.hidden_size, elementwise_affine=config.layer_norm_elementwise_affine, bias=False)
-        return self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
-
-    def feed_forward(self, config: PreTrainedConfig) -> nn.Module:
-        if self.feed_forward_class is None:
-            return JamFeedForward(config.hidden_size, config.ffn_dim, config.activation_function)
-        feed_forward = self.feed_forward_class(config)
-        for projection in (feed_forward.gate_proj, feed_forward.up_proj, feed_forward.down_proj):
-            projection.bias = None  # cross blocks have no biases, whatever the parent's `mlp_bias`
-        return feed_forward
+def make_stem(config: PreTrainedConfig, has_final_norm: bool, has_positions: bool) -> RotaryStem | OPTStem:
+    """What surrounds the layers of a stream."""
+    stem_class = OPTStem if family_of(config).learned_positions else RotaryStem
+    return stem_class(config, has_final_norm, has_positions)
 
 
-def _rotary_family(
-    decoder: type | None, layer: type, rotary: type, norm: type, feed_forward: type, swin_layer: type | None = None
-) -> Family:
-    return Family(
-        decoder=decoder,
-        layer=layer,
-        stem=RotaryStem,
-        decoder_path="model.",
-        stem_first=False,
-        rotary=rotary,
-        norm_class=norm,
-        feed_forward_class=feed_forward,
-        swin_layer=swin_layer,
-    )
+def make_layer(config: PreTrainedConfig, depth: int, cache_index: int) -> nn.Module:
+    """The stock layer of this depth; its attention is the `cache_index`-th of the JAM's cache."""
+    family = family_of(config)
+    # CODEPATH: Chameleon-30B has swin norms, Chameleon-7B and the other families have none.
+    role = family.swin_layer if family.swin_layer is not None and config.swin_norm else family.layer
+    layer = family.class_of(role)(config, layer_idx=depth)  # the stock layer looks up by its depth whether it slides
+    layer.self_attn.layer_idx = cache_index
+    return layer
 
 
-FAMILIES: dict[str, Family] = {
-    "llama": _rotary_family(LlamaModel, LlamaDecoderLayer, LlamaRotaryEmbedding, LlamaRMSNorm, LlamaMLP),
-    "mistral": _rotary_family(MistralModel, MistralDecoderLayer, MistralRotaryEmbedding, MistralRMSNorm, MistralMLP),
-    "qwen2": _rotary_family(Qwen2Model, Qwen2DecoderLayer, Qwen2RotaryEmbedding, Qwen2RMSNorm, Qwen2MLP),
-    "qwen3": _rotary_family(Qwen3Model, Qwen3DecoderLayer, Qwen3RotaryEmbedding, Qwen3RMSNorm, Qwen3MLP),
-    "opt": Family(OPTDecoder, OPTDecoderLayer, OPTStem, "model.decoder.", stem_first=True),
-    "chameleon": _rotary_family(
-        None,  # ChameleonModel has the decoder's modules, and a VQ model of its own among them
-        ChameleonDecoderLayer,
-        ChameleonRotaryEmbedding,
-        ChameleonRMSNorm,
-        ChameleonMLP,
-        swin_layer=ChameleonSwinDecoderLayer,
-    ),
-    "emu3_text_model": _rotary_family(Emu3TextModel, Emu3DecoderLayer, Emu3RotaryEmbedding, Emu3RMSNorm, Emu3MLP),
-}
+def make_norm(config: PreTrainedConfig) -> nn.Module:
+    """The family's norm over the hidden size."""
+    family = family_of(config)
+    if family.norm is None:
+        return nn.LayerNorm(config.hidden_size, elementwise_affine=config.layer_norm_elementwise_affine, bias=False)
+    return family.class_of(family.norm)(config.hidden_size, eps=config.rms_norm_eps)
 
 
-def family_of(config: PreTrainedConfig) -> Family:
-    """The family of a decoder's config. Raises `ValueError` for one that is not registered."""
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"JAM does not support decoders of the family '{config.model_type}'; supported: {', '.join(FAMILIES)}."
-        )
-    return FAMILIES[config.model_type]
+def make_feed_forward(config: PreTrainedConfig) -> nn.Module:
+    """The family's FFN as a cross block has it, without biases."""
+    family = family_of(config)
+    if family.feed_forward is None:
+        return JamFeedForward(config.hidden_size, config.ffn_dim, config.activation_function)
+    feed_forward = family.class_of(family.feed_forward)(config)
+    for projection in feed_forward.children():
+        if isinstance(projection, nn.Linear):
+            projection.bias = None  # whatever the parent's `mlp_bias`
+    return feed_forward
 
 
 def sliding_cache_index(config: PreTrainedConfig, layers: list[nn.Module]) -> int | None:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import torch_compilable_check
 
-from .configuration_jam import JamVQConfig
+from .configuration_jam_vq import JamVQConfig
 from .modeling_jam_vq_classes import VQ_CLASSES, JamVQLinear, init_vq_weights
 
 

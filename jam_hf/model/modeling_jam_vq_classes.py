@@ -22,7 +22,7 @@ from torch import nn
 from transformers import Emu3VQVAE, JanusVQVAE, PreTrainedModel
 from transformers import initialization as init
 
-from .configuration_jam import JamVQConfig
+from .configuration_jam_vq import JamVQConfig
 
 
 try:

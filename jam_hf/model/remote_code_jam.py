@@ -4,7 +4,7 @@ Every folder that a JAM, its config or its processor is saved to carries the cod
 `from_pretrained(..., trust_remote_code=True)` finds them. It knows names only: no class is imported here.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
@@ -27,9 +27,14 @@ AUTO_MAP = {
     "AutoProcessor": "processing_jam.JamProcessor",
 }
 VQ_AUTO_MAP = {
-    "AutoConfig": "configuration_jam.JamVQConfig",
+    "AutoConfig": "configuration_jam_vq.JamVQConfig",
     "AutoModel": "modeling_jam_vq.JamVQModel",
 }
 
 
-__all__ = ["AUTO_MAP", "VQ_AUTO_MAP"]
+def add_auto_map(config: Any, auto_map: dict[str, str]) -> None:
+    """Entries that are there already, those of a subclass say, stay."""
+    config.auto_map = {**auto_map, **(getattr(config, "auto_map", None) or {})}
+
+
+__all__ = ["AUTO_MAP", "VQ_AUTO_MAP", "add_auto_map"]

@@ -24,7 +24,7 @@ from ..data.cm3 import CM3Settings
 from ..data.collator import JamDataCollator, supports_packing
 from ..data.sequences import mix_datasets
 from ..files import read_json, whole_folder, write_whole
-from ..model.configuration_jam import JamVQConfig
+from ..model.configuration_jam_vq import JamVQConfig
 from ..model.modeling_jam import JamForCausalLM
 from ..model.modeling_jam_vq import JamVQModel
 from ..model.processing_jam import JamProcessor

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from ..model.configuration_jam import JamConfig
+from ..model.families_jam import FAMILIES
 from ..model.modeling_jam import JamModel
 
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-# The linear layers inside a decoder layer, a cross block or a stem, in every supported family.
-_LINEAR = r"(?:\w+_proj|fc1|fc2|project_in|project_out)"
+# The linear layers inside a decoder layer, a cross block or a stem, in every family.
+_LINEAR = "(?:" + "|".join(sorted(set().union(*(family.linear_layers for family in FAMILIES.values())))) + ")"
 _LAYERS = r"(?:.*\.)?language_model\.layers\.\d+\."
 
 # Full names of the adapted modules, as regular expressions. The names are those of recipes.FREEZE_PRESETS where both mean the

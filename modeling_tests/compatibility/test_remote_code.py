@@ -203,7 +203,7 @@ def test_whatever_is_saved_carries_all_the_code(fused, tmp_path, what):
 def test_a_vq_model_alone_is_found_by_its_auto_map(fused, tmp_path, tokenizer):
     JamForCausalLM.from_pretrained(fused("llama", "cross", "preserving")).model.vq_model.save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    assert auto_map == {"AutoConfig": "configuration_jam.JamVQConfig", "AutoModel": "modeling_jam_vq.JamVQModel"}
+    assert auto_map == {"AutoConfig": "configuration_jam_vq.JamVQConfig", "AutoModel": "modeling_jam_vq.JamVQModel"}
     vq = JamVQModel.from_pretrained(tmp_path)
     text, image = (parent_model("llama", len(tokenizer), seed) for seed in (1, 2))
     folder = jam_hf.fuse(text, image, "uniform", tmp_path / "jam", vq_model=vq, tokenizer=tokenizer)

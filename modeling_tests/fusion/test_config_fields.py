@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from jam_hf import JamForCausalLM, fuse
 from jam_hf.fusion.fuse import plan_fusion
 from jam_hf.fusion.shapes import DECIDED, IDLE, shape_fields
-from jam_hf.model.configuration_jam import SUPPORTED_FAMILIES
+from jam_hf.model.families_jam import FAMILIES
 
 
 # What is compared, and another value that the field may have.
@@ -45,7 +45,7 @@ COMPARED = {
 _NO_FIELDS = {"_attn_implementation", "rope_theta", "vq_config", "layer_types", "to_dict", "name_or_path"}
 
 
-@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_field_is_compared_decided_or_idle(family):
     """Where this fails for a field, transformers has got a new one: say in shapes.py, or in `COMPARED`, which it is."""
     config_class = CONFIG_MAPPING[family]
@@ -68,7 +68,7 @@ def test_every_field_is_compared_decided_or_idle(family):
     assert read <= fields | _NO_FIELDS | set(COMPARED) | set(dir(PreTrainedConfig)), read - fields
 
 
-@pytest.mark.parametrize("family", [family for family in SUPPORTED_FAMILIES if family != "chameleon"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "chameleon"])
 def test_each_compared_field_makes_a_difference(family):
     settings = {"num_attention_heads": 4, "hidden_size": 32, "num_hidden_layers": 2}
     config_class = CONFIG_MAPPING[family]
