@@ -42,6 +42,7 @@ compatibility: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python modeling_tests/model_lint.py
 
 format: $(VENV)/.installed

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -47,7 +48,7 @@ def new_name(old: str) -> str | None:
     return f"{OLD_MODULES[folder]}.{name}" if folder in OLD_MODULES else None
 
 
-class _OldModules:
+class _OldModules(Loader):
     """An importer of old names alone. Nothing is imported before somebody asks for one."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
@@ -57,7 +58,7 @@ class _OldModules:
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        sys.modules[module.__name__] = importlib.import_module(new_name(module.__name__))
+        sys.modules[module.__name__] = importlib.import_module(str(new_name(module.__name__)))
 
 
 def serve_old_names() -> None:

@@ -199,7 +199,7 @@ def folder_lock(output_dir: str | os.PathLike) -> Iterator[BinaryIO]:
     partial, note = _unfinished(target)
     with _explained(output_dir):
         target.parent.mkdir(parents=True, exist_ok=True)
-        file = _locked(note, wait=False)
+        file = _try_locked(note)
     if file is None:
         raise _busy(output_dir, note)
     with file:
@@ -210,22 +210,23 @@ def folder_lock(output_dir: str | os.PathLike) -> Iterator[BinaryIO]:
                 portable.remove_locked(note, file)
 
 
-def _locked(path: Path, wait: bool) -> BinaryIO | None:
-    """The file at `path`, open and locked; None where it is another run's and we do not `wait`."""
+def _try_locked(path: Path) -> BinaryIO | None:
+    """The file at `path`, open and locked; None where it is another run's."""
     while True:
-        file = path.open("a+b")
-        try:
-            if wait:
-                portable.lock(file)
-            elif not portable.try_lock(file):
-                file.close()
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(path.open("a+b"))
+            if not portable.try_lock(file):
                 return None
             if portable.is_still(path, file):
+                stack.pop_all()
                 return file
-        except BaseException:
-            file.close()
-            raise
-        file.close()
+
+
+def _locked(path: Path) -> BinaryIO:
+    """As `_try_locked`, once the other run has done with it."""
+    while (file := _try_locked(path)) is None:
+        pass
+    return file
 
 
 def _busy(output_dir: str | os.PathLike, note: Path) -> FileExistsError:
@@ -334,7 +335,7 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
     path = Path(path)
     aside = path.with_name(f".{path.name}.partial")  # one name, so that what a killed run left is gone with the next
     note = path.with_name(f".{path.name}.lock")
-    with naming(path), _locked(note, wait=True) as lock:
+    with naming(path), _locked(note) as lock:
         try:
             with aside.open("wb") as file:
                 file.write(text.encode())

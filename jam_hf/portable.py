@@ -22,13 +22,11 @@ BINARY = getattr(os, "O_BINARY", 0)  # else Windows turns line ends into its own
 _PLACES = threading.Lock()
 
 
-def lock(file: BinaryIO) -> None:
-    """Wait for the system's lock on an open file. It is free when the file is closed, or who holds it is killed."""
-    lock_descriptor(file.fileno(), poll_interval=0.01)
-
-
 def try_lock(file: BinaryIO) -> bool:
-    """Whether the lock is ours now. Who only looks whether it is free holds it for a moment, so that once is not enough."""
+    """Whether the system's lock on an open file is ours now. It is free when the file is closed, or who holds it is killed.
+
+    Who only looks whether it is free holds it for a moment, so that it is tried for some hundredths of a second.
+    """
     for _ in range(5):
         if lock_descriptor(file.fileno(), blocking=False):
             return True

@@ -84,7 +84,7 @@ def carried(config: Any, text: str) -> str:
 def record(model: Any, what: str, **facts: Any) -> None:
     """Note in the config of a fused JAM what was done with its weights since; it stands in every card from now on."""
     config = getattr(model, "config", None)
-    if not getattr(config, "provenance", None):
+    if config is None or not getattr(config, "provenance", None):
         return
     history = [entry for entry in config.provenance.get("history") or [] if not entry.get("session")]
     config.provenance = {**config.provenance, "history": [*history, {"what": what, **facts}]}
@@ -164,7 +164,7 @@ def _completing(method: Any) -> Any:
             carry_on(config, folder)
         return result
 
-    complete.carries_on_a_jam = True
+    complete.carries_on_a_jam = True  # type: ignore[attr-defined]
     return complete
 
 

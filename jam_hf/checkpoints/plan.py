@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -50,7 +51,7 @@ class TensorPlan:
         start = 0
         for band in self.bands:
             for first, last in row_blocks(self.spec, band.rows):
-                yield start + first, last - first, lambda band=band, first=first, last=last: _make(band, first, last)
+                yield start + first, last - first, partial(_make, band, first, last)
             start += band.rows
 
     def tensor(self) -> torch.Tensor:

@@ -167,7 +167,7 @@ class TensorFile:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def __del__(self):
+    def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
             self.close()
 

@@ -78,4 +78,4 @@ def run(args: argparse.Namespace) -> None:
     else:
         print(plan.describe(tensors=False), file=sys.stderr)
         path = run_fusion(plan, args.output, args.overwrite)
-        print(f"fused: {path} (recipe {plan.digest[:16]})")
+        print(f"fused: {path} (recipe {str(plan.digest)[:16]})")

@@ -221,8 +221,9 @@ def find_files(source: str | os.PathLike | Iterable[str | os.PathLike]) -> list[
             f"These are files of several checkpoints: {', '.join(file.name for file in files)}. Give those of one: a "
             "consolidated file, or all of its model parts."
         )
-    ordered = sorted(files, key=lambda file: int(parts[file]["part"]))
-    numbers = [int(parts[file]["part"]) for file in ordered]
+    number_of = {file: int(match["part"]) for file, match in parts.items() if match}
+    ordered = sorted(files, key=number_of.__getitem__)
+    numbers = [number_of[file] for file in ordered]
     if numbers != list(range(len(numbers))):
         raise ValueError(f"Model parts are missing or double: found {numbers}, expected 0 to {max(numbers)} once each.")
     return ordered

@@ -70,7 +70,7 @@ def rename(key: str, table: Table, back: bool = False) -> str:
     for row in reversed(table) if back else table:
         ours, theirs = row[::-1] if back else row
         pattern = re.escape(ours).replace(r"\{\}", r"(\d+)")
-        key = re.sub(pattern, lambda match, place=theirs: place.format(*match.groups()), key)
+        key = re.sub(pattern, lambda match, place=theirs: str(place).format(*match.groups()), key)  # type: ignore[misc]
     return key
 
 

@@ -52,6 +52,7 @@ def _pictures_of_chats(chats: list[list[Any]], image_token: str, beside: Any, ty
     nested = beside is not None and any(entry is None or isinstance(entry, (list, tuple)) for entry in beside)
     if nested and len(beside) != len(chats):
         raise ValueError(f"images has {len(beside)} list(s) of pictures for {len(chats)} chat(s); expected one for each.")
+    stocks: list[Any]
     if nested:
         stocks = [list(entry) if isinstance(entry, (list, tuple)) else [entry] * (entry is not None) for entry in beside]
     else:
@@ -90,7 +91,7 @@ def _plain_part(part: Any) -> Any:
     return part
 
 
-def _parts(chat: Sequence[Any]) -> Iterator[tuple[int, str | dict[str, Any]]]:
+def _parts(chat: Sequence[Any]) -> Iterator[tuple[int, Any]]:
     """The texts and parts of a chat in reading order, with the number of their message."""
     for index, message in enumerate(chat):
         content = message.get("content") if isinstance(message, dict) else None
@@ -99,7 +100,7 @@ def _parts(chat: Sequence[Any]) -> Iterator[tuple[int, str | dict[str, Any]]]:
                 yield index, part
 
 
-def chat_pictures(chat: Sequence[Any], image_token: str, beside: list[Any] | None, typed: bool = True) -> list[Any]:
+def chat_pictures(chat: Sequence[Any], image_token: str, beside: Any, typed: bool = True) -> list[Any]:
     """The pictures of a chat in reading order: those that its parts name, and in the other places those passed beside it.
 
     Args:
@@ -138,7 +139,7 @@ def _as_texts(chat: Sequence[Any], image_token: str) -> list[Any] | None:
     for message in chat:
         content = message.get("content")
         if isinstance(content, list):
-            written = [
+            written: list[Any] = [
                 image_token if isinstance(part, dict) and part.get("type") == "image" else (part or {}).get("text")
                 for part in (part if isinstance(part, dict) else None for part in content)
             ]

@@ -128,7 +128,7 @@ class JamDataCollator:
         )
 
     def _mask(self, index: int, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        if self.cm3_probability < 1 and rng.random() >= self.cm3_probability:
+        if self.cm3 is None or self.cm3_probability < 1 and rng.random() >= self.cm3_probability:
             return ids
         try:
             return cm3(ids, self.cm3, rng, self.max_length)

@@ -78,8 +78,8 @@ def read_pairs(folder: str | os.PathLike, max_documents: int | None = None) -> S
                 f"{', '.join(dataset.column_names)}. Expected the columns image and text."
             )
         _check_pictures(dataset, folder)
-        pairs = dataset.select_columns(["image", "text"])
-        pairs = pairs.select(range(min(len(pairs), max_documents or len(pairs))))
+        number = min(len(dataset), max_documents or len(dataset))
+        pairs = dataset.select_columns(["image", "text"]).select(range(number))
         bad = next((i for i, text in enumerate(captions_of(pairs)) if not isinstance(text, str)), None)
         if bad is not None:
             raise ValueError(f"Row {bad} of the dataset '{folder}' has no text. Expected a caption for each picture.")
@@ -112,7 +112,7 @@ def _check_pictures(dataset: Any, folder: Path) -> None:
         )
 
 
-def captions_of(pairs: Sequence[dict[str, Any]]) -> list[str]:
+def captions_of(pairs: Any) -> list[str]:
     """All captions; no picture is opened for it."""
     return [row["text"] for row in pairs] if isinstance(pairs, list) else list(pairs["text"])
 

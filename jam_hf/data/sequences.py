@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -78,9 +78,11 @@ def encode_documents(
             *(_text_and_images(row, tokenizer, marks.placeholder, start + index) for index, row in enumerate(rows))
         )
         flat = [picture for row in pictures for picture in row]
-        if flat and encode_images is None:
-            raise ValueError("The documents have pictures; pass encode_images to turn them into codes.")
-        codes = iter(_laid_out(encode_images(flat), len(flat), marks) if flat else ())
+        codes: Iterator[np.ndarray] = iter(())
+        if flat:
+            if encode_images is None:
+                raise ValueError("The documents have pictures; pass encode_images to turn them into codes.")
+            codes = iter(_laid_out(encode_images(flat), len(flat), marks))
         encoded = tokenizer(list(texts), add_special_tokens=True)["input_ids"]
         for index, (ids, row) in enumerate(zip(encoded, pictures)):
             ids = np.asarray(ids, dtype=np.int64)

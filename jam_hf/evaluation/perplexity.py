@@ -190,10 +190,10 @@ def divergence(
         targets = ids[:, 1:]
         places = (mask[:, 1:].bool() & (targets >= first) & (targets < last)).nonzero(as_tuple=True)
         with rotated_alone(parent), rotated_alone(fusion):
-            logits = [
+            theirs, ours = (
                 model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
                 for model in (parent, fusion)
-            ]
-        total += float(compare_logits(*logits, places, places, targets[places] - first, slice(first, last))[0])
+            )
+        total += float(compare_logits(theirs, ours, places, places, targets[places] - first, slice(first, last))[0])
         count += len(places[0])
     return total / max(count, 1)

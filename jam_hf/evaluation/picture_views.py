@@ -167,8 +167,8 @@ def _plain_view(
         return known[string]
 
     caption = _caption(tokenizer, own(config.break_token_id))
-    template = [token if token < 0 else own(token) for token in template]
-    return PictureView(parent, caption, codes, template, _plain_logits(parent, codes))
+    theirs = [token if token < 0 else own(token) for token in template]
+    return PictureView(parent, caption, codes, theirs, _plain_logits(parent, codes))
 
 
 def _plain_logits(model: PreTrainedModel, codes: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -178,7 +178,7 @@ def _plain_logits(model: PreTrainedModel, codes: torch.Tensor) -> Callable[[torc
     return code_logits
 
 
-def _caption(tokenizer: PreTrainedTokenizerBase, mark: int, begin: bool = False) -> Callable[[str], list[int]]:
+def _caption(tokenizer: PreTrainedTokenizerBase, mark: int | None, begin: bool = False) -> Callable[[str], list[int]]:
     """Caption to ids, `mark` behind it. begin: the tokenizer leaves the begin of the document to its processor."""
 
     def encode(caption: str) -> list[int]:

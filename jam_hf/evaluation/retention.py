@@ -192,10 +192,10 @@ def certify(
     processor = JamProcessor.from_pretrained(model, trust_remote_code=False)
     text = image = None
     if text_parent is not None:
-        names = public_name(text_parent), public_name(texts)
+        names = public_name(text_parent), public_name(str(texts))
         text = _measure_texts(jam, processor.tokenizer, text_parent, documents, names, batch_size, max_tokens, device, softmax)
     if image_parent is not None:
-        names = public_name(image_parent), public_name(pairs)
+        names = public_name(image_parent), public_name(str(pairs))
         parent = _load_parent(image_parent, "image parent").to(device)
         theirs = image_parent_view(
             parent,

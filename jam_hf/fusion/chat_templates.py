@@ -61,7 +61,10 @@ _CHATS = (
 
 _TOOL = {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}}
 # Tools and documents for named templates that are about them, and refuse to be without.
-_SURROUNDINGS = ({}, {"tools": [{"type": "function", "function": _TOOL}], "documents": [{"title": "Hats", "text": "A hat."}]})
+_SURROUNDINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"tools": [{"type": "function", "function": _TOOL}], "documents": [{"title": "Hats", "text": "A hat."}]},
+)
 
 
 def with_pictures(template: Any, image_token: str = "<image>") -> Any:

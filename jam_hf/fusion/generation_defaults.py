@@ -45,7 +45,7 @@ def generation_config_of(parent: Parent) -> GenerationConfig:
 
 def as_ids(value: int | Collection[int] | None) -> list[int]:
     """`eos_token_id`, which may be one, several or None, as a list without repetitions."""
-    ids = [] if value is None else list(value) if isinstance(value, (list, tuple, set)) else [value]
+    ids: list[Any] = list(value) if isinstance(value, (list, tuple, set)) else [value]
     return list(dict.fromkeys(i for i in ids if i is not None))
 
 

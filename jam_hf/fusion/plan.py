@@ -179,9 +179,9 @@ def describe(plan: FusionPlan, tensors: bool = True) -> str:
     return "\n".join(lines)
 
 
-def _grouped(plan: FusionPlan) -> dict[str, object]:
+def _grouped(plan: FusionPlan) -> dict[str, TensorPlan]:
     """One of each tensor that differs by its layer's number alone; the VQ model's are left out."""
-    found: dict[str, tuple[str, object]] = {}
+    found: dict[str, tuple[str, TensorPlan]] = {}
     for key, tensor in plan.tensors.items():
         if key.startswith("model.vq_model."):
             continue

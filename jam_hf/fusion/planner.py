@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -94,7 +95,9 @@ def plan_fusion(
     warnings += processing_warnings
     shared = image.multimodal is None and text.vocab_size == image.vocab_size
     if tokenizer is None and _lacks_tokenizer(text.parent):
-        marks = (recipe.break_token, recipe.image_token, recipe.mask_token, recipe.mask_end_token) if shared else ()
+        marks: Sequence[str] = (
+            (recipe.break_token, recipe.image_token, recipe.mask_token, recipe.mask_end_token) if shared else ()
+        )
         tokenizer = stand_in_tokenizer(text.parent.config, text.vocab_size, marks)
         warnings.append(_STAND_IN.format("text parent"))
     if image_tokenizer is None and _lacks_tokenizer(image.parent) and not shared:

@@ -54,7 +54,7 @@ IDLE = frozenset(
     }
 )
 # What a family computes that has no such field; some (Emu3's) read it all the same.
-_WITHOUT_FIELD = {"attention_bias": False, "mlp_bias": False, "sliding_window": None, "layer_types": []}
+_WITHOUT_FIELD: dict[str, Any] = {"attention_bias": False, "mlp_bias": False, "sliding_window": None, "layer_types": []}
 # Rotations that do not depend on how far the model was meant to read.
 _ROTATIONS_OF_ANY_LENGTH = ("default", "linear", "llama3")
 

@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
+from typing import Any
 
 import torch
 
@@ -301,7 +303,7 @@ def plan_tensors(specs: dict[str, TensorSpec], rules: list[Rule], parts: Ingredi
             raise AssertionError(f"no row for '{key}' in the table")
         bands = rule.build(parts, key, match, spec)
         _check_shape(key, spec, bands)
-        sources = [source for band in bands for source in band.sources]
+        sources: list[Any] = [source for band in bands for source in band.sources]  # of sources.py: they know their inputs
         inputs = tuple(dict.fromkeys(entry for source in sources for entry in source.inputs))
         for parent, name in inputs:
             parts.used[parent.role.split()[0]].add(name)
@@ -312,22 +314,23 @@ def plan_tensors(specs: dict[str, TensorSpec], rules: list[Rule], parts: Ingredi
 
 def _check_shape(key: str, spec: TensorSpec, bands: tuple[Band, ...]) -> None:
     """Rows must add up, each source must have the rows of its band, and what is made of no rows must have the columns."""
-    found = [source for band in bands for source in band.sources if isinstance(source, (ParentRows, VocabularyRows))]
+    known = [[source for source in band.sources if isinstance(source, (ParentRows, VocabularyRows))] for band in bands]
     fits = sum(band.rows for band in bands) == spec.rows
-    for band in bands:
+    for band, sources in zip(bands, known):
         of_tensors = [source.spec for source in band.sources if isinstance(source, ParentRows)]
         fits &= all(source.rows == band.rows for source in of_tensors)
         fits &= band.make is not inits.average or len({source.shape for source in of_tensors}) == 1
-        if fits and band.sources and all(source in found for source in band.sources):
+        if fits and sources and len(sources) == len(band.sources):
             try:
-                made = band.make(*(torch.empty(0, *source.spec.shape[1:]) for source in band.sources))
+                made = band.make(*(torch.empty(0, *source.spec.shape[1:]) for source in sources))
             except (RuntimeError, IndexError):
                 fits = False
             else:
                 fits &= made.shape[1:] == spec.shape[1:]
     if not fits:
         listing = ", ".join(
-            f"'{s.key}' of the {_parent(s).role} {_parent(s).name} is {list(s.spec.shape)}" for s in dict.fromkeys(found)
+            f"'{s.key}' of the {_parent(s).role} {_parent(s).name} is {list(s.spec.shape)}"
+            for s in dict.fromkeys(chain(*known))
         )
         raise ValueError(f"Tensor '{key}' should be {list(spec.shape)}, but {listing or 'its sources have other shapes'}.")
 

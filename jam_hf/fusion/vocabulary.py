@@ -472,7 +472,7 @@ def joined_vocabulary(
     text_map = RowMap.of([*((row,) for row in range(text_rows)), *[()] * (size - text_rows)])
     text_map = replace(text_map, padding=tuple(ours[token] for token in added if ours[token] < text_rows))
     image_map = RowMap.of([*pieces, *((int(row),) for row in codes)])
-    ids = _ids(tokenizer, names, base)
+    token_ids = _ids(tokenizer, names, base)
     for name, token_field in (
         ("image_end_token_id", "image_end_token"),
         ("image_prefix_token_ids", "image_prefix_tokens"),
@@ -480,9 +480,9 @@ def joined_vocabulary(
         ("image_suffix_token_ids", "image_suffix_tokens"),
     ):
         if token_field in layout:
-            ids[name] = tokenizer.convert_tokens_to_ids(layout[token_field])
+            token_ids[name] = tokenizer.convert_tokens_to_ids(layout[token_field])
     code_name = name_codes(tokenizer, base, len(codes))
-    return Vocabulary(tokenizer, size, text_map, image_map, ids, layout, code_name, coverage=coverage, added=added)
+    return Vocabulary(tokenizer, size, text_map, image_map, token_ids, layout, code_name, coverage=coverage, added=added)
 
 
 def num_sentinels(tokenizer: PreTrainedTokenizerBase, names: TokenNames) -> int:

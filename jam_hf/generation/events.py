@@ -24,7 +24,8 @@ class _DecodedAfter:
     """A tokenizer that decodes ids as they read behind `before`: some decoders strip the first space of all that they get."""
 
     def __init__(self, tokenizer: Any):
-        self.tokenizer, self.before = tokenizer, []
+        self.tokenizer = tokenizer
+        self.before: list[int] = []
 
     def decode(self, ids: list[int], **decode_kwargs: Any) -> str:
         known = len(self.tokenizer.decode(self.before, **decode_kwargs)) if self.before else 0
@@ -67,7 +68,8 @@ class _Row:
     """What is under way in one row: a run of text, or the codes of a picture."""
 
     def __init__(self, text: _TextRun):
-        self.text, self.codes = text, []
+        self.text = text
+        self.codes: list[int] = []
 
 
 class DocumentStreamer(BaseStreamer):
@@ -97,7 +99,7 @@ class DocumentStreamer(BaseStreamer):
         ends, pad = end_ids(model.generation_config.eos_token_id), model.generation_config.pad_token_id
         pad = pad_token_id if pad_token_id is not None else pad
         self.pad = pad if pad is not None else ends[0] if ends else None  # as GenerationMixin has it
-        self.rows: list[_Row] | None = None
+        self.rows: Any = None  # a list of _Row from the first ids on
         self.events: list[Event] = []
 
     # ----- what GenerationMixin calls ---------------------------------------------------------------------------------
@@ -169,7 +171,8 @@ class DocumentStreamer(BaseStreamer):
         return [token for token in ids if self._is_code(token)][-count:] if count else []
 
     def _read(self, index: int, ids: list[int]) -> None:
-        row, text = self.rows[index], []
+        row = self.rows[index]
+        text: list[int] = []
         for token in ids:
             if token in self.structure:
                 continue

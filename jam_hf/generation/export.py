@@ -134,7 +134,7 @@ def save_json(
     """
 
     def render(add: Callable[[int, int, Image.Image], str]) -> str:
-        rows = []
+        rows: list[list[dict[str, Any]]] = []
         for row, document in enumerate(_checked(documents)):
             rows.append([])
             for place, segment in enumerate(document):

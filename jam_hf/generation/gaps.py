@@ -152,7 +152,12 @@ class DocumentMasker:
 
 def ids_that_are_no_text(config: JamConfig) -> list[int]:
     """What no text span of training holds, beside image codes: marks of pictures, sentinels, padding, `<s>` and `<eos>`."""
-    ids = [config.break_token_id, config.picture_end_token_id, config.image_token_id, *config.picture_structure_token_ids]
+    ids: list[int | None] = [
+        config.break_token_id,
+        config.picture_end_token_id,
+        config.image_token_id,
+        *config.picture_structure_token_ids,
+    ]
     ids += [config.mask_token_id + i for i in range(config.num_mask_tokens)]
     ids += [config.mask_end_token_id, config.pad_token_id, config.bos_token_id, *config.eos_token_ids]
     return sorted({i for i in ids if i is not None})

@@ -63,7 +63,8 @@ class InfillLogitsProcessor(LogitsProcessor):
         key = (device, vocab_size)
         if key not in self._tables:
             counts = [len(scripts) for scripts in self.scripts]
-            starts, places = torch.zeros(len(counts), max(counts), dtype=torch.int64), []
+            starts = torch.zeros(len(counts), max(counts), dtype=torch.int64)
+            places: list[int] = []
             for row, scripts in enumerate(self.scripts):
                 for column, script in enumerate(scripts):
                     starts[row, column] = len(places)

@@ -115,7 +115,8 @@ class _Generation(threading.Thread):
         self.streamer, self.stopped = streamer, threading.Event()
         criteria = StoppingCriteriaList([*(generate_kwargs.get("stopping_criteria") or []), _Stopped(self.stopped)])
         self.generate_kwargs = {**generate_kwargs, "streamer": streamer, "stopping_criteria": criteria}
-        self.output, self.error = None, None
+        self.output: Any = None
+        self.error: BaseException | None = None
 
     def run(self) -> None:
         try:

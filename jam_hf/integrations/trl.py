@@ -78,7 +78,15 @@ def answering_trl(model: nn.Module, trl_forward: Callable[..., Any]) -> MethodTy
     temperature = inspect.getclosurevars(inspect.unwrap(trl_forward, stop=is_trl_forward)).nonlocals.get("temperature", 1.0)
 
     @functools.wraps(type(model).forward)
-    def forward(self, input_ids=None, *args, fused_lm_head=False, labels=None, num_items_in_batch=None, **kwargs):
+    def forward(
+        self: Any,
+        input_ids: torch.Tensor | None = None,
+        *args: Any,
+        fused_lm_head: bool = False,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         if not fused_lm_head:
             given = {"labels": labels, "num_items_in_batch": num_items_in_batch}
             given = {name: value for name, value in given.items() if value is not None}

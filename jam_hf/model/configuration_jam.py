@@ -20,7 +20,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .class_names_jam import MODEL_TYPE
-from .configuration_jam_vq import JamVQConfig
+from .configuration_jam_vq import Derived, JamVQConfig, Part
 from .families_jam import FAMILIES, attention_type, embedding_size_of, family_of, head_dim_of, key_value_heads_of
 from .package_jam import PackageFunction, tell
 from .remote_code_jam import AUTO_MAP, add_auto_map
@@ -99,9 +99,9 @@ class JamConfig(PreTrainedConfig):
     }
 
     fusion_mode: str = "cross"
-    text_config: dict | PreTrainedConfig | None = None
-    image_config: dict | PreTrainedConfig | None = None
-    vq_config: dict | PreTrainedConfig | None = None
+    text_config: Part = None
+    image_config: Part = None
+    vq_config: Part = None
     layer_pairing: list[list[int]] | None = None
     cross_attention_interval: int = 2
     cross_form: str = "preserving"
@@ -114,9 +114,9 @@ class JamConfig(PreTrainedConfig):
     image_token_id: int = 4
     mask_token_id: int = 5
     num_mask_tokens: int = 8
-    mask_end_token_id: int | None = None
-    image_token_offset: int | None = None
-    image_seq_length: int | None = None
+    mask_end_token_id: Derived = None
+    image_token_offset: Derived = None
+    image_seq_length: Derived = None
     tie_word_embeddings: bool | None = None
 
     # What else stands in a picture; with the defaults, nothing.
@@ -128,7 +128,7 @@ class JamConfig(PreTrainedConfig):
     # The texts of card and recipe, and what was done since: see jam_hf/provenance.py.
     provenance: dict | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         # Checked before the sub-configs are built: a wrong mode must not surface as a wrong shape.
         _check_choice("fusion_mode", self.fusion_mode, FUSION_MODES)
         _check_choice("cross_form", self.cross_form, CROSS_FORMS)
@@ -263,7 +263,7 @@ class JamConfig(PreTrainedConfig):
 
     def _check_pairing(self) -> None:
         text, image = (config.num_hidden_layers for config in self.decoder_configs)
-        found, count = self.layer_pairing, min(text, image)
+        found, count = self.layer_pairing or [], min(text, image)
         problem = None
         if len(found) != count:
             problem = f"has {len(found)} pairs"
@@ -536,7 +536,7 @@ class JamConfig(PreTrainedConfig):
         """
         whole = [_without_window(config) for config in self.decoder_configs]
         if self.fusion_mode != "cross":
-            visited = [(0, layer) for layer in range(self.num_hidden_layers)]
+            visited: list[tuple[int, int | None]] = [(0, layer) for layer in range(self.num_hidden_layers)]
         else:
             places = {"text_layer": (0, self.text_layer_depths), "image_layer": (1, self.image_layer_depths)}
             visited = []

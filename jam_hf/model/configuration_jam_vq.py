@@ -10,13 +10,22 @@ It knows numbers only: nothing here builds a module. What can contradict is chec
 
 # No `from __future__ import annotations` here: `strict` checks the types of the fields only where they are no strings.
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .remote_code_jam import VQ_AUTO_MAP, add_auto_map
+
+
+# Fields that may be None, or a dict, until the config is built, and are there from then on.
+if TYPE_CHECKING:
+    Part: TypeAlias = Any
+    Derived: TypeAlias = Any
+else:
+    Part = dict | PreTrainedConfig | None
+    Derived = int | None
 
 
 # The VQ classes of transformers that JamVQModel runs where diffusers has none for the weights, by their configs' `model_type`.
@@ -58,18 +67,18 @@ class JamVQConfig(PreTrainedConfig):
     layers_per_block: int = 2
     act_fn: str = "silu"
     latent_channels: int = 256
-    sample_size: int | None = None
+    sample_size: Derived = None
     num_vq_embeddings: int = 8192
     norm_num_groups: int = 32
     vq_embed_dim: int | None = None
     norm_type: str = "group"
     mid_block_add_attention: bool = True
     has_decoder: bool = True
-    vqvae_config: dict | PreTrainedConfig | None = None
+    vqvae_config: Part = None
     codebook_l2_norm: bool = False
     image_processing: dict | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.vqvae_config, dict) and "model_type" not in self.vqvae_config:
             raise ValueError(f"JamVQConfig: `vqvae_config` must say its `model_type`, one of {', '.join(VQVAE_CLASSES)}.")
         super().__post_init__(**kwargs)

@@ -146,7 +146,7 @@ class PictureGrammar:
             prompt_length: the ids before it are the prompt; all where `None`.
             room: tokens that may still be written, `[B]` or one number.
         """
-        rows, length, device = *input_ids.shape, input_ids.device
+        (rows, length), device = input_ids.shape, input_ids.device
         prompt_length = length if prompt_length is None else min(prompt_length, length)
         room = torch.as_tensor(room, dtype=torch.int64, device=device).expand(rows)
         zeros = torch.zeros(rows, dtype=torch.int64, device=device)

@@ -210,6 +210,10 @@ class Guidance:
         ).logits
         return logits[:, -1, self.grammar.codes]
 
+    def logits(self, input_ids: torch.LongTensor) -> list[torch.Tensor] | None:
+        """For each branch, the logits of codes `[B, K]` (of no meaning for rows that are not guided); None where none is."""
+        raise NotImplementedError
+
 
 class SeparateGuidance(Guidance):
     """Each branch in forwards of its own over the rows inside pictures, with a cache of its own.
@@ -223,7 +227,6 @@ class SeparateGuidance(Guidance):
         self.caches: dict[tuple[Any, ...], tuple[torch.LongTensor, DynamicCache]] = {}
 
     def logits(self, input_ids: torch.LongTensor) -> list[torch.Tensor] | None:
-        """For each branch, the logits of codes `[B, K]` (of no meaning for rows that are not guided); None where none is."""
         positions = self.guided(input_ids)
         rows = [row for row, position in enumerate(positions) if position >= 0]
         if not rows:

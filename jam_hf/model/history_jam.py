@@ -158,7 +158,9 @@ def look_back_by_modality(
 
 def _sequences_by_modality(processor: SequenceBiasLogitsProcessor, of_text: tuple[Any, ...]) -> list[LogitsProcessor]:
     """Sequences of text look back over text; those that name codes or marks of pictures hold where they stand."""
-    grammar, text, others = of_text[0].grammar, {}, {}
+    grammar = of_text[0].grammar
+    text: dict[tuple[int, ...], float] = {}
+    others: dict[tuple[int, ...], float] = {}
     for sequence, bias in processor.sequence_bias.items():
         names_pictures = bool(grammar.of_pictures(torch.tensor(sequence)).any())
         (others if names_pictures else text)[tuple(sequence)] = bias

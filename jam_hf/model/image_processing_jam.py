@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .configuration_jam_vq import JamVQConfig
 
 
-class JamImageProcessorKwargs(ImagesKwargs, total=False):
+class JamImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """letterbox (`bool`), min_size (`int`): see [`JamImageProcessor`]."""
 
     letterbox: bool

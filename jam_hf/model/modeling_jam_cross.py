@@ -396,7 +396,7 @@ class JamCrossDecoder(JamPreTrainedModel):
             text_embeds, image_embeds = inputs_embeds.split(self.config.embedding_sizes, dim=-1)
         else:
             text_embeds = image_embeds = inputs_embeds
-        streams = []
+        streams: list[Any] = []
         for stream, stem, embeds in (("text", self.text_stem, text_embeds), ("image", self.image_stem, image_embeds)):
             positions = position_ids
             if positions is None:

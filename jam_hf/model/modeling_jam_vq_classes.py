@@ -75,7 +75,7 @@ def init_vq_weights(module: nn.Module) -> bool:
 class _InsideJam(PreTrainedModel):
     """What a `PreTrainedModel` inside a JamVQModel must not take from the JAM around it, or impose on it."""
 
-    _no_split_modules = []
+    _no_split_modules: list[str] = []
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """The stock default, whatever the decoders are asked to use: theirs may need half precision."""

@@ -170,7 +170,7 @@ class PackedGuidance(Guidance):
             self._begin(rows, int(self.cache.get_seq_length()), device)
         results = []
         for branch_number, branch in enumerate(self.settings.branches, start=1):
-            told = [[]] * rows
+            told: list[list[int]] = [[]] * rows
             for row in entered:
                 at = positions[row] - fed
                 told[row] = self.branch_ids(branch, input_ids, row, at)

@@ -42,7 +42,7 @@ SENTENCE_ENDS = (".", "!", "?", "…", "。", "！", "？")
 CLOSING_MARKS = " \n\"')]»”’」』"
 
 
-class JamProcessorKwargs(ProcessingKwargs, total=False):
+class JamProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """Keyword arguments of [`JamProcessor`]. Prompts are padded on the left, as generation needs."""
 
     text_kwargs = {"padding": False}
@@ -332,7 +332,7 @@ class JamProcessor(ProcessorMixin):
             )
         first, last = config.image_token_offset, config.image_token_offset + config.num_image_tokens
         marks = {config.break_token_id, config.picture_end_token_id}
-        left_out = set(config.picture_structure_token_ids)
+        left_out: set[int | None] = set(config.picture_structure_token_ids)
         left_out |= {config.pad_token_id} - {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, *config.eos_token_ids}
         documents: list[list[dict[str, Any]]] = []
         pictures: list[tuple[dict[str, Any], list[int]]] = []
@@ -344,7 +344,7 @@ class JamProcessor(ProcessorMixin):
                 is_code = token is not None and first <= token < last
                 if run and (token is None or is_code != in_picture or (in_picture and len(run) == self.image_seq_length)):
                     if in_picture:
-                        segment = {"type": "image", "image": None}
+                        segment: dict[str, Any] = {"type": "image", "image": None}
                         if len(run) == self.image_seq_length:
                             pictures.append((segment, run))
                         else:

@@ -80,7 +80,7 @@ def teach_trainers() -> None:
             raw.pop("pixel_values", None)
         return inputs
 
-    _prepare_inputs.gives_jam_codes = True
+    _prepare_inputs.gives_jam_codes = True  # type: ignore[attr-defined]
     trainer.Trainer._prepare_inputs = _prepare_inputs
 
 

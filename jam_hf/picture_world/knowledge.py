@@ -6,6 +6,8 @@ the same kinds.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from .captions import CELL_NAMES, join
@@ -107,7 +109,7 @@ def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def _choice(rng: np.random.Generator, values: tuple | list) -> str:
+def _choice(rng: np.random.Generator, values: tuple | list) -> Any:
     return values[rng.integers(len(values))]
 
 
@@ -124,8 +126,8 @@ def _sentence(rng: np.random.Generator) -> str:
         text = _choice(rng, _SHAPE_FACTS)
         return text.format(a=a, A=a.capitalize(), thing=thing, shape=THING_SHAPES[thing])
     if kind == 2:
-        a, b = (int(i) for i in rng.integers(0, 10, 2))
-        text = _choice(rng, _SUMS).format(a=_NUMBERS[a], b=_NUMBERS[b], c=_NUMBERS[a + b])
+        first, second = (int(i) for i in rng.integers(0, 10, 2))
+        text = _choice(rng, _SUMS).format(a=_NUMBERS[first], b=_NUMBERS[second], c=_NUMBERS[first + second])
         return text[0].upper() + text[1:]
     name, friend = (_NAMES[i] for i in rng.choice(len(_NAMES), 2, replace=False))
     thing, shaped = _choice(rng, list(THING_COLOURS)), _choice(rng, list(THING_SHAPES))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -59,7 +60,7 @@ def read_picture(image: Image.Image) -> Reading:
         image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
     pixels = np.asarray(image.convert("RGB"), np.float32) / 255
     cells = pixels.reshape(GRID, CELL, GRID, CELL, 3).transpose(0, 2, 1, 3, 4).reshape(GRID * GRID, -1)
-    best = None
+    best: Any = None
     for background in BACKGROUNDS:
         labels, templates = _templates(background)
         distances = ((cells[:, None] - templates[None]) ** 2).mean(-1)

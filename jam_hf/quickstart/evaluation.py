@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, ChameleonForConditionalGeneration
 from ..evaluation.drawing import drawing_accuracy
 from ..evaluation.perplexity import divergence, perplexity
 from ..evaluation.retention import certify
-from ..fusion import fuse
+from ..fusion.fuse import fuse
 from ..fusion.parents import code_ids, picture_tokens
 from ..model.image_processing_jam import JamImageProcessor
 from ..model.modeling_jam import JamForCausalLM
@@ -129,10 +129,11 @@ class _SharedParents(_Measurements):
 
     def __init__(self, run: Run):
         super().__init__(run)
-        self.range = run.parents.image_token_range
+        self.range: tuple[int, int] = run.parents.image_token_range  # type: ignore[union-attr]
 
     def models(self) -> dict[str, Any]:
-        run, models = self.run, {}
+        run = self.run
+        models: dict[str, Any] = {}
         parents = {
             name: AutoModelForCausalLM.from_pretrained(run.path(name), **_EVALUATION, trust_remote_code=False)
             for name in ("llm", "image-model")

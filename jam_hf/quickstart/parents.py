@@ -33,8 +33,7 @@ from ..data.cm3 import CM3Settings
 from ..data.collator import JamDataCollator
 from ..data.sequences import NO_PICTURES, EncodeImages, PictureMarks, encode_documents
 from ..files import write_whole
-from ..fusion import fuse
-from ..fusion.fuse import plan_fusion, run_fusion
+from ..fusion.fuse import fuse, plan_fusion, run_fusion
 from ..fusion.parents import code_ids, picture_tokens
 from ..model.configuration_jam import JamConfig
 from ..model.processing_jam import JamProcessor
@@ -392,8 +391,9 @@ def chameleon_like(captions: list[str], vocab_size: int, num_codes: int, seed: i
 
 def _codes_again(documents: Dataset, marks: PictureMarks) -> EncodeImages:
     """The raw codes of documents of one picture each, in their order: what `encode_images` found when they were encoded."""
-    code_of = np.full(int(marks.codes.max()) + 1, -1)
-    code_of[marks.codes] = np.arange(len(marks.codes))
+    codes = np.asarray(marks.codes)
+    code_of = np.full(int(codes.max()) + 1, -1)
+    code_of[codes] = np.arange(len(codes))
     rows = iter(documents["input_ids"])
 
     def encode(images: Any) -> np.ndarray:

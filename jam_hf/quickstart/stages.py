@@ -261,7 +261,7 @@ def run_stage(run: Run, name: str, force: bool = False) -> bool:
 def run_all(run: Run) -> Path:
     """All stages in order; returns the path of the page."""
     for number, name in enumerate(STAGES, 1):
-        print(f"[{number}/{len(STAGES)}] {name}: {STAGES[name][1].__doc__.strip()}", flush=True)
+        print(f"[{number}/{len(STAGES)}] {name}: {str(STAGES[name][1].__doc__).strip()}", flush=True)
         if not run_stage(run, name):
             print("    done before", flush=True)
     return run.path("index.html")

@@ -428,7 +428,7 @@ def train_causal_lm(
         history = [row for row in trainer.state.log_history if "loss" in row or any(k.startswith("eval_") for k in row)]
         # Weights in shards come together in all processes at once; the main process writes them.
         state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
-        place = whole_folder(output_dir, overwrite, locks[0]) if main else tempfile.TemporaryDirectory()
+        place: Any = whole_folder(output_dir, overwrite, locks[0]) if main else tempfile.TemporaryDirectory()
         facts = {"steps": settings.max_steps, "batch_size": settings.batch_size, "learning_rate": settings.learning_rate}
         record(model, "trained", **facts, freeze=settings.freeze, documents=len(train_dataset), jam_hf=__version__)
         with place as folder:
