@@ -69,6 +69,7 @@ OFFERED |= {
     "model_loaded": "jam_hf.provenance:model_loaded",
     "catch_card_writers": "jam_hf.provenance:catch_card_writers",
     "before_saving": "jam_hf.provenance:before_saving",
+    "drop_moved_files": "jam_hf._moved:drop_moved_files",
     "carry_on": "jam_hf.provenance:carry_on",
     "tensor_parallel_plan": "jam_hf.integrations.sharding:tensor_parallel_plan",
     "parallel_plans": "jam_hf.integrations.sharding:parallel_plans",

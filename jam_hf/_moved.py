@@ -1,9 +1,11 @@
 """Where modules went: imports of their old names go on working, and yield the very same module as the new name."""
 
 import importlib
+import os
 import sys
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -67,4 +69,15 @@ def serve_old_names() -> None:
         sys.meta_path.insert(0, _OldModules())
 
 
-__all__ = ["OLD_MODULES", "new_name", "serve_old_names"]
+def drop_moved_files(folder: str | os.PathLike) -> None:
+    """Of a checkpoint that is saved anew: take out code that checkpoints carried once and carry no more.
+
+    Nothing reads it there, but it would be taken for the model's. Other files stay.
+    """
+    for name in OLD_MODULES:
+        file = Path(folder) / f"{name.rpartition('.')[2]}.py"
+        if name.startswith("jam_hf.model.") and file.is_file():
+            file.unlink()
+
+
+__all__ = ["OLD_MODULES", "drop_moved_files", "new_name", "serve_old_names"]

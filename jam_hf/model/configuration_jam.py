@@ -171,6 +171,7 @@ class JamConfig(PreTrainedConfig):
         """As in `PreTrainedConfig`; the folder carries the code that it needs (remote_code_jam.py)."""
         add_auto_map(self, AUTO_MAP)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        tell("drop_moved_files", save_directory)
         tell("carry_on", self, save_directory)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:

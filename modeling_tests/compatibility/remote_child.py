@@ -6,10 +6,13 @@ where it lies among the other packages. It writes what it found to a file of ten
 
 from __future__ import annotations
 
+import copy
 import importlib.abc
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -84,9 +87,9 @@ def load(folder: str, save_to: Path | None) -> dict[str, Any]:
     size = config.vq_config.sample_size
     picture = Image.fromarray(numpy.arange(size * size * 3, dtype=numpy.uint8).reshape(size, size, 3))
     inputs = processor(text="a ruby <image> is red<break>", images=[picture], return_tensors="pt")
-    written = model.generate(
-        **inputs, generation_mode="interleaved", do_sample=False, max_new_tokens=config.image_seq_length + 6
-    )
+    settings = {"generation_mode": "interleaved", "do_sample": False, "max_new_tokens": config.image_seq_length + 6}
+    written = model.generate(**inputs, **settings)
+    guided = model.generate(**inputs, **settings, guidance_scale=3.0)
     segments = processor.post_process_interleaved(written, model=model, prompt_length=inputs["input_ids"].shape[1])[0]
     ids = torch.arange(17, config.vocab_size).view(1, -1)[:, -48:]
     result = {
@@ -96,9 +99,11 @@ def load(folder: str, save_to: Path | None) -> dict[str, Any]:
         "image_processor_pixels": image_processor([picture], return_tensors="pt")["pixel_values"],
         "tokenizer_ids": tokenizer("a small red circle", return_tensors="pt")["input_ids"],
         "written": written,
+        "guided": guided,
         "text": [segment["text"] for segment in segments if segment["type"] == "text"],
         "pictures": [torch.tensor(numpy.array(s["image"])) for s in segments if s["type"] == "image"],
         "logits": model(ids).logits,
+        "refused": refusals(model, processor, inputs),
         "base": models["AutoModel"](ids).last_hidden_state,
         "same": all(torch.equal(models[name](ids).logits, model(ids).logits) for name in models if name != "AutoModel"),
     }
@@ -110,6 +115,49 @@ def load(folder: str, save_to: Path | None) -> dict[str, Any]:
         image_processor.save_pretrained(save_to / "image_processor")
         config.save_pretrained(save_to / "config")
     return result
+
+
+def refusals(model: Any, processor: Any, inputs: Any) -> dict[str, str]:
+    """What each thing that a checkpoint does not carry says when it is asked for, by what stands for it in the message."""
+    import tempfile
+
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a ruby"}]}]
+    processor, one = copy.copy(processor), SimpleNamespace(pp_size=1, tp_size=1)
+    processor.chat_template = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    sampled = {**inputs, "generation_mode": "image", "do_sample": True}
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/story"
+        asked = {
+            "num_candidates": lambda: model.generate(**sampled, num_candidates=2),
+            "memory": lambda: model.generate(**sampled, memory=_Nothing()),
+            "JamProcessor.infill()": lambda: processor.infill("a ruby<mask>", model=model),
+            "JamProcessor.post_process_infill()": lambda: processor.post_process_infill(None, None, model),
+            "JamProcessor.save_html()": lambda: processor.save_html([], f"{file}.html"),
+            "JamProcessor.save_markdown()": lambda: processor.save_markdown([], f"{file}.md"),
+            "JamProcessor.save_json()": lambda: processor.save_json([], f"{file}.json"),
+            "JamProcessor.load_json()": lambda: processor.load_json(f"{file}.json"),
+            "JamConfig.paper()": lambda: type(model.config).paper("uniform"),
+            "A chat with parts": lambda: processor.apply_chat_template(parts),
+            "split over processes": lambda: model.maybe_distribute_model(model, one, None),
+        }
+        return {name: _refusal(ask) for name, ask in asked.items()}
+
+
+def _refusal(ask: Callable[[], Any]) -> str:
+    try:
+        ask()
+    except ImportError as error:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # of what was asked for with too little
+        pass
+    return "nothing was refused"
+
+
+class _Nothing:
+    """A memory that holds nothing."""
+
+    def documents_for(self, model: Any, queries: Any) -> list[list[Any]]:
+        return [[] for _ in queries]
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ MODEL_FOLDER = Path(jam_hf.__file__).parent / "model"
 CODE_FILES = {path.name for path in MODEL_FOLDER.glob("*.py")} - {"__init__.py"}
 MODES = ("uniform", "width", "cross")
 HUB_ID = "someone/jam"
+# A checkpoint carries what loads, generates and decodes. What it is asked for beyond that, it refuses with what to install.
+MOST_LINES = 6_200
 
 
 def code_files(folder: Path) -> set[str]:
@@ -109,7 +111,7 @@ def remote(tmp_path_factory, fused):
 
 
 def assert_same(ours: dict, theirs: dict) -> None:
-    for name in ("prompt", "pixel_values", "image_processor_pixels", "tokenizer_ids", "written", "logits", "base"):
+    for name in ("prompt", "pixel_values", "image_processor_pixels", "tokenizer_ids", "written", "guided", "logits", "base"):
         torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=0, msg=lambda m, name=name: f"{name}: {m}")
     assert theirs["text"] == ours["text"] and theirs["same"]
     assert len(theirs["pictures"]) == 1 and torch.equal(theirs["pictures"][0], ours["pictures"][0])
@@ -143,6 +145,29 @@ def test_what_remote_code_saves_is_whole(remote, mode):
     assert type(model) is JamModel
     ids = torch.arange(17, model.config.vocab_size).view(1, -1)[:, -48:]
     assert torch.equal(model.eval()(ids).last_hidden_state, remote.first[mode]["base"])
+
+
+@pytest.mark.feature("Hub", "remote code, what it does not carry")
+def test_without_jam_hf_what_is_not_carried_says_what_to_install(remote):
+    refused = remote.first["cross"]["refused"]
+    assert len(refused) > 10
+    for asked, message in refused.items():
+        assert message.startswith("ImportError: ") and "pip install jam_hf" in message and "import jam_hf" in message, asked
+        assert asked in message, message
+    assert all(message == "nothing was refused" for message in remote.ours["cross"]["refused"].values())
+
+
+def test_the_files_that_travel_are_the_model_alone():
+    lines = {name: len((MODEL_FOLDER / name).read_text().splitlines()) for name in CODE_FILES}
+    assert sum(lines.values()) <= MOST_LINES, lines
+
+
+def test_a_save_over_an_older_folder_takes_the_code_of_then_out(fused, tmp_path):
+    folder = shutil.copytree(fused("llama", "uniform", "average"), tmp_path / "jam")
+    (folder / "candidates_jam.py").write_text("# of an older save")
+    (folder / "mine_jam.py").write_text("# the user's own")
+    JamForCausalLM.from_pretrained(folder).save_pretrained(folder)
+    assert code_files(folder) == CODE_FILES | {"mine_jam.py"}
 
 
 def test_errors_without_trust_or_diffusers_say_what_to_do(remote):
