@@ -59,6 +59,7 @@ OFFERED |= {
     "num_candidates": "jam_hf.generation.best_of_n:generate_best_pictures",
     "infill": "jam_hf.generation.infilling:infill",
     "post_process_infill": "jam_hf.generation.infilling:post_process_infill",
+    "document_end": "jam_hf.data.sequences:document_end",
     "prepared_chats": "jam_hf.data.chats:prepared_chats",
     "save_html": "jam_hf.generation.export:save_html",
     "save_markdown": "jam_hf.generation.export:save_markdown",

@@ -239,6 +239,24 @@ def _text_and_images(
     return row["text"], list(row.get("images") or [])
 
 
+def document_end(config: JamConfig, tokenizer_eos_token_id: int | None) -> int:
+    """`JamConfig.document_end`: the id in which documents for training end: the tokenizer's eos where `generate()` stops there,
+    else the first of `eos_token_ids`.
+
+    Raises:
+        ValueError: if neither says one.
+    """
+    ids = config.eos_token_ids
+    if ids and tokenizer_eos_token_id not in ids:
+        return ids[0]
+    if tokenizer_eos_token_id is None:
+        raise ValueError(
+            "Neither the tokenizer (eos_token) nor the config (eos_token_id) says what ends a document. Set "
+            "eos_token_id in config.json and generation_config.json."
+        )
+    return tokenizer_eos_token_id
+
+
 def mix_datasets(datasets: dict[str, Dataset], weights: dict[str, float], num_documents: int, seed: int = 0) -> Dataset:
     """`num_documents` documents, shuffled, in shares by `weights`; a dataset that is too small is gone through again.
 

@@ -91,6 +91,7 @@ class JamConfig(PreTrainedConfig):
 
     model_type = MODEL_TYPE
     paper = PackageFunction(class_method=True)  # the paper's own JAMs: jam_hf/fusion/paper.py
+    document_end = PackageFunction(method=True)  # in which id documents for training end: jam_hf/data/sequences.py
     keys_to_ignore_at_inference = ["past_key_values"]
     sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
@@ -421,23 +422,6 @@ class JamConfig(PreTrainedConfig):
         """What ends a document: `eos_token_id`, which may be one, a list or None, as a list."""
         ids = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
         return [i for i in ids if i is not None]
-
-    def document_end(self, tokenizer_eos_token_id: int | None) -> int:
-        """The id in which documents for training end: the tokenizer's eos where `generate()` stops there, else the first of
-        `eos_token_ids`.
-
-        Raises:
-            ValueError: if neither says one.
-        """
-        ids = self.eos_token_ids
-        if ids and tokenizer_eos_token_id not in ids:
-            return ids[0]
-        if tokenizer_eos_token_id is None:
-            raise ValueError(
-                "Neither the tokenizer (eos_token) nor the config (eos_token_id) says what ends a document. Set "
-                "eos_token_id in config.json and generation_config.json."
-            )
-        return tokenizer_eos_token_id
 
     @property
     def picture_end_token_id(self) -> int:
