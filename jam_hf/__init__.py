@@ -65,7 +65,7 @@ OFFERED |= {
     "save_markdown": "jam_hf.generation.export:save_markdown",
     "save_json": "jam_hf.generation.export:save_json",
     "load_json": "jam_hf.generation.export:load_json",
-    "name_codes_of": "jam_hf.fusion.code_names:name_codes_of",
+    "name_codes_of": "jam_hf.data.code_names:name_codes_of",
     "paper": "jam_hf.fusion.paper:paper",
     "model_loaded": "jam_hf.provenance:model_loaded",
     "catch_card_writers": "jam_hf.provenance:catch_card_writers",

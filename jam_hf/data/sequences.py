@@ -18,10 +18,10 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..fusion.code_names import num_named_codes
 from ..model.configuration_jam import JamConfig
 from ..model.picture_input_jam import open_picture
 from .chats import chat_pictures, check_that_parts_are_written, plain_chat
+from .code_names import num_named_codes
 
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from ..data.code_names import name_codes
 from ..model.code_tokens_jam import UNUSED_NAME
-from .code_names import name_codes
 from .parents import PictureTokens
 
 

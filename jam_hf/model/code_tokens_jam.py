@@ -1,7 +1,7 @@
 """A prompt that spells the name of an image code, `<img:17>`, is text: it is read by a tokenizer to which names mean nothing.
 
 The names are special tokens behind all others, so that decoding can show a code and no new token gets a code's id
-(jam_hf/fusion/code_names.py gives them).
+(jam_hf/data/code_names.py gives them).
 """
 
 from __future__ import annotations

@@ -4,17 +4,19 @@ Every folder that a JAM, its config or its processor is saved to carries the cod
 `from_pretrained(..., trust_remote_code=True)` finds them. It knows names only: no class is imported here.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 
-if TYPE_CHECKING:
-    # transformers reads these lines (it does not run them) when it copies the file of a class and all that the file needs.
-    # Each class that is saved imports this file, so that whichever is saved, all files go together.
-    from .caching_jam import JamBlockCache  # noqa: F401
-    from .configuration_jam import JamConfig  # noqa: F401
-    from .image_processing_jam import JamImageProcessor  # noqa: F401
-    from .modeling_jam import JamForCausalLM  # noqa: F401
-    from .processing_jam import JamProcessor  # noqa: F401
+# transformers copies the file of a class that is saved, and the files that are named by lines of this form in it, and in
+# those. It reads lines and runs nothing, so the list is a text: an import, were it for types alone, would close a circle.
+# Each class that is saved imports this file, so that whichever is saved, all files go together.
+FILES = """
+from .caching_jam import JamBlockCache
+from .configuration_jam import JamConfig
+from .image_processing_jam import JamImageProcessor
+from .modeling_jam import JamForCausalLM
+from .processing_jam import JamProcessor
+"""
 
 # `file.Class` for each Auto class, as `auto_map` in config.json has it. transformers itself records only the class it saves.
 AUTO_MAP = {

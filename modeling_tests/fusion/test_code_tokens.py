@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 import jam_hf
 from jam_hf import JamForCausalLM, JamProcessor
-from jam_hf.fusion.code_names import name_codes, num_named_codes
+from jam_hf.data.code_names import name_codes, num_named_codes
 from jam_hf.fusion.fuse import plan_fusion
 from jam_hf.fusion.parents import plain_codes
 
