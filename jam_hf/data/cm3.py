@@ -62,7 +62,7 @@ class CM3Settings:
             num_mask_tokens=config.num_mask_tokens,
             mask_end_token_id=config.mask_end_token_id,
             boundary_token_ids=tuple(i for i in boundaries if i is not None),
-            image_token_range=(config.image_token_offset, config.image_token_offset + config.num_image_tokens),
+            image_token_range=(config.image_token_range.start, config.image_token_range.stop),
             picture_structure_token_ids=config.picture_structure_token_ids,
             keep_first_token=config.bos_token_id is not None,
             **settings,

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..model.configuration_jam import JamConfig
 from ..model.picture_input_jam import open_picture
+from ..model.picture_layout_jam import PictureLayout
 from .chats import chat_pictures, check_that_parts_are_written, plain_chat
 from .code_names import num_named_codes
 
@@ -39,7 +41,7 @@ def encode_documents(
     batch_size: int = 256,
     description: str = "encoding",
     config: JamConfig | None = None,
-    marks: PictureMarks | None = None,
+    layout: PictureLayout | None = None,
 ) -> Dataset:
     """Encode documents for training.
 
@@ -51,7 +53,7 @@ def encode_documents(
         image_token_offset: id of image code 0; the tokenizer's `<img:0>` where `None`.
         config: of the JAM that the documents are for: its ids, ends, and what stands in its pictures. Where `None`, a
             picture is `<break> codes <break>`, by the tokenizer's ids.
-        marks: instead of these two, what another model's pictures are made of (an image parent's, say).
+        layout: instead of these two, how another model writes pictures (an image parent, say).
         max_length, too_long: documents with more tokens raise ("error") or are left out with a warning ("drop"); none is cut.
     Returns:
         a dataset with `input_ids`: `<s> text <break> codes <break> text ... </s>` [A].
@@ -62,36 +64,36 @@ def encode_documents(
     """
     if too_long not in ("error", "drop"):
         raise ValueError(f"too_long must be 'error' or 'drop', got {too_long!r}.")
-    if marks is None:
-        marks = _picture_marks(tokenizer, image_token_offset, config)
+    if layout is None:
+        layout = _picture_layout(tokenizer, image_token_offset, config)
     elif image_token_offset is not None or config is not None:
-        raise ValueError("encode_documents: marks say what image_token_offset and config say; pass one of the three.")
+        raise ValueError("encode_documents: layout says what image_token_offset and config say; pass one of the three.")
     ends = [] if config is None else config.eos_token_ids
     end = tokenizer.eos_token_id if config is None else config.document_end(tokenizer.eos_token_id)
     if end is None:
         raise ValueError("encode_documents: the tokenizer has no eos_token to end a document in. Pass the JAM's config.")
+    placeholder = "" if layout.placeholder is None else tokenizer.convert_ids_to_tokens(layout.placeholder)
+    reserved = (layout.begin, layout.end, *layout.structure)
     documents: list[np.ndarray] = []
     dropped = 0
     for start in tqdm(range(0, len(dataset), batch_size), desc=description, unit="batch"):
         rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        texts, pictures = zip(
-            *(_text_and_images(row, tokenizer, marks.placeholder, start + index) for index, row in enumerate(rows))
-        )
+        texts, pictures = zip(*(_text_and_images(row, tokenizer, placeholder, start + index) for index, row in enumerate(rows)))
         flat = [picture for row in pictures for picture in row]
         codes: Iterator[np.ndarray] = iter(())
         if flat:
             if encode_images is None:
                 raise ValueError("The documents have pictures; pass encode_images to turn them into codes.")
-            codes = iter(_laid_out(encode_images(flat), len(flat), marks))
+            codes = iter(_laid_out(encode_images(flat), len(flat), layout))
         encoded = tokenizer(list(texts), add_special_tokens=True)["input_ids"]
         for index, (ids, row) in enumerate(zip(encoded, pictures)):
             ids = np.asarray(ids, dtype=np.int64)
-            if (np.isin(ids, marks.reserved) | marks.are_codes(ids)).any():
+            if (np.isin(ids, reserved) | layout.are_codes(ids)).any():
                 raise ValueError(
                     f"The text of document {start + index} has <break> or image codes itself, or other tokens of "
                     "pictures; they are put in here, for each <image>. Take them out of the text."
                 )
-            places = np.flatnonzero(ids == marks.image)
+            places = np.flatnonzero(ids == layout.placeholder) if placeholder else np.array([], dtype=np.int64)
             if len(places) != len(row):
                 raise ValueError(
                     f"Document {start + index} has {len(places)} placeholder(s) <image> and {len(row)} picture(s); each "
@@ -99,7 +101,7 @@ def encode_documents(
                 )
             parts, position = [], 0
             for place in places:
-                parts += [ids[position:place], [marks.begin], next(codes), [marks.end]]
+                parts += [ids[position:place], [layout.begin], next(codes), [layout.end]]
                 position = place + 1
             parts.append(ids[position:])
             document = np.concatenate(parts).astype(np.int32)
@@ -127,94 +129,47 @@ def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     return index
 
 
-def _checked_codes(codes: np.ndarray, num_images: int, num_codes: int | None) -> np.ndarray:
+def _checked_codes(codes: np.ndarray, num_images: int, num_codes: int) -> np.ndarray:
     codes = np.asarray(codes)
     if codes.ndim != 2 or len(codes) != num_images or not np.issubdtype(codes.dtype, np.integer):
         raise ValueError(
             f"encode_images must return integers [{num_images}, N] for {num_images} picture(s), got {codes.dtype} "
             f"{list(codes.shape)}."
         )
-    if codes.min() < 0 or (num_codes is not None and codes.max() >= num_codes):
-        allowed = "0 or more" if num_codes is None else f"0..{num_codes - 1}"
+    if codes.min() < 0 or codes.max() >= num_codes:
+        allowed = f"0..{num_codes - 1}" if num_codes < 2**32 else "0 or more"  # not known
         raise ValueError(f"encode_images must return raw codes, {allowed}, got {codes.min()}..{codes.max()}.")
     return codes
 
 
-class PictureMarks(NamedTuple):
-    """What a picture is made of in a document, in the ids of one tokenizer.
-
-    Args:
-        placeholder, image: the token that stands for a picture in text, and its id.
-        begin, end: ids of what opens and closes a picture.
-        codes: id of code 0, where the others follow it, or the ids of all codes, int64 `[K]`.
-        reserved: further ids that no text may have.
-        template (int64 `[L]`): ids of what stands in a picture, -1 for codes; `None`: codes alone, as many as come.
-        num_codes: K, where `codes` does not say it; `None`: not known.
-    """
-
-    placeholder: str
-    image: int
-    begin: int
-    end: int
-    codes: int | np.ndarray
-    reserved: tuple[int, ...] = ()
-    template: np.ndarray | None = None
-    num_codes: int | None = None
-
-    def are_codes(self, ids: np.ndarray) -> np.ndarray:
-        """bool, of the shape of `ids`."""
-        if not isinstance(self.codes, int):
-            return np.isin(ids, self.codes)
-        last = np.inf if self.num_codes is None else self.codes + self.num_codes
-        return (ids >= self.codes) & (ids < last)
-
-    def ids_of(self, codes: np.ndarray) -> np.ndarray:
-        """Raw codes to ids, of the same shape."""
-        return codes + self.codes if isinstance(self.codes, int) else self.codes[codes]
-
-
 # For documents of text alone, in a tokenizer that has no tokens of pictures.
-NO_PICTURES = PictureMarks("", -1, -1, -1, np.array([], dtype=np.int64))
+NO_PICTURES = PictureLayout(-1, -1)
 
 
-def _picture_marks(tokenizer: PreTrainedTokenizerBase, offset: int | None, config: JamConfig | None) -> PictureMarks:
+def _picture_layout(tokenizer: PreTrainedTokenizerBase, offset: int | None, config: JamConfig | None) -> PictureLayout:
     if config is None:
         first = _token_id(tokenizer, "<img:0>") if offset is None else offset
         mark, image = (_token_id(tokenizer, token) for token in ("<break>", "<image>"))
-        num_codes = num_named_codes(tokenizer) if offset is None else None
-        return PictureMarks("<image>", image, mark, mark, first, (mark,), num_codes=num_codes)
+        count = num_named_codes(tokenizer) if offset is None else None
+        return PictureLayout(mark, mark, range(first, sys.maxsize if count is None else first + count), placeholder=image)
     if offset not in (None, config.image_token_offset):
         raise ValueError(
             f"encode_documents: image_token_offset is {offset}, but {config.image_token_offset} in the config. Leave it out "
             "where you pass the config."
         )
-    begin, end = config.break_token_id, config.picture_end_token_id
-    return PictureMarks(
-        placeholder=tokenizer.convert_ids_to_tokens(config.image_token_id),
-        image=config.image_token_id,
-        begin=begin,
-        end=end,
-        codes=config.image_token_offset,
-        reserved=(begin, end, *config.picture_structure_token_ids),
-        template=np.array(config.picture_template),
-        num_codes=config.num_image_tokens,
-    )
+    return config.picture_layout
 
 
-def _laid_out(codes: np.ndarray, num_images: int, marks: PictureMarks) -> np.ndarray:
-    """Raw codes `[P, N]` to ids, in their places among the others of the template: `[P, L]`."""
-    num_codes = marks.num_codes if isinstance(marks.codes, int) else len(marks.codes)
-    ids = marks.ids_of(_checked_codes(codes, num_images, num_codes))
-    if marks.template is None:
-        return ids
-    places = marks.template < 0
-    if ids.shape[1] != places.sum():
+def _laid_out(codes: np.ndarray, num_images: int, layout: PictureLayout) -> np.ndarray:
+    """Raw codes `[P, N]` to ids, in their places among the others of the layout: `[P, L]`."""
+    num_codes = len(layout.codes)
+    codes = _checked_codes(codes, num_images, num_codes)
+    if layout.grid is not None and codes.shape[1] != len(layout.positions):
         raise ValueError(
-            f"encode_images must return the {places.sum()} codes of a picture that the config says, got {ids.shape[1]}."
+            f"encode_images must return the {len(layout.positions)} codes of a picture that the config says, got "
+            f"{codes.shape[1]}."
         )
-    pictures = np.tile(marks.template, (num_images, 1))
-    pictures[:, places] = ids
-    return pictures
+    return layout.inside(layout.ids_of(codes))
 
 
 def _text_and_images(

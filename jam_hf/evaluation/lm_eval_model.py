@@ -33,8 +33,7 @@ def harness_model(model: Any, tokenizer: Any, softmax: str = "text", **kwargs: A
     from lm_eval.models.huggingface import HFLM
 
     check_softmax(softmax)
-    first = model.config.image_token_offset
-    codes = slice(first, first + model.config.num_image_tokens)
+    codes = slice(model.config.image_token_range.start, model.config.image_token_range.stop)
 
     class JamHarness(HFLM):
         def _model_call(self, *args: Any, **call: Any) -> torch.Tensor:

@@ -127,7 +127,7 @@ def compare_logits(
 def perplexity(
     model: PreTrainedModel,
     dataset: Dataset,
-    image_token_range: tuple[int, int],
+    image_token_range: range | tuple[int, int],
     batch_size: int = 32,
     description: str = "perplexity",
     picture_structure_token_ids: Sequence[int] | None = None,
@@ -135,7 +135,7 @@ def perplexity(
     """Token-weighted perplexity of `model` on `dataset` (column `input_ids`).
 
     Args:
-        image_token_range: `[first, last)` ids of image codes.
+        image_token_range: ids of image codes (`JamConfig.image_token_range`), or `[first, last)`.
         picture_structure_token_ids: ids that count neither as text nor as image; where `None`, those of a JAM's config, and
             none for another model. Compare a JAM with its parents by passing the JAM's for all.
     Raises:
@@ -143,6 +143,7 @@ def perplexity(
     """
     if not len(dataset):
         raise ValueError("perplexity: the dataset is empty.")
+    codes = image_token_range if isinstance(image_token_range, range) else range(*image_token_range)
     if picture_structure_token_ids is None:
         picture_structure_token_ids = getattr(model.config, "picture_structure_token_ids", ())
     structure = torch.tensor(list(picture_structure_token_ids), dtype=torch.int64, device=model.device)
@@ -157,7 +158,7 @@ def perplexity(
         targets = ids[:, 1:]
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").double()
         counted = (mask[:, 1:].bool() & ~torch.isin(targets, structure)).flatten()
-        image = ((targets >= image_token_range[0]) & (targets < image_token_range[1])).flatten()
+        image = ((targets >= codes.start) & (targets < codes.stop)).flatten()
         for index, chosen in enumerate((counted & ~image, counted & image)):
             sums[index] += losses[chosen].sum().cpu()
             counts[index] += chosen.sum().cpu()

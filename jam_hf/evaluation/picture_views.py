@@ -6,18 +6,19 @@ Shape suffixes: B documents, T tokens, K image codes, N codes of a picture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints.multimodal import MULTIMODAL
-from ..fusion.parents import code_ids, code_names, picture_tokens
+from ..fusion.parents import code_ids, code_names, picture_layout
 from ..fusion.recipe import FusionRecipe
 from ..fusion.vocabulary import differing_tokens
 from ..model.configuration_jam import JamConfig
 from ..model.modeling_jam import JamForCausalLM
+from ..model.picture_layout_jam import PictureLayout
 
 
 @dataclass(frozen=True)
@@ -26,21 +27,19 @@ class PictureView:
 
     Args:
         model: the model. caption: its ids, up to and with what announces the picture.
-        code_ids (int64 `[K]`): the id that stands for code k. Where codes have embeddings of their own (Janus), numbers behind
-            the vocabulary.
-        template: what follows: ids, and -1 in the place of each code (`JamConfig.picture_template`).
+        layout: of the picture; its `codes` are the ids that stand for them, and where codes have embeddings of their own
+            (Janus), numbers behind the vocabulary.
         code_logits: ids and attention mask, int64 `[B, T]` -> logits over the codes, `[B, T, K]`.
     """
 
     model: PreTrainedModel
     caption: Callable[[str], list[int]]
-    code_ids: torch.Tensor
-    template: Sequence[int]
+    layout: PictureLayout
     code_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
     def check_length(self, caption: str, name: str) -> None:
         """Raise `ValueError` if a caption and its picture have more tokens than the model has positions."""
-        length, positions = len(self.caption(caption)) + len(self.template), positions_of(self.model)
+        length, positions = len(self.caption(caption)) + len(self.layout.template), positions_of(self.model)
         if length > positions:
             raise ValueError(
                 f"{name} has {length} tokens with its picture, more than the {positions} positions of "
@@ -49,22 +48,15 @@ class PictureView:
 
     def document(self, caption: str, codes: torch.Tensor) -> tuple[list[int], list[int]]:
         """Ids of the caption and its picture of `codes` (int64 `[N]`, 0..K-1), and the places of the codes among them."""
-        ids, places = list(self.caption(caption)), []
-        left = iter(self.code_ids[codes].tolist())
-        for token in self.template:
-            if token < 0:
-                places.append(len(ids))
-            ids.append(next(left) if token < 0 else token)
-        return ids, places
+        ids = list(self.caption(caption))
+        picture = self.layout.inside(self.layout.ids_of(codes.numpy()))
+        return [*ids, *picture.tolist()], [len(ids) + position for position in self.layout.positions]
 
 
 def jam_view(jam: JamForCausalLM, tokenizer: PreTrainedTokenizerBase) -> PictureView:
     """The JAM's own way: the caption, `<break>`, the codes in the layout of its config."""
-    config = jam.config
-    first = config.image_token_offset
-    codes = torch.arange(first, first + config.num_image_tokens)
-    caption = _caption(tokenizer, config.break_token_id)
-    return PictureView(jam, caption, codes, config.picture_template, _plain_logits(jam, codes))
+    layout = jam.config.picture_layout
+    return PictureView(jam, _caption(tokenizer, layout.begin), layout, _plain_logits(jam, torch.tensor(layout.codes)))
 
 
 def image_parent_view(
@@ -90,7 +82,8 @@ def image_parent_view(
     if tokenizer is None:
         raise ValueError(f"The image parent {name} brings no tokenizer to read captions with. Pass image_tokenizer=...")
     codes = code_ids(parent.config, vocabulary, config.num_image_tokens, tokenizer, image_token_offset, name)
-    marks = picture_tokens(parent.config, tokenizer, config.grid_size, name)
+    layout = picture_layout(parent.config, tokenizer, codes, config.grid_size, name)
+    assert layout is not None, "a multimodal class marks its pictures"
 
     def logits_of_states(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         # The class's own forward forbids image codes; the weights do predict them.
@@ -110,8 +103,7 @@ def image_parent_view(
         logits = logits_of_own_head
     elif sheet.forward_forbids_codes:
         logits = logits_of_states
-    caption = _caption(tokenizer, marks.begin, begin=sheet.bos_by_processor)
-    return PictureView(parent, caption, codes, marks.template(config.grid_size), logits)
+    return PictureView(parent, _caption(tokenizer, layout.begin, begin=sheet.bos_by_processor), layout, logits)
 
 
 def _plain_view(
@@ -128,7 +120,7 @@ def _plain_view(
     Its pictures have the layout of the JAM's.
     """
     size = parent.get_input_embeddings().weight.shape[0]
-    first, count, template = config.image_token_offset, config.num_image_tokens, config.picture_template
+    layout, first, count = config.picture_layout, config.image_token_offset, config.num_image_tokens
     same_ids = size == config.vocab_size and (tokenizer is None or not differing_tokens(tokenizer, jam_tokenizer))
     if same_ids:
         codes = code_ids(parent.config, size, count, tokenizer, first if offset is None else offset, name)
@@ -137,9 +129,8 @@ def _plain_view(
                 f"The image parent {name} has the JAM's vocabulary, in which code 0 is id {first}, not {int(codes[0])}. Leave "
                 "image_token_offset out."
             )
-        return PictureView(
-            parent, _caption(tokenizer or jam_tokenizer, config.break_token_id), codes, template, _plain_logits(parent, codes)
-        )
+        caption = _caption(tokenizer or jam_tokenizer, layout.begin)
+        return PictureView(parent, caption, replace(layout, codes=codes.tolist()), _plain_logits(parent, codes))
     if tokenizer is None:
         raise ValueError(
             f"The image parent {name} has a vocabulary of {size} ids, the JAM one of {config.vocab_size}, and it brings no "
@@ -155,20 +146,28 @@ def _plain_view(
         offset = recipe.image_token_offset
     codes = code_ids(parent.config, size, count, tokenizer, offset, name)
     declared = recipe.special_tokens if recipe is not None else {}
-    begin = picture_tokens(parent.config, tokenizer, config.grid_size, name).begin
+    parents = picture_layout(parent.config, tokenizer, codes, config.grid_size, name)
 
     def own(token: int) -> int:
         string = jam_tokenizer.convert_ids_to_tokens(token)
-        if string not in declared and token == config.break_token_id and begin is not None:
-            return begin
+        if string not in declared and token == layout.begin and parents is not None:
+            return parents.begin
         string = declared.get(string, string)
         if string not in known:
             raise ValueError(f"The vocabulary of the image parent {name} has no {string}, which its pictures need.")
         return known[string]
 
-    caption = _caption(tokenizer, own(config.break_token_id))
-    theirs = [token if token < 0 else own(token) for token in template]
-    return PictureView(parent, caption, codes, theirs, _plain_logits(parent, codes))
+    begin = own(layout.begin)
+    theirs = replace(
+        layout,
+        begin=begin,
+        end=begin,  # nothing is read behind the codes
+        codes=codes.tolist(),
+        prefix=tuple(own(token) for token in layout.prefix),
+        row_end=None if layout.row_end is None else own(layout.row_end),
+        suffix=tuple(own(token) for token in layout.suffix),
+    )
+    return PictureView(parent, _caption(tokenizer, begin), theirs, _plain_logits(parent, codes))
 
 
 def _plain_logits(model: PreTrainedModel, codes: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

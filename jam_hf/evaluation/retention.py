@@ -332,9 +332,8 @@ def shared_ids(config: JamConfig, vocabulary: int, name: str) -> torch.Tensor:
             f"{name} has a vocabulary of {vocabulary} ids, the JAM one of {config.vocab_size}. The ids of a JAM's text parent "
             "come first in the JAM's vocabulary; this is not its text parent."
         )
-    first, last = config.image_token_offset, config.image_token_offset + config.num_image_tokens
     ids = torch.arange(vocabulary)
-    return ids[(ids < first) | (ids >= last)]
+    return ids[(ids < config.image_token_range.start) | (ids >= config.image_token_range.stop)]
 
 
 # ----- models ---------------------------------------------------------------------------------------------------------

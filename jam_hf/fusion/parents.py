@@ -1,7 +1,7 @@
 """The classes of parents that can be fused: where each keeps its decoder, its vocabulary, its image codes and its VQ model.
 
 What is known of each is on its fact sheet (model/families_jam.py, checkpoints/multimodal.py); what has none is refused by
-name. This module knows checkpoints' keys and configs, not what is made of them. `code_ids` and `picture_tokens` need no
+name. This module knows checkpoints' keys and configs, not what is made of them. `code_ids` and `picture_layout` need no
 weights, so that they serve loaded models too.
 """
 
@@ -18,6 +18,7 @@ from ..checkpoints.multimodal import MULTIMODAL, Multimodal
 from ..checkpoints.parent import Parent
 from ..checkpoints.tensor_files import row_blocks
 from ..model.families_jam import FAMILIES
+from ..model.picture_layout_jam import PictureLayout
 
 
 # Parts of multimodal parents that a JAM does not take over: the eye of Janus, and VQ models (converted on their own).
@@ -106,26 +107,6 @@ def _equal(parent: Parent, one: str, other: str) -> bool:
     if parent.headers_only:  # headers do not tell; a config that ties them is believed
         return True
     return all(torch.equal(parent.read(one, *block), parent.read(other, *block)) for block in row_blocks(spec, spec.rows))
-
-
-@dataclass(frozen=True)
-class PictureTokens:
-    """The image parent's own tokens around a picture, by its ids; None where it has none (paper: one `<break>` on both sides).
-
-    begin, end: open and close a picture. prefix: between begin and the first code. row_end: after each row of codes.
-    suffix: after the last row.
-    """
-
-    begin: int | None = None
-    end: int | None = None
-    prefix: tuple[int, ...] = ()
-    row_end: int | None = None
-    suffix: tuple[int, ...] = ()
-
-    def template(self, grid_size: int) -> tuple[int, ...]:
-        """What stands between `begin` and `end`: ids, and -1 in the place of each code."""
-        row = (-1,) * grid_size + (() if self.row_end is None else (self.row_end,))
-        return (*self.prefix, *row * grid_size, *self.suffix)
 
 
 @dataclass(frozen=True)
@@ -359,13 +340,18 @@ def _only(parent: Parent, suffix: str) -> str:
     return found[0]
 
 
-def picture_tokens(
-    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, grid_size: int, name: str
-) -> PictureTokens:
-    """The tokens that an image parent puts around a picture of `grid_size` x `grid_size` codes.
+def picture_layout(
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    codes: torch.LongTensor,
+    grid_size: int,
+    name: str,
+) -> PictureLayout | None:
+    """How an image parent writes a picture of `grid_size` x `grid_size` codes, in its ids; `None` where it has no marks.
 
     Args:
-        config: the parent's. tokenizer: the parent's; None where it brings none. name: how messages call the parent.
+        config: the parent's. tokenizer: the parent's; None where it brings none. codes: int64 `[K]`, see [`code_ids`].
+        name: how messages call the parent.
     Raises:
         ValueError: if a token that its class needs cannot be found; the message says what to pass.
     """
@@ -373,8 +359,10 @@ def picture_tokens(
     ids: dict[str, int] = dict(getattr(config, "vocabulary_map", None) or {})
     if tokenizer is not None:
         ids |= tokenizer.get_vocab()
-    if sheet is None:
-        return PictureTokens(ids.get("<break>"))
+    grid = (grid_size, grid_size)
+    if sheet is None:  # one <break> on both sides (paper), if any
+        mark = ids.get("<break>")
+        return None if mark is None else PictureLayout(mark, mark, codes.tolist(), grid)
 
     def find(attribute: str, usual: str) -> int:
         said = getattr(tokenizer, attribute, None) if tokenizer is not None else None
@@ -395,9 +383,11 @@ def picture_tokens(
             )
         size = tokenizer.encode(sheet.size_form.format(grid_size, grid_size), add_special_tokens=False)
     found = {role: find(*token) for role, token in sheet.marks.items()}
-    return PictureTokens(
+    return PictureLayout(
         begin=found["begin"],
         end=found["end"],
+        codes=codes.tolist(),
+        grid=grid,
         prefix=(*size, *([found["prefix"]] if "prefix" in found else [])),
         row_end=found.get("row_end"),
         suffix=(found["suffix"],) if "suffix" in found else (),

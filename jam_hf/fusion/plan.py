@@ -151,8 +151,7 @@ def describe(plan: FusionPlan, tensors: bool = True) -> str:
             f"{d.config.num_attention_heads} heads, vocabulary {d.vocab_size})"
             for d in (plan.text, plan.image)
         ),
-        f"  vocabulary: {config.vocab_size}, image codes {config.image_token_offset}.."
-        f"{config.image_token_offset + config.num_image_tokens - 1}",
+        f"  vocabulary: {config.vocab_size}, image codes {config.image_token_range[0]}..{config.image_token_range[-1]}",
         f"  image codes of the image parent: {plan.vocabulary.codes_from}",
         f"  CM3 sentinels: {config.num_mask_tokens} from "
         f"{plan.vocabulary.tokenizer.convert_ids_to_tokens(config.mask_token_id)} on",

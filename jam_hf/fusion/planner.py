@@ -27,7 +27,7 @@ from ..model.modeling_jam_vq import JamVQModel
 from . import chat_templates, tables
 from .generation_defaults import one_or_list, said_stop_ids, stop_ids, text_sampling
 from .parent_tokenizers import asks_otherwise, check_saved, limit_length, read_parent_tokenizer
-from .parents import Decoder, image_codes, image_parents, picture_tokens, text_parents
+from .parents import Decoder, image_codes, image_parents, picture_layout, text_parents
 from .plan import FusionPlan, preserved
 from .recipe import FusionRecipe
 from .shapes import check_parents, jam_config
@@ -235,7 +235,7 @@ def _vocabulary(
             f"(vocab_size: {text.vocab_size} and {image.vocab_size}), and the image parent brings no tokenizer to say what its "
             "rows mean. Pass image_tokenizer=..."
         )
-    pictures = picture_tokens(image.parent.config, image_tokenizer, vq.config.grid_size, image.parent.name)
+    pictures = picture_layout(image.parent.config, image_tokenizer, codes, vq.config.grid_size, image.parent.name)
     return joined_vocabulary(
         tokenizer,
         text.vocab_size,

@@ -22,7 +22,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..data.code_names import name_codes
 from ..model.code_tokens_jam import UNUSED_NAME
-from .parents import PictureTokens
+from ..model.picture_layout_jam import PictureLayout
 
 
 @dataclass(frozen=True)
@@ -409,7 +409,7 @@ def joined_vocabulary(
     text_rows: int,
     image_tokenizer: PreTrainedTokenizerBase,
     codes: torch.LongTensor,
-    pictures: PictureTokens,
+    pictures: PictureLayout | None,
     names: TokenNames,
     special_tokens: dict[str, str],
     kept: Collection[int] = (),
@@ -418,7 +418,7 @@ def joined_vocabulary(
 
     Args:
         tokenizer: the text parent's; it gets what it lacks. text_rows: rows of its embedding, padding included.
-        codes: the image parent's row of each code. pictures: its tokens around a picture.
+        codes: the image parent's row of each code. pictures: its own way to write one; `None`: it has none.
         special_tokens: the image parent's token (text) by the JAM's (text), beyond those that `pictures` says.
         kept: ids that mean something to the text parent, though its tokenizer may have no tokens for them (where it stops):
             they get names (`<unused:305>`), and so do those before them, so that no new token takes their rows.
@@ -429,7 +429,7 @@ def joined_vocabulary(
     add_special_tokens(tokenizer, map(UNUSED_NAME.format, range(end, max((i for i in kept if i < text_rows), default=-1) + 1)))
     structure: dict[str, int] = {}  # the image parent's row by the JAM's token
     layout: dict[str, Any] = {}
-    if pictures.begin is not None:
+    if pictures is not None:
         structure[names.break_token] = pictures.begin
 
     def dedicated(name: str) -> str:
@@ -438,18 +438,18 @@ def joined_vocabulary(
         return name if entry is None or entry in _marked(tokenizer) else f"<jam:{name.removeprefix('<')}"
 
     known = tokenizer.get_vocab()
-    if pictures.end is not None:
+    if pictures is not None and pictures.end != pictures.begin:
         end = "</break>" if names.break_token == "<break>" else f"{names.break_token}/end"
         layout["image_end_token"] = dedicated(end)
         structure[layout["image_end_token"]] = pictures.end
     for field_name, stem, ids in (
-        ("image_prefix_tokens", "picture", pictures.prefix),
-        ("image_suffix_tokens", "/picture", pictures.suffix),
+        ("image_prefix_tokens", "picture", () if pictures is None else pictures.prefix),
+        ("image_suffix_tokens", "/picture", () if pictures is None else pictures.suffix),
     ):
         if ids:
             layout[field_name] = [dedicated(f"<{stem}:{i}>") for i in range(len(ids))]
             structure |= dict(zip(layout[field_name], ids))
-    if pictures.row_end is not None:
+    if pictures is not None and pictures.row_end is not None:
         layout["image_row_end_token"] = dedicated("<row>")
         structure[layout["image_row_end_token"]] = pictures.row_end
 

@@ -93,9 +93,8 @@ class DocumentStreamer(BaseStreamer):
         self.skip_prompt, self.timeout = skip_prompt, timeout
         self.partial_every, self.skip_special_tokens = partial_every, skip_special_tokens
         config = model.config
-        self.first_code, self.end_of_codes = config.image_token_offset, config.image_token_offset + config.num_image_tokens
-        self.marks = {config.break_token_id, config.picture_end_token_id}
-        self.structure = set(config.picture_structure_token_ids)
+        layout = config.picture_layout
+        self.codes, self.marks, self.structure = layout.codes, {layout.begin, layout.end}, set(layout.structure)
         ends, pad = end_ids(model.generation_config.eos_token_id), model.generation_config.pad_token_id
         pad = pad_token_id if pad_token_id is not None else pad
         self.pad = pad if pad is not None else ends[0] if ends else None  # as GenerationMixin has it
@@ -157,18 +156,15 @@ class DocumentStreamer(BaseStreamer):
     def _new_row(self) -> _Row:
         return _Row(_TextRun(self.processor.tokenizer, self.skip_special_tokens))
 
-    def _is_code(self, token: int) -> bool:
-        return self.first_code <= token < self.end_of_codes
-
     def _half_drawn(self, ids: list[int]) -> list[int]:
         """The codes of a picture that a prompt ends in; none where it ends in text or behind a whole picture."""
         count = 0
         for token in reversed([token for token in ids if token not in self.structure]):
-            if not self._is_code(token):
+            if token not in self.codes:
                 break
             count += 1
         count %= self.processor.image_seq_length
-        return [token for token in ids if self._is_code(token)][-count:] if count else []
+        return [token for token in ids if token in self.codes][-count:] if count else []
 
     def _read(self, index: int, ids: list[int]) -> None:
         row = self.rows[index]
@@ -176,7 +172,7 @@ class DocumentStreamer(BaseStreamer):
         for token in ids:
             if token in self.structure:
                 continue
-            if self._is_code(token):
+            if token in self.codes:
                 if not row.codes:
                     self._write_text(index, text)
                     self._end_text(index)

@@ -114,25 +114,25 @@ class DocumentMasker:
         A run of missing codes in reading order is one gap; what the layout has between them (row ends) belongs to it, as to
         a span of training.
         """
-        config = self.config
-        picture = config.laid_out(codes)
-        self.ids.append(config.break_token_id)
+        layout = self.config.picture_layout
+        picture = layout.inside(codes).tolist()
+        self.ids.append(layout.begin)
         position = 0
         if mask is not None:
-            places = [i for i, token in enumerate(config.picture_template) if token < 0]
             edges = np.flatnonzero(np.diff(np.concatenate(([False], mask, [False])).astype(np.int8)))
             for start, end in edges.reshape(-1, 2).tolist():
-                first, last = places[start], places[end - 1] + 1
+                first, last = layout.positions[start], layout.positions[end - 1] + 1
                 self.ids += picture[position:first]
-                self._gap(config.picture_template[first:last])
+                self._gap(layout.template[first:last])
                 position = last
-        self.ids += [*picture[position:], config.picture_end_token_id]
+        self.ids += [*picture[position:], layout.end]
 
     def missing_picture(self) -> None:
         """A picture of which all is missing: one whole segment of training, `<break> <sentinel> <break>`."""
-        self.ids.append(self.config.break_token_id)
-        self._gap(self.config.picture_template)
-        self.ids.append(self.config.picture_end_token_id)
+        layout = self.config.picture_layout
+        self.ids.append(layout.begin)
+        self._gap(layout.template)
+        self.ids.append(layout.end)
 
     def finish(self, eos_token_id: int) -> MaskedDocument:
         """Raises a `ValueError` if there is no gap, or there are more than sentinels."""
@@ -211,11 +211,11 @@ def _row_by_row(value: Any, single: bool, count: int, name: str) -> list[list[An
 def _codes(processor: JamProcessor, model: JamForCausalLM, pictures: list[Any]) -> list[list[int]]:
     """Ids of the codes of each picture, which may be a picture or these ids already."""
     config, found = model.config, {}
-    count, first, last = config.image_seq_length, config.image_token_offset, config.image_token_offset + config.num_image_tokens
+    count, first, last = config.image_seq_length, config.image_token_range[0], config.image_token_range[-1]
     for index, picture in enumerate(pictures):
         if isinstance(picture, torch.Tensor) and picture.ndim == 1:
-            if picture.is_floating_point() or len(picture) != count or picture.min() < first or picture.max() >= last:
-                raise ValueError(f"infill: codes of a picture must be {count} ids in {first}..{last - 1}, got {picture!r:.80}.")
+            if picture.is_floating_point() or len(picture) != count or picture.min() < first or picture.max() > last:
+                raise ValueError(f"infill: codes of a picture must be {count} ids in {first}..{last}, got {picture!r:.80}.")
             found[index] = picture.tolist()
     pixels = [picture for index, picture in enumerate(pictures) if index not in found]
     if pixels:
@@ -239,8 +239,7 @@ def _masked_document(
         raise ValueError(f"{places} picture(s), but {len(masks)} entries in image_masks; expected one for each, or None.")
     ids = tokenizer(sample.removeprefix(tokenizer.bos_token or ""))["input_ids"]
     mark = config.mask_token_id
-    first, last = config.image_token_offset, config.image_token_offset + config.num_image_tokens
-    never = {*ids_that_are_no_text(config), *range(first, last)} - {mark, config.image_token_id, tokenizer.bos_token_id}
+    never = {*ids_that_are_no_text(config), *config.image_token_range} - {mark, config.image_token_id, tokenizer.bos_token_id}
     never -= {config.bos_token_id, *config.eos_token_ids}
     if wrong := [token for token in ids if token in never]:
         raise ValueError(

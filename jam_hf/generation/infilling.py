@@ -44,7 +44,7 @@ class InfillLogitsProcessor(LogitsProcessor):
     ):
         self.documents, self.prompt_length, self.eos_token_id = documents, prompt_length, eos_token_id
         self.mask_token_id, self.mask_end_token_id = config.mask_token_id, config.mask_end_token_id
-        self.codes = (config.image_token_offset, config.image_token_offset + config.num_image_tokens)
+        self.codes = slice(config.image_token_range.start, config.image_token_range.stop)
         self.never_text = ids_that_are_no_text(config)
         texts = (TEXT, *(TEXT_OR_END,) * (max_text_tokens - 1))
         # One script a span: what may stand at each of its places, the end of the span last. They lie one after the other.
@@ -70,7 +70,7 @@ class InfillLogitsProcessor(LogitsProcessor):
                     starts[row, column] = len(places)
                     places += script
             kinds = torch.zeros(3, vocab_size, dtype=torch.bool)
-            kinds[0, self.codes[0] : self.codes[1]] = True
+            kinds[0, self.codes] = True
             kinds[1:] = ~kinds[0]
             kinds[1:, self.never_text] = False
             kinds[2, self.mask_end_token_id] = True
@@ -190,7 +190,7 @@ class JamInfill(dict):
         return ids
 
     def _fits(self, span: list[int], gap: tuple[int, ...] | None) -> bool:
-        codes = range(self.config.image_token_offset, self.config.image_token_offset + self.config.num_image_tokens)
+        codes = self.config.image_token_range
         if gap is None:
             never = ids_that_are_no_text(self.config)
             return bool(span) and not any(token in codes or token in never for token in span)

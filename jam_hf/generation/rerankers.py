@@ -75,15 +75,13 @@ class PictureCandidates:
 
     @torch.no_grad()
     def _log_likelihoods(self, context: torch.LongTensor) -> torch.FloatTensor:
-        config, means = self.model.config, []
-        template = torch.tensor(config.picture_template, device=context.device)
-        first, last = config.image_token_offset, config.image_token_offset + config.num_image_tokens
+        layout, codes_range, means = self.model.config.picture_layout, self.model.config.image_token_range, []
         for codes in self.codes:  # one by one: logits of a whole picture are large where the vocabulary is
-            picture = template.masked_scatter(template < 0, codes)
+            picture = torch.from_numpy(layout.inside(codes.cpu())).to(context.device)
             ids = torch.cat((context, picture[:-1]))[None]
-            logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=len(picture)).logits[0, template < 0]
-            scores = logits[:, first:last].float().log_softmax(-1)
-            means.append(scores.gather(-1, (codes - first).to(scores.device)[:, None]).mean())
+            logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=len(picture)).logits[0, layout.positions]
+            scores = logits[:, codes_range.start : codes_range.stop].float().log_softmax(-1)
+            means.append(scores.gather(-1, (codes - codes_range.start).to(scores.device)[:, None]).mean())
         return torch.stack(means)
 
 

@@ -71,8 +71,7 @@ def document_ids(config: JamConfig, document: MemoryDocument) -> list[int]:
             f"Document {document.id!r} of the memory has {len(codes)} codes, {min(codes, default=0)}..{max(codes, default=0)}. "
             f"A picture of this JAM has {count} in 0..{config.num_image_tokens - 1}: build the index with its VQ model."
         )
-    inside = config.laid_out(code + config.image_token_offset for code in codes)
-    return [*document.text_ids, config.break_token_id, *inside, config.picture_end_token_id]
+    return [*document.text_ids, *config.picture_layout.wrap([config.image_token_range[code] for code in codes])]
 
 
 def how_many_fit(lengths: Sequence[int], room: int) -> int:

@@ -12,7 +12,6 @@ everything that can contradict is checked here, when the config is built.
 # No `from __future__ import annotations` here: `strict` checks the types of the fields only where they are no strings.
 import copy
 import os
-from collections.abc import Iterable
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -23,6 +22,7 @@ from .class_names_jam import MODEL_TYPE
 from .configuration_jam_vq import Derived, JamVQConfig, Part
 from .families_jam import FAMILIES, attention_type, embedding_size_of, family_of, head_dim_of, key_value_heads_of
 from .package_jam import PackageFunction, tell
+from .picture_layout_jam import PictureLayout
 from .remote_code_jam import AUTO_MAP, add_auto_map
 
 
@@ -320,7 +320,7 @@ class JamConfig(PreTrainedConfig):
             self.image_token_offset = vocab_size - codes
         if self.num_mask_tokens < 1:
             raise ValueError(f"JamConfig: `num_mask_tokens` must be at least 1, got {self.num_mask_tokens}.")
-        first, last = self.image_token_offset, self.image_token_offset + codes
+        first, last = self.image_token_range.start, self.image_token_range.stop
         if not 0 <= first < last <= vocab_size:
             raise ValueError(
                 f"JamConfig: the {codes} image codes would take the ids [{first}, {last}), outside the vocabulary of "
@@ -394,39 +394,39 @@ class JamConfig(PreTrainedConfig):
         return self.vq_config.grid_size
 
     @property
-    def picture_template(self) -> tuple[int, ...]:
-        """What stands between the opening and the closing token of a picture: ids, and -1 in the place of each code."""
-        row = (-1,) * self.grid_size
-        if self.image_row_end_token_id is not None:
-            row += (self.image_row_end_token_id,)
-        return (*self.image_prefix_token_ids, *row * self.grid_size, *self.image_suffix_token_ids)
+    def image_token_range(self) -> range:
+        """The ids of the image codes, of code 0 first."""
+        return range(self.image_token_offset, self.image_token_offset + self.num_image_tokens)
 
     @property
-    def picture_length(self) -> int:
-        """Tokens between the opening and the closing token of a picture (L); N where there are only codes."""
-        return len(self.picture_template)
+    def picture_layout(self) -> PictureLayout:
+        """What a picture is made of in a document, in ids."""
+        return PictureLayout(
+            begin=self.break_token_id,
+            end=self.break_token_id if self.image_end_token_id is None else self.image_end_token_id,
+            codes=self.image_token_range,
+            grid=(self.grid_size, self.grid_size),
+            prefix=tuple(self.image_prefix_token_ids),
+            row_end=self.image_row_end_token_id,
+            suffix=tuple(self.image_suffix_token_ids),
+            placeholder=self.image_token_id,
+        )
 
-    @property
-    def picture_structure_token_ids(self) -> tuple[int, ...]:
-        """The ids of the template that are no codes; neither `<break>` nor a closing token is among them."""
-        row_end = () if self.image_row_end_token_id is None else (self.image_row_end_token_id,)
-        return (*self.image_prefix_token_ids, *row_end, *self.image_suffix_token_ids)
+    # Short for fields of `picture_layout`.
+    picture_template = property(lambda self: self.picture_layout.template)
+    picture_length = property(lambda self: len(self.picture_layout.template))
+    picture_structure_token_ids = property(lambda self: self.picture_layout.structure)
+    picture_end_token_id = property(lambda self: self.picture_layout.end)
 
-    def laid_out(self, image_tokens: Iterable[int]) -> list[int]:
-        """The N ids of a picture's codes with what the template has between and around them: L ids."""
-        image_tokens = iter(image_tokens)
-        return [next(image_tokens) if token < 0 else token for token in self.picture_template]
+    def laid_out(self, image_tokens: Any) -> list[int]:
+        """`picture_layout.inside` of any iterable of ids, as a list."""
+        return self.picture_layout.inside(list(image_tokens)).tolist()
 
     @property
     def eos_token_ids(self) -> list[int]:
         """What ends a document: `eos_token_id`, which may be one, a list or None, as a list."""
         ids = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
         return [i for i in ids if i is not None]
-
-    @property
-    def picture_end_token_id(self) -> int:
-        """The token that closes a picture: `image_end_token_id`, or else `<break>`."""
-        return self.break_token_id if self.image_end_token_id is None else self.image_end_token_id
 
     @property
     def num_hidden_layers(self) -> int:

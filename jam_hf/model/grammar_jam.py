@@ -93,19 +93,18 @@ class PictureGrammar:
     """`text* (<break> N codes <break> text*)* <eos>`, row by row (paper, Decoding: one image of exactly N tokens).
 
     A `<break>` opens a picture unless a picture's token stands before it; then it closes one. Where the config's layout says
-    more, `config.picture_template` stands in place of the N codes, and a closing token of its own leaves `<break>` to open.
+    more, its template stands in place of the N codes, and a closing token of its own leaves `<break>` to open.
     """
 
     def __init__(self, config: JamConfig, eos_token_ids: list[int] | None = None):
         """`eos_token_ids`: what ends a document; the config's where `None`."""
         self.break_token_id = config.break_token_id
         self.image_token_id = config.image_token_id
-        self.first_code = config.image_token_offset
-        self.last_code = config.image_token_offset + config.num_image_tokens - 1
+        self.layout = config.picture_layout
+        self.first_code, self.last_code = config.image_token_range[0], config.image_token_range[-1]
         self.codes = slice(self.first_code, self.last_code + 1)
-        self.end_token_id = config.picture_end_token_id
-        self.template, self.structure = config.picture_template, config.picture_structure_token_ids
-        self.picture_length, self.vocab_size = config.picture_length, config.vocab_size
+        self.end_token_id, self.structure = self.layout.end, self.layout.structure
+        self.picture_length, self.vocab_size = len(self.layout.template), config.vocab_size
         self._constants: dict[object, torch.Tensor] = {}
         self.eos_token_ids = config.eos_token_ids if eos_token_ids is None else [i for i in eos_token_ids if i is not None]
         reserved = [config.image_token_id, config.mask_end_token_id, config.pad_token_id]
@@ -114,7 +113,7 @@ class PictureGrammar:
         ends = {*self.eos_token_ids, *config.eos_token_ids}  # one that pads as well is an end, or text where a call has others
         self.reserved = [i for i in reserved if i is not None and i not in ends]
         # What stands at each position of a picture (-1: a code), the closing token last, and its kind of set.
-        self.next_ids = (*self.template, self.end_token_id)
+        self.next_ids = (*self.layout.template, self.end_token_id)
         self.fixed_ids = tuple(dict.fromkeys(i for i in self.next_ids if i >= 0))
         self.next_kinds = tuple(CODES if i < 0 else FIRST_FIXED + self.fixed_ids.index(i) for i in self.next_ids)
 
@@ -297,7 +296,7 @@ class PictureGrammar:
         worst = int((room - needed).argmin())
         if room[worst] < needed[worst]:
             asked = "generation_mode='image'" if rules.mode == "image" else f"min_new_images={rules.min_images}"
-            codes = sum(token < 0 for token in self.template)
+            codes = len(self.layout.positions)
             raise ValueError(
                 f"{asked} needs room for {count} picture(s) of {codes} codes and what stands around: max_new_tokens="
                 f"{int(needed[worst])}; got room for {int(room[worst])} (max_new_tokens or max_length, and the model's "
@@ -325,28 +324,21 @@ class PictureGrammar:
         Raises:
             ValueError: if a row has no complete picture (`<break>`, N codes, `<break>`, in the config's layout).
         """
-        size, pictures = self.picture_length, []
-        template_L = self._on(sequences.device, self.template)
-        of_codes_L = template_L < 0
-        codes_BT = (sequences >= self.first_code) & (sequences <= self.last_code)
-        breaks_BT, ends_BT = sequences == self.break_token_id, sequences == self.end_token_id
-        for row in range(sequences.shape[0]):
-            for end in reversed(ends_BT[row].nonzero().flatten().tolist()):
-                start = end - size
-                if start <= 0 or not breaks_BT[row, start - 1]:
-                    continue
-                picture = sequences[row, start:end]
-                if bool(torch.where(of_codes_L, codes_BT[row, start:end], picture == template_L).all()):
-                    pictures.append(picture[of_codes_L])
+        size, count, pictures = self.picture_length, len(self.layout.positions), []
+        for row, ids in enumerate(sequences.tolist()):
+            for end in (place for place in range(len(ids) - 1, size, -1) if ids[place] == self.end_token_id):
+                codes = self.layout.read(ids[end - size : end]) if ids[end - size - 1] == self.break_token_id else None
+                if codes is not None:
+                    pictures.append(codes)
                     break
             else:
-                what = f"<break>, {int(of_codes_L.sum())} codes" + (" in their layout" if self.structure else "")
-                end = "<break>" if self.end_token_id == self.break_token_id else f"the closing token {self.end_token_id}"
+                what = f"<break>, {count} codes" + (" in their layout" if self.structure else "")
+                closing = "<break>" if self.end_token_id == self.break_token_id else f"the closing token {self.end_token_id}"
                 raise ValueError(
-                    f"Row {row} of the written ids has no complete picture ({what}, {end}). Expected what "
+                    f"Row {row} of the written ids has no complete picture ({what}, {closing}). Expected what "
                     "generate(generation_mode='image') returns; post_process_interleaved takes documents of any kind apart."
                 )
-        return torch.stack(pictures)
+        return torch.tensor(pictures, device=sequences.device)
 
 
 class PictureReader:

@@ -76,10 +76,10 @@ class JamModel(JamPreTrainedModel):
             ValueError: if a picture does not have exactly N ids, or an id is not an image code.
         """
         tokens = torch.as_tensor(image_tokens)
-        first, last = self.config.image_token_offset, self.config.image_token_offset + self.config.num_image_tokens
-        if tokens.is_floating_point() or (tokens.numel() and (tokens.min() < first or tokens.max() >= last)):
+        first, last = self.config.image_token_range[0], self.config.image_token_range[-1]
+        if tokens.is_floating_point() or (tokens.numel() and (tokens.min() < first or tokens.max() > last)):
             found = tokens.dtype if tokens.is_floating_point() else f"{int(tokens.min())}..{int(tokens.max())}"
-            raise ValueError(f"image_tokens must be the ids of image codes, {first}..{last - 1}, got {found}.")
+            raise ValueError(f"image_tokens must be the ids of image codes, {first}..{last}, got {found}.")
         return self.vq_model.decode(tokens - first).clamp(*self.config.vq_config.pixel_range)
 
     def insert_image_tokens(self, input_ids: torch.LongTensor, pixel_values: torch.Tensor) -> torch.LongTensor:
@@ -282,8 +282,7 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
 
     def head_logits(self, states_BTD: torch.Tensor, image_states_BTD: torch.Tensor, codes_alone: bool) -> torch.Tensor:
         """Logits `[B, T, V]` of both heads, or `[B, T, K]` of the codes alone."""
-        first = self.config.image_token_offset
-        last = first + self.config.num_image_tokens
+        first, last = self.config.image_token_range.start, self.config.image_token_range.stop
         if self.image_head is None:
             return (
                 nn.functional.linear(states_BTD, self.lm_head.weight[first:last]) if codes_alone else self.lm_head(states_BTD)

@@ -279,11 +279,11 @@ class JamPreTrainedModel(PreTrainedModel):
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in `PreTrainedModel`; a vocabulary that would end before the last image code is refused."""
-        needed = self.config.image_token_offset + self.config.num_image_tokens
-        if new_num_tokens is not None and new_num_tokens < min(needed, self.config.vocab_size):
+        codes = self.config.image_token_range
+        if new_num_tokens is not None and new_num_tokens < min(codes.stop, self.config.vocab_size):
             raise ValueError(
-                f"resize_token_embeddings: the image codes take the ids {self.config.image_token_offset}..{needed - 1}, so the "
-                f"vocabulary needs at least {needed} ids, got {new_num_tokens}."
+                f"resize_token_embeddings: the image codes take the ids {codes[0]}..{codes[-1]}, so the "
+                f"vocabulary needs at least {codes.stop} ids, got {new_num_tokens}."
             )
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 

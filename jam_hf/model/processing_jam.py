@@ -330,9 +330,9 @@ class JamProcessor(ProcessorMixin):
                 f"JamProcessor: its pictures have {self.image_seq_length} codes, the model's {config.image_seq_length}. Load "
                 "both from one folder, or set processor.image_seq_length."
             )
-        first, last = config.image_token_offset, config.image_token_offset + config.num_image_tokens
-        marks = {config.break_token_id, config.picture_end_token_id}
-        left_out: set[int | None] = set(config.picture_structure_token_ids)
+        layout = config.picture_layout
+        marks = {layout.begin, layout.end}
+        left_out: set[int | None] = set(layout.structure)
         left_out |= {config.pad_token_id} - {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, *config.eos_token_ids}
         documents: list[list[dict[str, Any]]] = []
         pictures: list[tuple[dict[str, Any], list[int]]] = []
@@ -341,7 +341,7 @@ class JamProcessor(ProcessorMixin):
             run: list[int] = []
             in_picture = False
             for token in [*(t for t in ids if t not in left_out), None]:
-                is_code = token is not None and first <= token < last
+                is_code = token is not None and token in layout.codes
                 if run and (token is None or is_code != in_picture or (in_picture and len(run) == self.image_seq_length)):
                     if in_picture:
                         segment: dict[str, Any] = {"type": "image", "image": None}

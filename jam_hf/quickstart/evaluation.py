@@ -18,7 +18,7 @@ from ..evaluation.drawing import drawing_accuracy
 from ..evaluation.perplexity import divergence, perplexity
 from ..evaluation.retention import certify
 from ..fusion.fuse import fuse
-from ..fusion.parents import code_ids, picture_tokens
+from ..fusion.parents import code_ids, picture_layout
 from ..model.image_processing_jam import JamImageProcessor
 from ..model.modeling_jam import JamForCausalLM
 from ..model.processing_jam import JamProcessor
@@ -59,7 +59,7 @@ def _shares(scores: list[Any]) -> dict[str, float]:
 class _Measurements:
     """What is measured of every run."""
 
-    range: tuple[int, int]  # of image codes in the JAM's ids
+    codes: range  # of image codes in the JAM's ids
 
     def __init__(self, run: Run):
         self.run = run
@@ -67,8 +67,8 @@ class _Measurements:
         self.pairs = run.parents.documents("pairs")["validation"]
 
     def _perplexities(self, model: Any) -> dict[str, float]:
-        text = perplexity(model, self.texts, self.range)
-        pair = perplexity(model, self.pairs, self.range)
+        text = perplexity(model, self.texts, self.codes)
+        pair = perplexity(model, self.pairs, self.codes)
         return {
             "text": text.perplexity,
             "caption_image": pair.perplexity,
@@ -129,7 +129,7 @@ class _SharedParents(_Measurements):
 
     def __init__(self, run: Run):
         super().__init__(run)
-        self.range: tuple[int, int] = run.parents.image_token_range  # type: ignore[union-attr]
+        self.codes = run.parents.image_token_range  # type: ignore[union-attr]
 
     def models(self) -> dict[str, Any]:
         run = self.run
@@ -140,7 +140,7 @@ class _SharedParents(_Measurements):
         }
         models["LLM parent"] = {"perplexity": self._perplexities(parents["llm"])}
         models["image parent"] = {"perplexity": self._perplexities(parents["image-model"])}
-        first, last = self.range
+        first, last = self.codes.start, self.codes.stop
 
         candidates = {
             "jam-uniform, fused": ("uniform", None),
@@ -176,7 +176,7 @@ class _UnlikeParents(_Measurements):
     def __init__(self, run: Run):
         super().__init__(run)
         config = JamForCausalLM.config_class.from_pretrained(run.path("fused") / "jam-cross", trust_remote_code=False)
-        self.range = config.image_token_offset, config.image_token_offset + config.num_image_tokens
+        self.codes = config.image_token_range
 
     def models(self) -> dict[str, Any]:
         run, name = self.run, "jam-cross preserving, fused"
@@ -184,7 +184,7 @@ class _UnlikeParents(_Measurements):
         fused = JamForCausalLM.from_pretrained(run.path("fused") / "jam-cross", **_EVALUATION, trust_remote_code=False)
         kept = self._retention(run.path("fused") / "jam-cross")
         models: dict[str, Any] = {
-            "LLM parent": {"perplexity": {"text": perplexity(llm, self.texts, self.range).perplexity}},
+            "LLM parent": {"perplexity": {"text": perplexity(llm, self.texts, self.codes).perplexity}},
             "image parent": {"perplexity": {"image": kept.image.parent_perplexity}},
             name: {
                 "perplexity": self._perplexities(fused),
@@ -234,14 +234,14 @@ def draw_with_chameleon(model: Any, tokenizer: Any, vq: Any, captions: list[str]
     """One picture for each caption by a Chameleon alone, greedily: its own `generate`, with nothing but codes allowed."""
     config, size = with_image_logits(model).config, vq.config.grid_size
     codes = code_ids(config, config.vocab_size, vq.config.num_vq_embeddings, tokenizer, None, "image parent")
-    marks = picture_tokens(config, tokenizer, size, "image parent")
+    begin = picture_layout(config, tokenizer, codes, size, "image parent").begin
     code_of = torch.full((config.vocab_size,), -1)
     code_of[codes] = torch.arange(len(codes))
     others = (code_of < 0).nonzero().flatten().tolist()
     images: list[Image.Image] = []
     for start in range(0, len(captions), batch_size):
         inputs = tokenizer(captions[start : start + batch_size], padding=True, padding_side="left", return_tensors="pt")
-        ids = torch.nn.functional.pad(inputs["input_ids"], (0, 1), value=marks.begin)
+        ids = torch.nn.functional.pad(inputs["input_ids"], (0, 1), value=begin)
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
         written = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=size**2, do_sample=False, suppress_tokens=others

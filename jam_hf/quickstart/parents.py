@@ -7,6 +7,7 @@ long anything is trained, and in which order, is stages.py.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,11 +32,12 @@ from transformers import (
 from ..contents import load_saved_dataset
 from ..data.cm3 import CM3Settings
 from ..data.collator import JamDataCollator
-from ..data.sequences import NO_PICTURES, EncodeImages, PictureMarks, encode_documents
+from ..data.sequences import NO_PICTURES, EncodeImages, encode_documents
 from ..files import write_whole
 from ..fusion.fuse import fuse, plan_fusion, run_fusion
-from ..fusion.parents import code_ids, picture_tokens
+from ..fusion.parents import code_ids, picture_layout
 from ..model.configuration_jam import JamConfig
+from ..model.picture_layout_jam import PictureLayout
 from ..model.processing_jam import JamProcessor
 from ..picture_world import IMAGE_SIZE
 from ..training.embeddings import initialise_image_embeddings
@@ -91,9 +93,9 @@ class SharedParents:
         return AutoTokenizer.from_pretrained(self.run.need("tokenizer", "tokenizer"), trust_remote_code=False)
 
     @property
-    def image_token_range(self) -> tuple[int, int]:
+    def image_token_range(self) -> range:
         first = self.tokenizer.convert_tokens_to_ids("<img:0>")
-        return first, first + self.settings.num_codes
+        return range(first, first + self.settings.num_codes)
 
     def make_tokenizers(self, folder: Path) -> None:
         data = self.run.data
@@ -116,23 +118,23 @@ class SharedParents:
         return load_saved_dataset(self.run.need("encoded", "encode") / name)
 
     def _collator(self, **cm3: Any) -> JamDataCollator:
-        tokenizer = self.tokenizer
+        tokenizer, codes = self.tokenizer, self.image_token_range
         ids = {t: tokenizer.convert_tokens_to_ids(t) for t in ("<mask>", "</mask>", "<break>")}
         settings = CM3Settings(
             mask_token_id=ids["<mask>"],
             num_mask_tokens=ids["</mask>"] - ids["<mask>"],
             mask_end_token_id=ids["</mask>"],
             boundary_token_ids=(ids["<break>"], tokenizer.bos_token_id, tokenizer.eos_token_id),
-            image_token_range=self.image_token_range,
+            image_token_range=(codes.start, codes.stop),
             mean_spans=0.0,
             **cm3,
         )
-        return JamDataCollator(tokenizer.pad_token_id, self.image_token_range[1], settings, seed=self.settings.seed)
+        return JamDataCollator(tokenizer.pad_token_id, codes.stop, settings, seed=self.settings.seed)
 
     def _model(self) -> Any:
         s, tokenizer = self.settings, self.tokenizer
         common = {
-            "vocab_size": self.image_token_range[1],
+            "vocab_size": self.image_token_range.stop,
             "hidden_size": s.hidden_size,
             "num_hidden_layers": s.num_layers,
             "num_attention_heads": s.num_heads,
@@ -171,7 +173,7 @@ class SharedParents:
     def image_model(self) -> Lesson:
         model, documents = self._model(), self.documents("pairs")["train"]
         std = _CODE_STD * self.settings.initializer_range
-        first = self.image_token_range[0]
+        first = self.image_token_range.start
         initialise_image_embeddings(model, self.run.vq(), first, std, documents[:8000]["input_ids"], self.settings.seed)
         collator = self._collator(whole_segment_probability=0.03, text_segments_only=True)
         return Lesson(model, documents, collator, self.tokenizer)
@@ -212,24 +214,23 @@ class UnlikeParents:
 
     # ----- documents --------------------------------------------------------------------------------------------------
 
-    def _marks(self, config: ChameleonConfig, tokenizer: Any) -> PictureMarks:
+    def _layout(self, config: ChameleonConfig, tokenizer: Any) -> PictureLayout:
         """The image parent's pictures, by what a fusion finds in its config and tokenizer."""
-        codes = code_ids(config, config.vocab_size, self.settings.num_codes, tokenizer, None, "image parent").numpy()
-        tokens = picture_tokens(config, tokenizer, self.run.vq().config.grid_size, "image parent")
-        placeholder, ends = tokenizer.image_token, (tokens.begin, tokens.end)
-        return PictureMarks(placeholder, tokenizer.convert_tokens_to_ids(placeholder), *ends, codes, reserved=ends)
+        codes = code_ids(config, config.vocab_size, self.settings.num_codes, tokenizer, None, "image parent")
+        layout = picture_layout(config, tokenizer, codes, self.run.vq().config.grid_size, "image parent")
+        return replace(layout, placeholder=tokenizer.convert_tokens_to_ids(tokenizer.image_token))
 
     def encode(self, folder: Path) -> None:
         """Each parent's own documents."""
         vq, tokenizer = self.run.vq(), self.tokenizer("image-model")
-        texts = _encoded(self.run.data("texts"), "texts", tokenizer=self.tokenizer("llm"), marks=NO_PICTURES)
+        texts = _encoded(self.run.data("texts"), "texts", tokenizer=self.tokenizer("llm"), layout=NO_PICTURES)
         texts.save_to_disk(str(folder / "llm" / "texts"))
         pairs = _encoded(
             self.run.data("pairs"),
             "pairs",
             tokenizer=tokenizer,
             encode_images=lambda images: encode_images(vq, images),
-            marks=self._marks(self._chameleon_config(tokenizer), tokenizer),
+            layout=self._layout(self._chameleon_config(tokenizer), tokenizer),
         )
         pairs.save_to_disk(str(folder / "image-model" / "pairs"))
 
@@ -239,7 +240,7 @@ class UnlikeParents:
             JamProcessor.from_pretrained(jam, trust_remote_code=False).tokenizer,
         )
         vq, image_tokenizer = self.run.vq(), self.tokenizer("image-model")
-        marks = self._marks(self._chameleon_config(image_tokenizer), image_tokenizer)
+        layout = self._layout(self._chameleon_config(image_tokenizer), image_tokenizer)
         for name in ("texts", "pairs", "howtos"):
             documents = {}
             for split, dataset in self.run.data(name).items():
@@ -247,7 +248,7 @@ class UnlikeParents:
                     continue
                 encode: EncodeImages = lambda images: encode_images(vq, images)  # noqa: E731
                 if name == "pairs":  # their codes are known already
-                    encode = _codes_again(self.parents_documents("image-model", "pairs")[split], marks)
+                    encode = _codes_again(self.parents_documents("image-model", "pairs")[split], layout)
                 documents[split] = encode_documents(
                     dataset, tokenizer, encode, config=config, description=f"encoding {name} {split} anew"
                 )
@@ -317,8 +318,8 @@ class UnlikeParents:
         config = self._chameleon_config(tokenizer)
         torch.manual_seed(s.seed)
         model = with_image_logits(ChameleonForConditionalGeneration(config))
-        documents, marks = self.parents_documents("image-model", "pairs")["train"], self._marks(config, tokenizer)
-        codes = torch.from_numpy(marks.codes)
+        documents, layout = self.parents_documents("image-model", "pairs")["train"], self._layout(config, tokenizer)
+        codes = torch.tensor(layout.codes)
         std = _CODE_STD * s.initializer_range
         initialise_image_embeddings(model, self.run.vq(), codes, std, documents[:8000]["input_ids"], s.seed)
         mask, mask_end = tokenizer.convert_tokens_to_ids(["<mask>", "</mask>"])
@@ -326,7 +327,7 @@ class UnlikeParents:
             mask_token_id=mask,
             num_mask_tokens=1,
             mask_end_token_id=mask_end,
-            boundary_token_ids=(marks.begin, marks.end, tokenizer.bos_token_id, tokenizer.eos_token_id),
+            boundary_token_ids=(layout.begin, layout.end, tokenizer.bos_token_id, tokenizer.eos_token_id),
             image_token_range=(int(codes.min()), int(codes.max()) + 1),
             mean_spans=0.0,
             whole_segment_probability=0.03,
@@ -389,15 +390,15 @@ def chameleon_like(captions: list[str], vocab_size: int, num_codes: int, seed: i
     )
 
 
-def _codes_again(documents: Dataset, marks: PictureMarks) -> EncodeImages:
+def _codes_again(documents: Dataset, layout: PictureLayout) -> EncodeImages:
     """The raw codes of documents of one picture each, in their order: what `encode_images` found when they were encoded."""
-    codes = np.asarray(marks.codes)
+    codes = np.asarray(layout.codes)
     code_of = np.full(int(codes.max()) + 1, -1)
     code_of[codes] = np.arange(len(codes))
     rows = iter(documents["input_ids"])
 
     def encode(images: Any) -> np.ndarray:
         ids = [np.asarray(next(rows)) for _ in images]
-        return np.stack([code_of[row[marks.are_codes(row)]] for row in ids])
+        return np.stack([code_of[row[layout.are_codes(row)]] for row in ids])
 
     return encode

@@ -2,13 +2,15 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from datasets import Dataset
 from PIL import Image
 
-from jam_hf.data.sequences import NO_PICTURES, PictureMarks, encode_documents, mix_datasets
+from jam_hf.data.sequences import NO_PICTURES, encode_documents, mix_datasets
+from jam_hf.model.picture_layout_jam import PictureLayout
 
 
 def _encode(images):
@@ -42,19 +44,19 @@ def test_marks_of_another_model(tokenizer):
     """Codes in no order, an opening and a closing token; a text that holds one of them, or a code, is refused."""
     codes = tokenizer.convert_tokens_to_ids("<img:0>") + np.random.default_rng(0).permutation(16)
     begin, end, image = tokenizer.convert_tokens_to_ids(["<|user|>", "<|system|>", "<break>"])
-    marks = PictureMarks("<break>", image, begin, end, codes, reserved=(begin, end))
+    layout = PictureLayout(begin, end, codes.tolist(), placeholder=image)
     rows = Dataset.from_list([{"caption": "red", "image": _image(1)}])
     red = tokenizer("red", add_special_tokens=False)["input_ids"]
-    (ids,) = encode_documents(rows, tokenizer, _encode, marks=marks)["input_ids"]
+    (ids,) = encode_documents(rows, tokenizer, _encode, layout=layout)["input_ids"]
     assert ids == [1, *red, begin, *codes[1:5], end, 2]
     for text in ("<|user|>", "<img:3>"):
         with pytest.raises(ValueError, match="Take them out"):
-            encode_documents(Dataset.from_list([{"text": text}]), tokenizer, marks=marks)
+            encode_documents(Dataset.from_list([{"text": text}]), tokenizer, layout=layout)
     with pytest.raises(ValueError, match=r"raw codes, 0\.\.3, got"):
-        encode_documents(rows, tokenizer, _encode, marks=marks._replace(codes=codes[:4]))
+        encode_documents(rows, tokenizer, _encode, layout=replace(layout, codes=codes[:4].tolist()))
     with pytest.raises(ValueError, match="pass one of the three"):
-        encode_documents(rows, tokenizer, _encode, image_token_offset=300, marks=marks)
-    (ids,) = encode_documents(Dataset.from_list([{"text": "red<break>"}]), tokenizer, marks=NO_PICTURES)["input_ids"]
+        encode_documents(rows, tokenizer, _encode, image_token_offset=300, layout=layout)
+    (ids,) = encode_documents(Dataset.from_list([{"text": "red<break>"}]), tokenizer, layout=NO_PICTURES)["input_ids"]
     assert ids == [1, *red, image, 2]
 
 

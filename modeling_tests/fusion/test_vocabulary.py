@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from jam_hf.checkpoints.parent import Parent
-from jam_hf.fusion.parents import Decoder, ImageCodes, PictureTokens
+from jam_hf.fusion.parents import Decoder, ImageCodes
 from jam_hf.fusion.sources import VocabularyRows
 from jam_hf.fusion.vocabulary import (
     BYTES,
@@ -28,6 +28,7 @@ from jam_hf.fusion.vocabulary import (
     surfaces,
     transplant,
 )
+from jam_hf.model.picture_layout_jam import PictureLayout
 
 
 ROLES = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -451,7 +452,7 @@ def test_markup_that_is_there_does_not_shrink_the_sentinels(there, first):
     text, image = byte_level(), byte_level("image")
     text.add_tokens([AddedToken(token, special=True) for token in there])
     names = TokenNames()
-    joined = joined_vocabulary(text, len(text), image, torch.arange(5), PictureTokens(), names, {})
+    joined = joined_vocabulary(text, len(text), image, torch.arange(5), None, names, {})
     mask, count = joined.ids["mask_token_id"], joined.ids["num_mask_tokens"]
     assert count == (12 if len(there) == 12 else names.num_mask_tokens)
     sentinels = joined.tokenizer.convert_ids_to_tokens(list(range(mask, mask + count)))
@@ -464,7 +465,7 @@ def test_markup_that_is_there_does_not_shrink_the_sentinels(there, first):
 def test_a_mask_token_that_was_asked_for_is_not_renamed():
     text = byte_level()
     text.add_tokens([AddedToken("[MASK]", special=True)])
-    arguments = (byte_level("image"), torch.arange(5), PictureTokens())
+    arguments = (byte_level("image"), torch.arange(5), None)
     with pytest.raises(ValueError, match=r"some of the 8 sentinels '\[MASK\]'.*mask_token="):
         joined_vocabulary(text, len(text), *arguments, TokenNames(mask_token="[MASK]"), {})
     joined = joined_vocabulary(text, len(text), *arguments, TokenNames(mask_token="[GAP]"), {})
@@ -476,6 +477,6 @@ def test_layout_tokens_take_no_ordinary_tokens_place():
     state["model"]["vocab"]["<row>"] = len(byte_level())
     text = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **ROLES)
     joined = joined_vocabulary(
-        text, len(text), byte_level("image"), torch.arange(5), PictureTokens(begin=1, end=2, row_end=0), TokenNames(), {}
+        text, len(text), byte_level("image"), torch.arange(5), PictureLayout(begin=1, end=2, row_end=0), TokenNames(), {}
     )
     assert joined.layout["image_row_end_token"] == "<jam:row>" and joined.ids["image_row_end_token_id"] >= len(byte_level()) + 1

@@ -245,6 +245,27 @@ def test_tokens_of_the_layout_stand_for_nothing_else(changes, words):
         assert word in str(error.value)
 
 
+@settings(max_examples=60, deadline=None)
+@given(layouts(), st.integers(0, 2**32 - 1))
+def test_a_layout_wraps_codes_and_reads_them_again_and_nothing_else(layout_and_grid, seed):
+    layout, grid = layout_and_grid
+    rng, config = np.random.default_rng(seed), layout_config(layout, grid)
+    pictures = config.picture_layout
+    by_hand = template_by_hand(layout, grid)
+    codes = rng.integers(0, len(config.image_token_range), (2, grid * grid))
+    ids = pictures.ids_of(codes)
+    assert pictures.are_codes(ids).all() and not pictures.are_codes(np.array([BREAK, *pictures.structure, pictures.end])).any()
+    for row, inside in zip(ids.tolist(), pictures.inside(ids).tolist()):
+        left = iter(row)
+        assert inside == [next(left) if token is None else token for token in by_hand]
+        assert pictures.wrap(row) == [BREAK, *inside, pictures.end] and pictures.read(inside) == row
+        place = rng.integers(len(inside))
+        for wrong in (inside[:-1], [*inside, row[0]], [*inside[:place], BOS, *inside[place + 1 :]]):
+            assert pictures.read(wrong) is None
+    with pytest.raises(ValueError, match=f"has {grid * grid} codes, got {grid * grid + 1}"):
+        pictures.inside([*ids[0], FIRST])
+
+
 # ----- grammar --------------------------------------------------------------------------------------------------------
 
 
