@@ -55,8 +55,10 @@ def _register() -> None:
 
 # What a JAM has beside its checkpoint's code, imported when it is asked for (model/package_jam.py).
 OFFERED |= {
-    "memory": "jam_hf.generation.retrieval_prompts:generate_with_memory",
-    "num_candidates": "jam_hf.generation.best_of_n:generate_best_pictures",
+    "custom_generate": "jam_hf.generation.custom_generate:custom_generate",
+    "continuous_grammar": "jam_hf.integrations.continuous_batching:continuous_grammar",
+    "generate_batch": "jam_hf.integrations.continuous_batching:generate_batch",
+    "init_continuous_batching": "jam_hf.integrations.continuous_batching:init_continuous_batching",
     "infill": "jam_hf.generation.infilling:infill",
     "post_process_infill": "jam_hf.generation.infilling:post_process_infill",
     "document_end": "jam_hf.data.sequences:document_end",

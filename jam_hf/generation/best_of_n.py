@@ -1,7 +1,7 @@
 """N best: documents put together from segments, with several candidates for each picture, of which a reranker keeps one.
 
-A segment is what the ordinary `generate()` writes: text until a row opens a picture, then the candidates of all rows in one
-batch, and so on. This file does not know how ids are chosen within a segment, nor how pictures are compared (rerankers.py).
+A segment is a call like any other (`JamGenerationMixin.run_call`): text until a row opens a picture, then the candidates of all
+rows in one batch, and so on. How ids are chosen within a segment is unknown here, and how pictures are compared (rerankers.py).
 
 Shapes: B rows, T positions, C candidates, N codes a picture.
 """
@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.configuration_utils import GenerationMode
 
-from ..model.call_settings_jam import document_rules, end_ids
+from ..model.call_settings_jam import end_ids
+from ..model.calls_jam import JamCall
 from ..model.grammar_jam import PictureGrammar
 from ..model.modeling_jam import JamForCausalLM
 from .rerankers import PictureCandidates, Reranker, checked_scores, reranker_of
@@ -35,7 +36,13 @@ UNSUPPORTED_SETTINGS = (
     "encoder_repetition_penalty",
     "encoder_no_repeat_ngram_size",
 )
-UNSUPPORTED_ARGUMENTS = ("inputs_embeds", "past_key_values", "position_ids", "custom_generate")
+UNSUPPORTED_ARGUMENTS = ("inputs_embeds", "past_key_values", "position_ids")
+# Of a call, what its segments are given too, and what transformers prepares for a loop that is not theirs.
+PASSED_ON = ("logits_processor", "synced_gpus", "tokenizer")
+PREPARED = (
+    *("logits_processor", "stopping_criteria", "attention_mask", "position_ids", "past_key_values"),
+    *("use_cache", "logits_to_keep"),
+)
 
 
 @dataclass
@@ -82,39 +89,36 @@ class _SegmentEnd(StoppingCriteria):
 class _Documents:
     """The rows of a batch, each as long as it is, and the segments that they grow by."""
 
-    def __init__(self, model: JamForCausalLM, settings: GenerationConfig, kwargs: dict[str, Any]):
-        """`settings` are complete; `kwargs` is everything else that was given to `generate()`."""
-        self.model, self.settings = model, settings
-        ends, pad = end_ids(settings.eos_token_id), settings.pad_token_id
+    def __init__(
+        self,
+        model: JamForCausalLM,
+        call: JamCall,
+        input_ids: torch.LongTensor,
+        config: GenerationConfig,
+        kwargs: dict[str, Any],
+    ):
+        """`input_ids`, `config`, `kwargs`: as transformers gives them to a loop; `config` is complete."""
+        self.model, self.call, self.config = model, call, config
+        ends, pad = end_ids(config.eos_token_id), config.pad_token_id
         self.pad = pad if pad is not None else ends[0] if ends else 0  # as GenerationMixin has it
         self.grammar = PictureGrammar(model.config)
-        self.criteria = kwargs.pop("stopping_criteria", None)
-        self.allowed_fn = kwargs.pop("prefix_allowed_tokens_fn", None)
-        input_ids, mask = kwargs.pop("input_ids"), kwargs.pop("attention_mask", None)
-        if mask is None:
-            prepared = copy.deepcopy(settings)
-            model._prepare_special_tokens(prepared, False, device=input_ids.device)
-            mask = model._prepare_attention_mask_for_generation(input_ids, prepared, {})
-        repeats, count = settings.num_return_sequences or 1, len(input_ids)
-        self.prompt = input_ids.repeat_interleave(repeats, dim=0)
-        self.mask = mask.repeat_interleave(repeats, dim=0)
-        # Such as negative_prompt_ids: they go with their rows.
-        of_rows = {n: v for n, v in kwargs.items() if torch.is_tensor(v) and v.ndim > 1 and len(v) == count}
-        self.of_rows = {name: value.repeat_interleave(repeats, dim=0) for name, value in of_rows.items()}
-        self.kwargs = {name: value for name, value in kwargs.items() if name not in of_rows}
-        self.min_length, self.max_length = settings.min_length or 0, settings.max_length
-        if settings.min_new_tokens is not None:
-            self.min_length = self.prompt.shape[1] + settings.min_new_tokens
-        if settings.max_new_tokens is not None:
-            self.max_length = self.prompt.shape[1] + settings.max_new_tokens
+        self.criteria = call.arguments.get("stopping_criteria")
+        self.allowed_fn = call.arguments.get("prefix_allowed_tokens_fn")
+        self.prompt, mask, count = input_ids, kwargs.get("attention_mask"), len(input_ids)
+        self.mask = torch.ones_like(input_ids) if mask is None else mask
+        others = {name: value for name, value in kwargs.items() if name not in PREPARED}
+        self.of_rows = {n: v for n, v in others.items() if torch.is_tensor(v) and v.ndim > 1 and len(v) == count}
+        self.shared = {name: call.arguments[name] for name in PASSED_ON if name in call.arguments}
+        self.shared |= {name: value for name, value in others.items() if name not in self.of_rows}
+        self.min_length, self.max_length = config.min_length or 0, config.max_length
         self.rows = list(self.prompt)
-        self.ended = [len(row) >= self.max_length for row in self.rows]
+        self.ended = [False] * count
 
     def check_room(self) -> None:
         """As `generate()` does for a document in one piece."""
         room = self.model.config.max_position_embeddings - self.mask.sum(1)
         room = room.clamp(max=self.max_length - self.prompt.shape[1])
-        self.grammar.check_room(document_rules(self.settings), room, self.prompt)
+        self.grammar.check_room(self.call.settings.rules(), room, self.prompt)
 
     def _segment(
         self,
@@ -125,22 +129,22 @@ class _Documents:
         ends: Callable[[torch.LongTensor], torch.BoolTensor],
     ) -> tuple[list[torch.LongTensor], _SegmentEnd]:
         """At most `budget` ids after each of `ids` `[R, T]`, R of int64 `[t]`, and how they ended."""
-        settings = copy.deepcopy(self.settings)
-        settings.max_length, settings.max_new_tokens = None, budget
-        settings.min_length, settings.min_new_tokens = None, max(0, min(self.min_length - ids.shape[1], budget))
-        settings.num_return_sequences, settings.return_dict_in_generate = 1, False
-        settings.document_prompt_length = self.prompt.shape[1]  # what counts from the prompt counts from the document's
+        config = copy.deepcopy(self.config)
+        config.max_length, config.max_new_tokens = None, budget
+        config.min_length, config.min_new_tokens = None, max(0, min(self.min_length - ids.shape[1], budget))
+        config.num_return_sequences, config.return_dict_in_generate = 1, False
         end = _SegmentEnd(ends, self.criteria, len(ids))
-        kwargs = {**self.kwargs, **{name: value[rows] for name, value in self.of_rows.items()}}
+        arguments = {"input_ids": ids, "attention_mask": mask, "stopping_criteria": StoppingCriteriaList([end]), **self.shared}
+        arguments |= {name: value[rows] for name, value in self.of_rows.items()}
         if self.allowed_fn is not None:
-            kwargs["prefix_allowed_tokens_fn"] = lambda place, row_ids: self.allowed_fn(rows[place], row_ids)
-        sequences = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=settings,
-            stopping_criteria=StoppingCriteriaList([end]),
-            **kwargs,
-        )
+            arguments["prefix_allowed_tokens_fn"] = lambda place, row_ids: self.allowed_fn(rows[place], row_ids)
+        settings, negative = self.call.settings, self.call.settings.negative_prompt_ids
+        if negative is not None:
+            own = [negative[row * len(negative) // len(self.rows)] for row in rows]
+            settings = replace(settings, negative_prompt_ids=own)
+        # What counts from the prompt counts from the document's.
+        segment = JamCall(settings, config, arguments, prompt_length=self.prompt.shape[1])
+        sequences = self.model.run_call(segment)
         # Behind an <eos> stands padding, which never reaches further than the longest row of the segment.
         return [row[ids.shape[1] : length or None] for row, length in zip(sequences, end.lengths.tolist())], end
 
@@ -207,31 +211,97 @@ class _Documents:
         return slots
 
 
-def _check(settings: GenerationConfig, num_candidates: Any, kwargs: dict[str, Any]) -> None:
-    mode = settings.get_generation_mode(kwargs.get("assistant_model"))
-    if mode == GenerationMode.GREEDY_SEARCH:
-        raise ValueError(f"num_candidates={num_candidates} needs do_sample=True: without it all candidates are equal.")
-    if mode != GenerationMode.SAMPLE:
-        raise ValueError(
-            f"num_candidates={num_candidates} draws candidates by sampling; it cannot be combined with "
-            f"{mode.value.replace('_', ' ')}. Set num_beams=1 and leave assistant_model, prompt_lookup_num_tokens and such out."
-        )
-    document_mode = getattr(settings, "generation_mode", None)
-    if document_mode not in ("interleaved", "image"):
-        raise ValueError(
-            f"num_candidates={num_candidates} needs generation_mode='interleaved' or 'image', where pictures are written; got "
-            f"{document_mode!r}."
-        )
-    neutral = {"encoder_repetition_penalty": (1.0,), "encoder_no_repeat_ngram_size": (0,)}
-    for name in UNSUPPORTED_SETTINGS:
-        value = getattr(settings, name, None)
-        if value is not None and value is not False and value not in neutral.get(name, ()):
-            raise ValueError(f"num_candidates={num_candidates} cannot be combined with {name}={value}. Leave it out.")
-    for name in UNSUPPORTED_ARGUMENTS:
-        if kwargs.get(name) is not None:
-            raise ValueError(f"num_candidates={num_candidates} cannot be combined with {name}=... Leave it out.")
-    if kwargs.get("input_ids") is None:
-        raise ValueError("num_candidates needs input_ids: pass the processor's output.")
+@dataclass
+class BestOfN:
+    """For each picture of each row C candidates, of which the one with the highest score is kept:
+
+        model.generate(**inputs, custom_generate=BestOfN(4, reranker), do_sample=True)
+
+    or short `generate(..., num_candidates=4, reranker=...)`. The document goes on from the picture that is kept. Pictures
+    of all rows are drawn in one batch of B * C; rows that have written equally much write text together. A row writes what
+    it would write alone, and budgets hold over the whole document. Each segment reads the document so far anew.
+    `generate()` then returns int64 `[B, T]`, padded on the right, or with `return_dict_in_generate=True` a
+    [`JamRerankedOutput`]; where a `streamer` is given, it gets what is decided, a segment at a time. `tokenizer=` is for
+    rerankers that read the text before a picture, as CLIP does.
+
+    Args:
+        num_candidates (`int`): C, at least 1; 1 is plain `generate()`.
+        reranker (*optional*): "likelihood" (the default), the folder or Hub id of a CLIP checkpoint (loaded at each call; a
+            [`CLIPReranker`] is loaded once), or a callable, see [`Reranker`].
+    Raises:
+        ValueError: if `num_candidates` is no positive number; at the call, where candidates could not differ or the settings
+            have no meaning over segments, or the reranker does not return one number for each candidate.
+    """
+
+    num_candidates: int
+    reranker: Reranker | str | None = None
+    takes_the_call: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        count = self.num_candidates
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            needs = "reranker=... needs num_candidates=..., " if count is None else "num_candidates must be "
+            raise ValueError(f"{needs}a whole number of at least 1; got {count!r}.")
+
+    def __call__(self, model: JamForCausalLM, call: JamCall) -> torch.LongTensor | JamRerankedOutput:
+        reranker = reranker_of(self.reranker, model.device)
+        if self.num_candidates == 1:
+            return model.run_call(replace(call, arguments={**call.arguments, "custom_generate": None}))
+        for name in UNSUPPORTED_ARGUMENTS:
+            if call.arguments.get(name) is not None:
+                raise ValueError(f"num_candidates={self.num_candidates} cannot be combined with {name}=... Leave it out.")
+        if call.arguments.get("input_ids") is None:
+            raise ValueError("num_candidates needs input_ids: pass the processor's output.")
+
+        def loop(
+            model: JamForCausalLM, input_ids: torch.LongTensor, generation_config: GenerationConfig, **kwargs: Any
+        ) -> torch.LongTensor | JamRerankedOutput:
+            self._check(generation_config, call)
+            return self._written(_Documents(model, call, input_ids, generation_config, kwargs), reranker)
+
+        return model.run_call(replace(call, arguments={**call.arguments, "custom_generate": loop}, in_parts=True))
+
+    def _check(self, config: GenerationConfig, call: JamCall) -> None:
+        asked, mode = f"num_candidates={self.num_candidates}", config.get_generation_mode(call.arguments.get("assistant_model"))
+        if mode == GenerationMode.GREEDY_SEARCH:
+            raise ValueError(f"{asked} needs do_sample=True: without it all candidates are equal.")
+        if mode != GenerationMode.SAMPLE:
+            raise ValueError(
+                f"{asked} draws candidates by sampling; it cannot be combined with {mode.value.replace('_', ' ')}. Set "
+                "num_beams=1 and leave assistant_model, prompt_lookup_num_tokens and such out."
+            )
+        if call.settings.generation_mode not in ("interleaved", "image"):
+            raise ValueError(
+                f"{asked} needs generation_mode='interleaved' or 'image', where pictures are written; got "
+                f"{call.settings.generation_mode!r}."
+            )
+        neutral = {"encoder_repetition_penalty": (1.0,), "encoder_no_repeat_ngram_size": (0,)}
+        for name in UNSUPPORTED_SETTINGS:
+            value = getattr(config, name, None)
+            if value is not None and value is not False and value not in neutral.get(name, ()):
+                raise ValueError(f"{asked} cannot be combined with {name}={value}. Leave it out.")
+
+    def _written(self, documents: _Documents, reranker: Reranker) -> torch.LongTensor | JamRerankedOutput:
+        documents.check_room()
+        arguments, slots = documents.call.arguments, []
+        while not all(documents.ended):
+            before = [len(row) for row in documents.rows]
+            active = [row for row, ended in enumerate(documents.ended) if not ended]
+            missing = {row: documents.missing(row) for row in active}
+            drawing = [r for r in active if missing[r] and len(documents.rows[r]) + missing[r] <= documents.max_length]
+            if drawing:
+                slots += documents.draw(drawing, self.num_candidates, reranker, arguments.get("tokenizer"))
+            if writing := [row for row in active if row not in drawing]:  # also what is left of a picture that has no room
+                documents.write_text(writing)
+            new = [row[length:] for row, length in zip(documents.rows, before)]
+            if arguments.get("streamer") is not None:  # transformers has given it the prompt
+                arguments["streamer"].put(torch.nn.utils.rnn.pad_sequence(new, True, documents.pad).cpu())
+        if arguments.get("streamer") is not None:
+            arguments["streamer"].end()
+        sequences = torch.nn.utils.rnn.pad_sequence(documents.rows, batch_first=True, padding_value=documents.pad)
+        if not documents.config.return_dict_in_generate:
+            return sequences
+        return JamRerankedOutput(sequences=sequences, picture_slots=slots)
 
 
 def generate_best_pictures(
@@ -241,55 +311,8 @@ def generate_best_pictures(
     generation_config: GenerationConfig | None = None,
     **kwargs: Any,
 ) -> torch.LongTensor | JamRerankedOutput:
-    """What `generate(..., num_candidates=C, reranker=...)` does.
-
-    For each picture of each row C candidates are drawn and the one with the highest score is kept; the document goes on from
-    it. Pictures of all rows are drawn in one batch of B * C; rows that have written equally much write text together. A row
-    writes what it would write alone, and budgets hold over the whole document. Each segment reads the document so far anew.
-
-    Args:
-        num_candidates (`int`): C, at least 1; 1 is plain `generate()`.
-        reranker (*optional*): "likelihood" (the default), the folder or Hub id of a CLIP checkpoint (loaded at each call; a
-            [`CLIPReranker`] is loaded once), or a callable, see [`Reranker`].
-        tokenizer (*optional*): for rerankers that read the text before a picture, as CLIP does.
-        kwargs: as for `generate()`. Where `streamer` is given, it gets what is decided, a segment at a time.
-    Returns:
-        int64 `[B, T]`, padded on the right, or with `return_dict_in_generate=True` a [`JamRerankedOutput`].
-    Raises:
-        ValueError: where candidates could not differ or the settings have no meaning over segments, if `num_candidates` is
-            no positive number, or the reranker does not return one number for each candidate.
-    """
-    if not isinstance(num_candidates, int) or isinstance(num_candidates, bool) or num_candidates < 1:
-        needs = "reranker=... needs num_candidates=..., " if num_candidates is None else "num_candidates must be "
-        raise ValueError(f"{needs}a whole number of at least 1; got {num_candidates!r}.")
-    reranker = reranker_of(reranker, model.device)
-    if num_candidates == 1:
-        return model.generate(generation_config=generation_config, **kwargs)
-    settings, kwargs = model._prepare_generation_config(generation_config, **kwargs)
-    _check(settings, num_candidates, kwargs)
-    streamer, tokenizer = kwargs.pop("streamer", None), kwargs.get("tokenizer")
-    documents, slots = _Documents(model, settings, kwargs), []
-    documents.check_room()
-    if streamer is not None:
-        streamer.put(documents.prompt.cpu())
-    while not all(documents.ended):
-        before = [len(row) for row in documents.rows]
-        active = [row for row, ended in enumerate(documents.ended) if not ended]
-        missing = {row: documents.missing(row) for row in active}
-        drawing = [r for r in active if missing[r] and len(documents.rows[r]) + missing[r] <= documents.max_length]
-        if drawing:
-            slots += documents.draw(drawing, num_candidates, reranker, tokenizer)
-        if writing := [row for row in active if row not in drawing]:  # also what is left of a picture that has no room
-            documents.write_text(writing)
-        new = [row[length:] for row, length in zip(documents.rows, before)]
-        if streamer is not None:
-            streamer.put(torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=documents.pad).cpu())
-    if streamer is not None:
-        streamer.end()
-    sequences = torch.nn.utils.rnn.pad_sequence(documents.rows, batch_first=True, padding_value=documents.pad)
-    if not settings.return_dict_in_generate:
-        return sequences
-    return JamRerankedOutput(sequences=sequences, picture_slots=slots)
+    """`model.generate(custom_generate=BestOfN(num_candidates, reranker), ...)`, by its older name."""
+    return model.generate(generation_config=generation_config, custom_generate=BestOfN(num_candidates, reranker), **kwargs)
 
 
-__all__ = ["JamRerankedOutput", "PictureSlot", "generate_best_pictures"]
+__all__ = ["BestOfN", "JamRerankedOutput", "PictureSlot", "generate_best_pictures"]

@@ -8,14 +8,15 @@ Shape suffixes: B prompts, T positions of the prompts, A positions of the augmen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from transformers.utils import logging
 
+from ..model.calls_jam import JamCall
 from ..model.configuration_jam import JamConfig
 from ..model.modeling_jam import JamForCausalLM
 
@@ -211,51 +212,59 @@ def _pixels_by_row(
     return pixel_values.split(counts)
 
 
-def generate_with_memory(
-    model: JamForCausalLM, memory: Memory, inputs: torch.Tensor | None, generation_config: Any, kwargs: dict[str, Any]
-) -> Any:
-    """`generate()` on the augmented prompts, and the documents cut out of its `sequences`.
+@dataclass
+class WithRetrieval:
+    """Documents found for each prompt, put before it, and cut out of the `sequences` that come back:
 
-    Lengths are the user's: `max_length` and `min_length` count the prompt without its documents. What came with
-    `return_dict_in_generate` gets `memory_ids` and `memory_scores`, a list for each row of `sequences`. Stopping criteria, the
-    user's own processors, and a cache that is returned see the documents; a streamer does not.
+        model.generate(**inputs, custom_generate=WithRetrieval(memory))
+
+    or short `generate(..., memory=...)`. Lengths are the user's: `max_length` and `min_length` count the prompt without its
+    documents. What came with `return_dict_in_generate` gets `memory_ids` and `memory_scores`, a list for each row of
+    `sequences`. Stopping criteria, the user's own processors, and a cache that is returned see the documents; a streamer does
+    not.
+
+    Args:
+        memory ([`Memory`]): what finds them.
+        then (*optional*): a `custom_generate` for the longer prompts, [`BestOfN`] say.
     """
-    if inputs is not None and kwargs.get("input_ids") is None:
-        kwargs["input_ids"] = inputs
-    for name in ("inputs_embeds", "past_key_values", "position_ids"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"memory puts documents before the prompt, which {name} knows nothing of. Pass input_ids alone.")
-    input_ids = kwargs.pop("input_ids", None)
-    new_tokens = _new_tokens(model, input_ids, generation_config, kwargs)
-    prompts = augment_prompts(
-        model, memory, input_ids, kwargs.pop("attention_mask", None), kwargs.pop("pixel_values", None), new_tokens
-    )
-    added = prompts.input_ids.shape[1] - input_ids.shape[1]
-    for name, stronger in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        value, new = (model._setting(n, generation_config, kwargs) for n in (name, stronger))
-        if value is not None and new is None:
-            kwargs[name] = value + added
-    if kwargs.get("streamer") is not None:
-        kwargs["streamer"] = _PromptWithoutDocuments(kwargs["streamer"], prompts.prompt_ids)
-    output = model.generate(
-        generation_config=generation_config, input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, **kwargs
-    )
-    if torch.is_tensor(output):
-        return prompts.cut(output)
-    output["sequences"] = prompts.cut(output.sequences)
-    for slot in output.get("picture_slots") or ():  # best_of_n.py: places in the sequences
-        slot.start -= added
-    copies = output.sequences.shape[0] // len(prompts.memory_ids)
-    output["memory_ids"] = [ids for ids in prompts.memory_ids for _ in range(copies)]
-    output["memory_scores"] = [scores for scores in prompts.memory_scores for _ in range(copies)]
-    return output
+
+    memory: Memory
+    then: Callable[..., Any] | None = None
+    takes_the_call: ClassVar[bool] = True
+
+    def __call__(self, model: JamForCausalLM, call: JamCall) -> Any:
+        arguments, own = dict(call.arguments), model.generation_config
+        for name in ("inputs_embeds", "past_key_values", "position_ids"):
+            if arguments.get(name) is not None:
+                raise ValueError(
+                    f"memory puts documents before the prompt, which {name} knows nothing of. Pass input_ids alone."
+                )
+        input_ids = arguments.pop("input_ids", None)
+        prompt = (input_ids, arguments.pop("attention_mask", None), arguments.pop("pixel_values", None))
+        prompts = augment_prompts(model, self.memory, *prompt, _new_tokens(input_ids, call, own))
+        added = prompts.input_ids.shape[1] - input_ids.shape[1]
+        for name, stronger in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            value, new = call.setting(name, own), call.setting(stronger, own)
+            if value is not None and new is None:
+                arguments[name] = value + added
+        if arguments.get("streamer") is not None:
+            arguments["streamer"] = _PromptWithoutDocuments(arguments["streamer"], prompts.prompt_ids)
+        arguments |= {"input_ids": prompts.input_ids, "attention_mask": prompts.attention_mask, "custom_generate": self.then}
+        output = model.run_call(replace(call, arguments=arguments))
+        if torch.is_tensor(output):
+            return prompts.cut(output)
+        output["sequences"] = prompts.cut(output.sequences)
+        for slot in output.get("picture_slots") or ():  # best_of_n.py: places in the sequences
+            slot.start -= added
+        copies = output.sequences.shape[0] // len(prompts.memory_ids)
+        output["memory_ids"] = [ids for ids in prompts.memory_ids for _ in range(copies)]
+        output["memory_scores"] = [scores for scores in prompts.memory_scores for _ in range(copies)]
+        return output
 
 
-def _new_tokens(
-    model: JamForCausalLM, input_ids: torch.Tensor | None, generation_config: Any, kwargs: dict[str, Any]
-) -> int | None:
+def _new_tokens(input_ids: torch.Tensor | None, call: JamCall, own: Any) -> int | None:
     """How many tokens the user asked for; `None`: no number of them."""
-    new_tokens, max_length = (model._setting(name, generation_config, kwargs) for name in ("max_new_tokens", "max_length"))
+    new_tokens, max_length = (call.setting(name, own) for name in ("max_new_tokens", "max_length"))
     if new_tokens is not None or max_length is None or not torch.is_tensor(input_ids):
         return new_tokens
     if max_length <= input_ids.shape[-1]:
@@ -281,4 +290,4 @@ class _PromptWithoutDocuments:
         self.streamer.end()
 
 
-__all__ = ["AugmentedPrompts", "Memory", "MemoryDocument", "MemoryQuery", "augment_prompts"]
+__all__ = ["AugmentedPrompts", "Memory", "MemoryDocument", "MemoryQuery", "WithRetrieval", "augment_prompts"]

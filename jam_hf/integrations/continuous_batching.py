@@ -19,11 +19,11 @@ import torch
 from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
-from .call_settings_jam import document_rules, end_ids
-from .continuous_settings_jam import check_model, check_rotation, check_settings, sized
-from .families_jam import family_of
-from .grammar_jam import DocumentRules, PictureGrammar, PictureState, as_ids
-from .padded_batches_jam import generate_padded
+from ..model.call_settings_jam import JamCallSettings, end_ids
+from ..model.families_jam import family_of
+from ..model.grammar_jam import DocumentRules, PictureGrammar, PictureState, as_ids
+from .continuous_settings import check_model, check_rotation, check_settings, sized
+from .padded_batches import generate_padded
 
 
 NEW_TOKENS_BY_DEFAULT = 20  # transformers' default of max_length, which generate() counts from the prompt's end
@@ -71,108 +71,129 @@ class PictureGrammarContinuousLogitsProcessor(ContinuousBatchingLogitsProcessor)
         return self.grammar.masked(scores, tensor_arg[: scores.shape[0]].to(torch.int64))
 
 
-class JamContinuousBatchingMixin(ContinuousMixin):
-    """`generate_batch` and its like: text, and pictures without guidance."""
+def generate_batch(
+    model: Any, inputs: list[list[int]], generation_config: Any = None, continuous_batching_config: Any = None, **kwargs: Any
+) -> Any:
+    """As in `ContinuousMixin`; a JAM's settings stand in `generation_config`, or in the model's own.
 
-    def generate_batch(
-        self, inputs: list[list[int]], generation_config: Any = None, continuous_batching_config: Any = None, **kwargs: Any
-    ) -> Any:
-        """As in `ContinuousMixin`; a JAM's settings stand in `generation_config`, or in the model's own.
+    What neither says is as in `generate()`. On a CPU the requests are written by `generate()`, in padded batches
+    (padded_batches.py), unless a `continuous_batching_config`, `persistent_manager` or `record_timestamps` asks for
+    transformers' pages. Pools and batches are as large as these requests need, at most a quarter of the memory that is
+    free, where `continuous_batching_config` does not say otherwise.
 
-        What neither says is as in `generate()`. On a CPU the requests are written by `generate()`, in padded batches
-        (padded_batches_jam.py), unless a `continuous_batching_config`, `persistent_manager` or `record_timestamps` asks for
-        transformers' pages. Pools and batches are as large as these requests need, at most a quarter of the memory that is
-        free, where `continuous_batching_config` does not say otherwise.
-
-        Raises:
-            ValueError: on arguments and settings that would be passed over, placeholders `<image>`, and what is not served
-                (see `init_continuous_batching`).
-        """
-        kwargs["continuous_batching_config"] = continuous_batching_config
-        known = ("continuous_batching_config", "record_timestamps", "progress_bar", "persistent_manager", "warmup")
-        if unknown := set(kwargs) - {*known, "max_new_tokens"}:
-            raise ValueError(
-                f"generate_batch does not take {', '.join(sorted(unknown))}. Settings of generation go into generation_config="
-                "GenerationConfig(...)."
-            )
-        config = self._continuous_config(generation_config)
-        check_settings(config)
-        check_model(self.config)
-        inputs = [_prompt(ids, self.config, f"Prompt {number}") for number, ids in enumerate(inputs)]
-        positions, rules = self.config.max_position_embeddings, document_rules(config)
-        grammar = PictureGrammar(self.config)
-        if rules is not None:
-            grammar.check_rules(rules)
-        budgets = []
-        for ids in inputs:  # before anything runs: there an error would be logged and its requests be missing
-            budget = _budget(config, self.config, ids, kwargs.get("max_new_tokens"))
-            if rules is not None:
-                grammar.check_room(rules, min(positions - len(ids), budget), torch.tensor([ids], dtype=torch.int64))
-            budgets.append(budget)
-        if not inputs:
-            return {}
-        lengths = [len(ids) + budget for ids, budget in zip(inputs, budgets)]
-        check_rotation(self.config, max(lengths))
-        batching = kwargs.pop("continuous_batching_config", None) or config.continuous_batching_config
-        asks_for_pages = batching is not None or kwargs.get("persistent_manager") or kwargs.get("record_timestamps")
-        if self.device.type == "cpu" and not asks_for_pages:
-            pools = sized(None, self.config, self.dtype, self.device, lengths)
-            tokens = pools.num_blocks * pools.page_size * self.config.num_hidden_layers // len(self.config.per_layer_config)
-            with _evaluated(self):
-                return generate_padded(self, inputs, budgets, config, tokens, kwargs.get("progress_bar", False))
-        lengths = [length for length in lengths for _ in range(config.num_return_sequences or 1)]
-        batching = sized(batching, self.config, self.dtype, self.device, lengths)
-        with _evaluated(self):
-            return super().generate_batch(inputs, config, batching, **kwargs)
-
-    def init_continuous_batching(
-        self, generation_config: Any = None, continuous_batching_config: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """As in `ContinuousMixin`. Pools are sized for sixteen documents of full length, within a quarter of the memory that is
-        free, where `continuous_batching_config` does not say otherwise.
-
-        Raises:
-            ValueError: on settings that would be passed over (continuous_settings_jam.py), windows, streams with unlike heads,
-                asynchronous batching of pictures, and a manager that was kept (`persistent_manager`) with other settings.
-        """
-        config = self._continuous_config(generation_config)
-        check_settings(config)
-        check_model(self.config)
-        kept = getattr(self, "_cached_continuous_batching_manager", None)
-        if kept is not None:
-            _check_same_settings(kept.generation_config, config)
-            return super().init_continuous_batching(config, continuous_batching_config, *args, **kwargs)
-        batching = continuous_batching_config or config.continuous_batching_config
-        batching = sized(batching, self.config, self.dtype, self.device, [self.config.max_position_embeddings] * 16)
-        if config.generation_mode is not None:
-            # Asynchronous batches are prepared before the ids of the last one are known.
-            if batching.use_async_batching:
-                raise ValueError("generation_mode needs each id before the next step: set use_async_batching=False, or None.")
-            batching.use_async_batching = False
-        manager = super().init_continuous_batching(config, batching, *args, **kwargs)
-        # transformers counts the processors that it has made itself from others; each gets a row of numbers.
-        processors = manager.logit_processor
-        processors.tensors_required = sum(
-            isinstance(processor, ContinuousBatchingLogitsProcessor) for processor in processors.logits_processor
+    Raises:
+        ValueError: on arguments and settings that would be passed over, placeholders `<image>`, and what is not served
+            (see `init_continuous_batching`).
+    """
+    kwargs["continuous_batching_config"] = continuous_batching_config
+    known = ("continuous_batching_config", "record_timestamps", "progress_bar", "persistent_manager", "warmup")
+    if unknown := set(kwargs) - {*known, "max_new_tokens"}:
+        raise ValueError(
+            f"generate_batch does not take {', '.join(sorted(unknown))}. Settings of generation go into generation_config="
+            "GenerationConfig(...)."
         )
-        self._bound_requests(manager, config)
-        return manager
+    config = _complete_config(model, generation_config)
+    check_settings(config, JamCallSettings.said({}, config, model.generation_config))
+    settings = model.call_settings(config)
+    check_model(model.config)
+    inputs = [_prompt(ids, model.config, f"Prompt {number}") for number, ids in enumerate(inputs)]
+    positions, rules = model.config.max_position_embeddings, settings.rules()
+    grammar = PictureGrammar(model.config)
+    if rules is not None:
+        grammar.check_rules(rules)
+    budgets = []
+    for ids in inputs:  # before anything runs: there an error would be logged and its requests be missing
+        budget = _budget(config, rules is None, model.config, ids, kwargs.get("max_new_tokens"))
+        if rules is not None:
+            grammar.check_room(rules, min(positions - len(ids), budget), torch.tensor([ids], dtype=torch.int64))
+        budgets.append(budget)
+    if not inputs:
+        return {}
+    lengths = [len(ids) + budget for ids, budget in zip(inputs, budgets)]
+    check_rotation(model.config, max(lengths))
+    batching = kwargs.pop("continuous_batching_config", None) or config.continuous_batching_config
+    asks_for_pages = batching is not None or kwargs.get("persistent_manager") or kwargs.get("record_timestamps")
+    if model.device.type == "cpu" and not asks_for_pages:
+        pools = sized(None, model.config, model.dtype, model.device, lengths)
+        tokens = pools.num_blocks * pools.page_size * model.config.num_hidden_layers // len(model.config.per_layer_config)
+        with _evaluated(model):
+            return generate_padded(model, inputs, budgets, config, tokens, kwargs.get("progress_bar", False))
+    lengths = [length for length in lengths for _ in range(config.num_return_sequences or 1)]
+    batching = sized(batching, model.config, model.dtype, model.device, lengths)
+    with _evaluated(model):
+        return ContinuousMixin.generate_batch(model, inputs, config, batching, **kwargs)
 
-    def _bound_requests(self, manager: Any, settings: Any) -> None:
-        """`max_length`, and where nothing bounds a document the model's positions, as in `generate()`: both depend on the
-        prompt, and continuous batching knows `max_new_tokens` alone."""
-        add_request = manager.add_request
 
-        @functools.wraps(add_request)
-        def bounded(
-            input_ids: list[int], request_id: str | None = None, max_new_tokens: int | None = None, *args: Any, **kwargs: Any
-        ) -> str | None:
-            input_ids = _prompt(input_ids, self.config, "The prompt" if request_id is None else f"Prompt {request_id}")
-            budget = _budget(settings, self.config, input_ids, max_new_tokens)
-            check_rotation(self.config, len(input_ids) + budget)
-            return add_request(input_ids, request_id, budget, *args, **kwargs)
+def init_continuous_batching(
+    model: Any, generation_config: Any = None, continuous_batching_config: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    """As in `ContinuousMixin`. Pools are sized for sixteen documents of full length, within a quarter of the memory that is
+    free, where `continuous_batching_config` does not say otherwise.
 
-        manager.add_request = bounded
+    Raises:
+        ValueError: on settings that would be passed over (continuous_settings.py), windows, streams with unlike heads,
+            asynchronous batching of pictures, and a manager that was kept (`persistent_manager`) with other settings.
+    """
+    config = _complete_config(model, generation_config)
+    check_settings(config, JamCallSettings.said({}, config, model.generation_config))
+    settings = model.call_settings(config)
+    check_model(model.config)
+    kept = getattr(model, "_cached_continuous_batching_manager", None)
+    if kept is not None:
+        _check_same_settings(kept.generation_config, config)
+        return ContinuousMixin.init_continuous_batching(model, config, continuous_batching_config, *args, **kwargs)
+    batching = continuous_batching_config or config.continuous_batching_config
+    batching = sized(batching, model.config, model.dtype, model.device, [model.config.max_position_embeddings] * 16)
+    if settings.generation_mode is not None:
+        # Asynchronous batches are prepared before the ids of the last one are known.
+        if batching.use_async_batching:
+            raise ValueError("generation_mode needs each id before the next step: set use_async_batching=False, or None.")
+        batching.use_async_batching = False
+    manager = ContinuousMixin.init_continuous_batching(model, config, batching, *args, **kwargs)
+    # transformers counts the processors that it has made itself from others; each gets a row of numbers.
+    processors = manager.logit_processor
+    processors.tensors_required = sum(
+        isinstance(processor, ContinuousBatchingLogitsProcessor) for processor in processors.logits_processor
+    )
+    _bound_requests(model, manager, config, settings.generation_mode is None)
+    return manager
+
+
+def _bound_requests(model: Any, manager: Any, config: Any, plain: bool) -> None:
+    """`max_length`, and where nothing bounds a document the model's positions, as in `generate()`: both depend on the
+    prompt, and continuous batching knows `max_new_tokens` alone."""
+    add_request = manager.add_request
+
+    @functools.wraps(add_request)
+    def bounded(
+        input_ids: list[int], request_id: str | None = None, max_new_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> str | None:
+        input_ids = _prompt(input_ids, model.config, "The prompt" if request_id is None else f"Prompt {request_id}")
+        budget = _budget(config, plain, model.config, input_ids, max_new_tokens)
+        check_rotation(model.config, len(input_ids) + budget)
+        return add_request(input_ids, request_id, budget, *args, **kwargs)
+
+    manager.add_request = bounded
+
+
+def _complete_config(model: Any, generation_config: Any) -> Any:
+    """A complete copy, as `generate()` makes it; continuous batching asks the model's own config for nothing."""
+    said = any(getattr(config, "max_length", None) is not None for config in (generation_config, model.generation_config))
+    config, _ = model._prepare_generation_config(generation_config)
+    if not said:  # a default of transformers' that counts from the prompt's end
+        config.max_length = None
+    if config.eos_token_id is None:
+        config.eos_token_id = -1
+    return config
+
+
+def continuous_grammar(model: Any, generation_config: Any) -> list[PictureGrammarContinuousLogitsProcessor]:
+    """None, or the one of the grammar, where this is not a call of `generate()`."""
+    rules = model.call_settings(generation_config).rules()
+    if rules is None:
+        return []
+    grammar = PictureGrammar(model.config, end_ids(generation_config.eos_token_id))
+    return [PictureGrammarContinuousLogitsProcessor(grammar, rules, model.config.max_position_embeddings)]
 
 
 def _prompt(ids: Any, config: Any, name: str) -> list[int]:
@@ -205,8 +226,9 @@ def _prompt(ids: Any, config: Any, name: str) -> list[int]:
     return found
 
 
-def _budget(settings: Any, config: Any, input_ids: list[int], max_new_tokens: int | None) -> int:
+def _budget(settings: Any, plain: bool, config: Any, input_ids: list[int], max_new_tokens: int | None) -> int:
     """Ids to be written after a prompt; `max_new_tokens` goes first, and where nothing was said it is as in `generate()`.
+    `plain`: without a grammar.
 
     Raises:
         ValueError: if there is no room for one, or the model has no positions for all.
@@ -215,7 +237,7 @@ def _budget(settings: Any, config: Any, input_ids: list[int], max_new_tokens: in
     budget = settings.max_new_tokens if max_new_tokens is None else max_new_tokens
     if budget is None and settings.max_length is not None:
         budget = settings.max_length - len(input_ids)
-    elif budget is None and settings.generation_mode is not None:
+    elif budget is None and not plain:
         budget = positions - len(input_ids)
     elif budget is None:
         budget = NEW_TOKENS_BY_DEFAULT
@@ -255,4 +277,4 @@ def _check_same_settings(kept: Any, config: Any) -> None:
         )
 
 
-__all__ = ["JamContinuousBatchingMixin", "PictureGrammarContinuousLogitsProcessor"]
+__all__ = ["PictureGrammarContinuousLogitsProcessor", "continuous_grammar", "generate_batch", "init_continuous_batching"]

@@ -9,18 +9,21 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import ContinuousBatchingConfig
 
-from .call_settings_jam import CALL_SETTINGS, GUIDANCE_SETTINGS, LAYOUT_SETTINGS, MODALITY_SETTINGS
-from .families_jam import head_dim_of, key_value_heads_of
-from .rotation_jam import one_rotation
+from ..model.call_settings_jam import (
+    CALL_SETTINGS,
+    GUIDANCE_SETTINGS,
+    LAYOUT_SETTINGS,
+    MODALITY_SETTINGS,
+)
+from ..model.configuration_jam import JamConfig
+from ..model.families_jam import head_dim_of, key_value_heads_of
+from ..model.rotation_jam import one_rotation
 
-
-if TYPE_CHECKING:
-    from .configuration_jam import JamConfig
 
 # Obeyed as generate() obeys them.
 OBEYED = (
@@ -62,25 +65,26 @@ REASONS = {
     ),
 }
 OTHERWISE = "transformers would pass over it, or ends requests early by it"
-# Of this model's own making, and what transformers' merger leaves behind.
-OWN_NOTES = ("passed_settings",)
 
 
-def check_settings(settings: Any) -> None:
-    """Raises a `ValueError` that names every setting which is set and not obeyed, with the reason, or is out of range."""
-    count = settings.num_return_sequences
+def check_settings(config: Any, said: dict[str, Any]) -> None:
+    """Raises a `ValueError` that names every setting which is set and not obeyed, with the reason, or is out of range.
+
+    `config`: complete; `said`: a JAM's own (`JamCallSettings.said`), of which `config` may have more than hold.
+    """
+    count = config.num_return_sequences
     if count is not None and count < 1:
         raise ValueError(f"num_return_sequences must be at least 1, got {count}.")
     wrong = []
-    for name, value in vars(settings).items():
-        if value is None or name in OBEYED or name in WITHOUT_EFFECT or name in OWN_NOTES or name.startswith("_"):
+    for name, value in (vars(config) | {name: said[name] for name in CALL_SETTINGS}).items():
+        if value is None or name in OBEYED or name in WITHOUT_EFFECT or name.startswith("_"):
             continue
-        if name in MODALITY_SETTINGS and settings.generation_mode == "text":
+        if name in MODALITY_SETTINGS and said["generation_mode"] == "text":
             continue  # no code is drawn: a JAM of a parent that samples has them in its own config
         known = name in REFUSED or name in CALL_SETTINGS
         if known and any(value is neutral or value == neutral for neutral in REFUSED[name]):
             continue
-        if known or name in _fields_of(settings):
+        if known or name in _fields_of(config):
             wrong.append(f"{name}={value!r} ({REASONS.get(name, OTHERWISE)})")
     if wrong:
         raise ValueError(
@@ -89,9 +93,9 @@ def check_settings(settings: Any) -> None:
         )
 
 
-def _fields_of(settings: Any) -> set[str]:
+def _fields_of(config: Any) -> set[str]:
     """What transformers' generation configs have; anything else is a user's own note, which generate() does not read either."""
-    return set(vars(type(settings)()))
+    return set(vars(type(config)()))
 
 
 def check_model(config: JamConfig) -> None:

@@ -3,7 +3,7 @@
 transformers' pages save the memory of a GPU. On a CPU each step of theirs gathers all pages and attends with one mask over the
 keys of all requests, which takes about twice the time of `generate()` (modeling_tests/benchmarks/continuous_batching.py).
 
-It knows requests and budgets; what is obeyed and refused is decided before (continuous_settings_jam.py).
+It knows requests and budgets; what is obeyed and refused is decided before (continuous_settings.py).
 """
 
 from __future__ import annotations

@@ -1,53 +1,174 @@
-"""Which settings a call of `generate()` has: its own, those of the config that came with it, and the model's.
+"""The settings of a call of `generate()` that a JAM has beside transformers' own: each is a field here, checked here, and what
+it means is made here.
 
 It knows names and values; what they do is in grammar_jam.py and guidance_jam.py, and when in generation_jam.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from transformers import (
+    LogitsProcessor,
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from .grammar_jam import DocumentRules
+from .grammar_jam import DocumentRules, as_ids
 from .guidance_jam import GuidanceSettings
-from .history_jam import IMAGE_HISTORY
 
 
-SCALES, CONTRASTIVE = ("guidance_scale", "image_guidance_scale"), ("contrastive_alpha", "contrastive_k")
-GUIDANCE_SETTINGS = (*SCALES, *CONTRASTIVE)
-LAYOUT_SETTINGS = ("min_new_images", "max_new_images", "image_after_token_ids", "image_positions")
-MODALITY_SETTINGS = ("image_temperature", "image_top_k", "image_top_p", "image_min_p", *IMAGE_HISTORY)
-# All that is decided here, and what of it transformers' generation config does not know.
-CALL_SETTINGS = ("generation_mode", *GUIDANCE_SETTINGS, *MODALITY_SETTINGS, *LAYOUT_SETTINGS)
-JAM_SETTINGS = tuple(name for name in CALL_SETTINGS if name != "guidance_scale")
-
-
-def settle(config: Any, arguments: dict[str, Any], passed_config: Any, own_config: Any) -> None:
-    """Put the settings of a call into its complete `config`, as attributes: all of `JAM_SETTINGS`, and `passed_settings`, the
-    names of those that the call has said itself.
-
-    What the model's own config says of one kind of call is no contradiction to a call of another kind: a saved layout of
-    pictures is for interleaved documents, and of guidance the kind that is passed holds.
+@dataclass(frozen=True, kw_only=True)
+class JamCallSettings:
+    """What a call asks for. Each field may be an argument of `generate()`, stand in the generation config that is passed with
+    it, or in the model's own (generation_config.json), in this order; `None` where nobody said it.
 
     Args:
-        config: transformers' merger of all, which knows every setting but those of `arguments`.
-        arguments: of the call. passed_config: the config that came with it, or `None`; what it has in common with the model's
-            own is the model's (pipelines pass a copy).
+        generation_mode: "interleaved", "text" or "image" (one picture, at once). `None`: plain next-token generation without a
+            grammar.
+        min_new_images, max_new_images: pictures to finish in "interleaved" mode, one that is half-drawn in the prompt included.
+        image_after_token_ids: a picture follows each of these ids of written text, and stands nowhere else
+            (`processor.sentence_end_token_ids()` for one after each sentence).
+        image_positions: pictures stand after so many ids of written text, and nowhere else.
+        guidance_scale: classifier-free guidance inside pictures [P]; 1.0 or `None`: none.
+        image_guidance_scale: a scale of its own for the pictures of the context, beside `guidance_scale` for the whole.
+        contrastive_alpha, contrastive_k: CD-K [C] instead of guidance.
+        image_temperature, image_top_k, image_top_p, image_min_p: for codes, where they differ from `temperature` and so on,
+            which hold for both where these are `None`.
+        image_repetition_penalty, image_no_repeat_ngram_size: over the codes of the document. Without `image_`, these and all
+            that look back at what was written (history_jam.py) go by text alone.
+        negative_prompt_ids: rows without padding, one for all or one for each prompt, of what guidance turns away from, in
+            place of `<mask>`; an argument alone: int64 `[B or 1, T]`, padding told by `negative_prompt_attention_mask`.
+        asked: names of the settings that the call has said itself, by arguments or in the config that came with it.
+    Raises:
+        ValueError: on values that are out of range or contradict each other.
     """
-    said = {name: getattr(passed_config, name, None) for name in CALL_SETTINGS}
-    said = {name: value for name, value in said.items() if value != getattr(own_config, name, None)}
-    passed = {name for name in CALL_SETTINGS if (said | arguments).get(name) is not None}
-    for name in JAM_SETTINGS:
-        setattr(config, name, arguments.get(name, getattr(config, name, None)))
-    if config.generation_mode != "interleaved" and ("generation_mode" in arguments or "generation_mode" in passed):
-        for name in set(LAYOUT_SETTINGS) - passed:
-            setattr(config, name, None)
-    for asked, other in ((SCALES, CONTRASTIVE), (CONTRASTIVE, SCALES)):
-        if passed.intersection(asked):
-            for name in set(other) - passed:
-                setattr(config, name, None)
-    config.passed_settings = sorted(passed)
+
+    generation_mode: str | None = None
+    min_new_images: int | None = None
+    max_new_images: int | None = None
+    image_after_token_ids: Sequence[int] | None = None
+    image_positions: Sequence[int] | None = None
+    guidance_scale: float | None = None
+    image_guidance_scale: float | None = None
+    contrastive_alpha: float | None = None
+    contrastive_k: int | None = None
+    image_temperature: float | None = None
+    image_top_k: int | None = None
+    image_top_p: float | None = None
+    image_min_p: float | None = None
+    image_repetition_penalty: float | None = None
+    image_no_repeat_ngram_size: int | None = None
+    negative_prompt_ids: list[list[int]] | None = None
+    asked: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        self.rules()
+        if self.negative_prompt_ids is not None and not self._guidance().branches:
+            raise ValueError(
+                "negative_prompt_ids have nothing to act on: set guidance_scale, or contrastive_alpha and contrastive_k."
+            )
+        self.guidance()
+        self.image_history()
+
+    @staticmethod
+    def said(arguments: dict[str, Any], passed: Any, own: Any) -> dict[str, Any]:
+        """Fields by name, unchecked: of the `arguments` of a call, out of which they are taken, of the generation config
+        `passed` with it (or `None`) and of the model's `own`.
+
+        What the model's own config says of one kind of call is no contradiction to a call of another kind: a saved layout of
+        pictures is for interleaved documents, and of guidance the kind that is passed holds. What `passed` has in common with
+        the model's own is the model's (pipelines pass a copy).
+        """
+        given = {name: arguments.pop(name) for name in CALL_SETTINGS if name in arguments}
+        values = {name: setting(name, given, passed, own) for name in CALL_SETTINGS}
+        said = {name: getattr(passed, name, None) for name in CALL_SETTINGS}
+        said = {name: value for name, value in said.items() if value != getattr(own, name, None)} | given
+        asked = frozenset(name for name, value in said.items() if value is not None)
+        if values["generation_mode"] != "interleaved" and ("generation_mode" in given or "generation_mode" in asked):
+            values |= dict.fromkeys(set(LAYOUT_SETTINGS) - asked)
+        for this, other in ((SCALES, CONTRASTIVE), (CONTRASTIVE, SCALES)):
+            if asked.intersection(this):
+                values |= dict.fromkeys(set(other) - asked)
+        return values | {"asked": asked}
+
+    def rules(self) -> DocumentRules | None:
+        """How documents are laid out; None without a grammar."""
+        layout = {name: getattr(self, name) for name in LAYOUT_SETTINGS}
+        if self.generation_mode is None:
+            if any(value is not None for value in layout.values()):
+                raise ValueError(f"{', '.join(layout)} need generation_mode='interleaved'.")
+            return None
+        for name in ("image_after_token_ids", "image_positions"):
+            ids = layout[name]
+            whole = isinstance(ids, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+            if ids is not None and not whole:
+                raise ValueError(f"{name} must be a list of whole numbers, got {ids!r}.")
+        least = 0 if self.min_new_images is None else self.min_new_images
+        after, places = tuple(self.image_after_token_ids or ()), tuple(self.image_positions or ())
+        return DocumentRules(self.generation_mode, least, self.max_new_images, after, places)
+
+    def _guidance(self) -> GuidanceSettings:
+        return GuidanceSettings(self.guidance_scale, self.image_guidance_scale, self.contrastive_alpha, self.contrastive_k)
+
+    def guidance(self) -> GuidanceSettings | None:
+        """How pictures are guided; None where the call has nothing to guide."""
+        guidance = self._guidance()
+        return guidance if guidance.branches and self.generation_mode != "text" else None
+
+    def image_history(self) -> list[LogitsProcessor]:
+        """What looks back at the codes of a document; without it codes may repeat as they like."""
+        found = (
+            _stock("image_repetition_penalty", self.image_repetition_penalty, 1, RepetitionPenaltyLogitsProcessor),
+            _stock("image_no_repeat_ngram_size", self.image_no_repeat_ngram_size, 0, NoRepeatNGramLogitsProcessor),
+        )
+        return [processor for processor in found if processor is not None]
+
+    def image_warpers(self, num_beams: int = 1) -> dict[type[LogitsProcessor], tuple[bool, LogitsProcessor | None]]:
+        """For transformers' warpers, in the order in which it applies them: whether codes have a setting of their own, and what
+        warps them then (None: nothing does). They are read where a call samples."""
+        keep = {} if num_beams == 1 else {"min_tokens_to_keep": 2}
+        made = (
+            (self.image_temperature, _stock("image_temperature", self.image_temperature, 1, TemperatureLogitsWarper)),
+            (self.image_top_k, _stock("image_top_k", self.image_top_k, 0, TopKLogitsWarper, **keep)),
+            (self.image_top_p, _stock("image_top_p", self.image_top_p, 1, TopPLogitsWarper, **keep)),
+            (self.image_min_p, _stock("image_min_p", self.image_min_p, 0, MinPLogitsWarper, **keep)),
+        )
+        return {stock: (value is not None, warper) for stock, (value, warper) in zip(WARPER_CLASSES, made)}
+
+
+# All that a generation config may say, and in groups.
+CALL_SETTINGS = tuple(f.name for f in fields(JamCallSettings) if f.name not in ("negative_prompt_ids", "asked"))
+LAYOUT_SETTINGS = ("min_new_images", "max_new_images", "image_after_token_ids", "image_positions")
+SCALES, CONTRASTIVE = ("guidance_scale", "image_guidance_scale"), ("contrastive_alpha", "contrastive_k")
+GUIDANCE_SETTINGS = (*SCALES, *CONTRASTIVE)
+MODALITY_SETTINGS = tuple(name for name in CALL_SETTINGS[1:] if name not in (*LAYOUT_SETTINGS, *GUIDANCE_SETTINGS))
+WARPER_CLASSES = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+
+
+def setting(name: str, arguments: Mapping[str, Any], passed: Any, own: Any) -> Any:
+    """A setting of a call, transformers' too: from its arguments, the config that came with it, or the model's own."""
+    if name in arguments:
+        return arguments[name]
+    value = getattr(passed, name, None)
+    return getattr(own, name, None) if value is None else value
+
+
+def _stock(name: str, value: Any, idle: float, stock: type[LogitsProcessor], **kwargs: Any) -> LogitsProcessor | None:
+    """transformers' own processor of this value; None where it is `None`, or changes nothing."""
+    if value is None or value == idle:
+        return None
+    try:
+        return stock(value, **kwargs)
+    except ValueError as error:
+        raise ValueError(f"{name}={value!r}: {error}") from error
 
 
 def end_ids(eos_token_id: Any) -> list[int]:
@@ -58,31 +179,7 @@ def end_ids(eos_token_id: Any) -> list[int]:
     return [int(i) for i in ids if i >= 0]
 
 
-def document_rules(config: Any) -> DocumentRules | None:
-    """None without a grammar."""
-    least, most, after, places = (getattr(config, name) for name in LAYOUT_SETTINGS)
-    if config.generation_mode is None:
-        if any(setting is not None for setting in (least, most, after, places)):
-            raise ValueError(f"{', '.join(LAYOUT_SETTINGS)} need generation_mode='interleaved'.")
-        return None
-    for name, ids in (("image_after_token_ids", after), ("image_positions", places)):
-        whole = isinstance(ids, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
-        if ids is not None and not whole:
-            raise ValueError(f"{name} must be a list of whole numbers, got {ids!r}.")
-    return DocumentRules(config.generation_mode, 0 if least is None else least, most, tuple(after or ()), tuple(places or ()))
-
-
-def guidance_settings(config: Any) -> GuidanceSettings | None:
-    """None where the call has nothing to guide."""
-    settings = GuidanceSettings(*(getattr(config, name) for name in GUIDANCE_SETTINGS))
-    if not settings.branches and config._negative_prompt is not None:
-        raise ValueError(
-            "negative_prompt_ids have nothing to act on: set guidance_scale, or contrastive_alpha and contrastive_k."
-        )
-    return settings if settings.branches and config.generation_mode != "text" else None
-
-
-def negative_prompts(ids: torch.Tensor | None, mask: Any, image_token_id: int) -> list[list[int]] | None:
+def negative_prompts(ids: Any, mask: Any, image_token_id: int) -> list[list[int]] | None:
     """Rows of the negative prompt, int64 `[B or 1, T]`, as lists without padding.
 
     Raises:
@@ -92,8 +189,9 @@ def negative_prompts(ids: torch.Tensor | None, mask: Any, image_token_id: int) -
         if mask is not None:
             raise ValueError("negative_prompt_attention_mask came without negative_prompt_ids: pass both, or neither.")
         return None
+    ids = as_ids(torch.as_tensor(ids), "negative_prompt_ids")
     mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
-    if ids.ndim != 2 or ids.is_floating_point() or mask.shape != ids.shape or not bool(mask.any(1).all()):
+    if ids.ndim != 2 or mask.shape != ids.shape or not bool(mask.any(1).all()):
         raise ValueError(
             "negative_prompt_ids must be ids [B or 1, T] with at least one token in each row, and "
             f"negative_prompt_attention_mask of the same shape; got {list(ids.shape)} and {list(mask.shape)}."
@@ -106,12 +204,11 @@ def negative_prompts(ids: torch.Tensor | None, mask: Any, image_token_id: int) -
 __all__ = [
     "CALL_SETTINGS",
     "GUIDANCE_SETTINGS",
-    "JAM_SETTINGS",
     "LAYOUT_SETTINGS",
     "MODALITY_SETTINGS",
-    "document_rules",
+    "WARPER_CLASSES",
+    "JamCallSettings",
     "end_ids",
-    "guidance_settings",
     "negative_prompts",
-    "settle",
+    "setting",
 ]

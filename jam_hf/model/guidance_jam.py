@@ -196,17 +196,15 @@ class Guidance:
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
     @torch.no_grad()
-    def _forward(
-        self, ids: torch.LongTensor, attention_mask: torch.Tensor, position_ids: torch.LongTensor, cache: Cache
-    ) -> torch.Tensor:
+    def _forward(self, ids: torch.LongTensor, position_ids: torch.LongTensor, cache: Cache, **seen: Any) -> torch.Tensor:
         """Ids int64 `[R, Q]` -> logits of codes behind the last, `[R, K]`."""
         logits = self.model(
             input_ids=ids,
-            attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **seen,
         ).logits
         return logits[:, -1, self.grammar.codes]
 
@@ -264,7 +262,7 @@ class SeparateGuidance(Guidance):
         new = 1 if grown else ids.shape[1]
         self.caches[branch] = (ids, cache)
         with rotated_alone(self.model):
-            return self._forward(ids[:, -new:], mask, position_ids[:, -new:], cache)
+            return self._forward(ids[:, -new:], position_ids[:, -new:], cache, attention_mask=mask)
 
 
 class PictureGuidanceLogitsProcessor(LogitsProcessor):

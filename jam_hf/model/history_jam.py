@@ -26,6 +26,7 @@ from transformers import (
     WatermarkLogitsProcessor,
 )
 
+from .call_settings_jam import JamCallSettings
 from .grammar_jam import PictureReader
 
 
@@ -39,11 +40,6 @@ LOOKS_BACK = (
     *OF_PROMPT,
     *SEQUENCES,
 )
-# Settings for codes, by the processor that each is; without them codes may repeat as they like.
-IMAGE_HISTORY = {
-    "image_repetition_penalty": (RepetitionPenaltyLogitsProcessor, 1.0),
-    "image_no_repeat_ngram_size": (NoRepeatNGramLogitsProcessor, 0),
-}
 
 
 class HistoryLogitsProcessor(LogitsProcessor):
@@ -120,29 +116,21 @@ class HistoryLogitsProcessor(LogitsProcessor):
 
 def look_back_by_modality(
     processors: LogitsProcessorList,
-    generation_config: Any,
+    settings: JamCallSettings,
     reader: PictureReader,
     prompt_mask: torch.Tensor | None,
     prompt_ids: torch.LongTensor | None,
 ) -> LogitsProcessorList:
     """Those of `processors` that look back, each in its place over the history of text; in front those of codes that the
-    config asks for. Processors of a user's own classes see the document as it is.
+    call asks for. Processors of a user's own classes see the document as it is.
 
     Raises:
-        ValueError: on a watermark that counts every step (SynthID) where pictures may come, and values out of range.
+        ValueError: on a watermark that counts every step (SynthID) where pictures may come.
     """
-    found = LogitsProcessorList()
-    for name, (stock, idle) in IMAGE_HISTORY.items():
-        value = getattr(generation_config, name)
-        if value is not None and value != idle:
-            try:
-                made = stock(value)
-            except ValueError as error:
-                raise ValueError(f"{name}={value!r}: {error}") from error
-            found.append(HistoryLogitsProcessor(made, reader, codes=True))
+    found = LogitsProcessorList(HistoryLogitsProcessor(made, reader, codes=True) for made in settings.image_history())
     of_text = (reader, prompt_mask, prompt_ids)
     for processor in processors:
-        if type(processor) is SynthIDTextWatermarkLogitsProcessor and generation_config.generation_mode != "text":
+        if type(processor) is SynthIDTextWatermarkLogitsProcessor and settings.generation_mode != "text":
             raise ValueError(
                 "SynthIDTextWatermarkingConfig marks text and goes by every step, those inside pictures included. Use it with "
                 "generation_mode='text', or WatermarkingConfig, which leaves pictures alone."
@@ -172,4 +160,4 @@ def _sequences_by_modality(processor: SequenceBiasLogitsProcessor, of_text: tupl
     return made
 
 
-__all__ = ["IMAGE_HISTORY", "HistoryLogitsProcessor", "look_back_by_modality"]
+__all__ = ["HistoryLogitsProcessor", "look_back_by_modality"]

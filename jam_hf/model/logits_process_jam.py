@@ -11,25 +11,12 @@ import torch
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
-    MinPLogitsWarper,
     StoppingCriteria,
     StopStringCriteria,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
+from .call_settings_jam import WARPER_CLASSES, JamCallSettings
 from .grammar_jam import DocumentRules, PictureGrammar, PictureReader
-
-
-# The settings by modality: transformers' warpers, in the order in which it applies them.
-WARPERS = {
-    "temperature": TemperatureLogitsWarper,
-    "top_k": TopKLogitsWarper,
-    "top_p": TopPLogitsWarper,
-    "min_p": MinPLogitsWarper,
-}
-WARPER_CLASSES = tuple(WARPERS.values())
 
 
 class PictureGrammarLogitsProcessor(LogitsProcessor):
@@ -95,19 +82,12 @@ class TextStopStringCriteria(StoppingCriteria):
         return self.stock(text_ids, scores, **kwargs)
 
 
-def warp_by_modality(processors: LogitsProcessorList, generation_config: Any, reader: PictureReader) -> None:
+def warp_by_modality(processors: LogitsProcessorList, settings: JamCallSettings, num_beams: int, reader: PictureReader) -> None:
     """Put `image_temperature` and so on beside transformers' own warpers, each where it stands or would stand."""
     place = next((p for p, processor in enumerate(processors) if isinstance(processor, WARPER_CLASSES)), len(processors))
-    for name, warper in WARPERS.items():
-        found = next((p for p, processor in enumerate(processors) if type(processor) is warper), None)
-        value = getattr(generation_config, f"image_{name}")
-        if value is not None:
-            keep = {} if name == "temperature" or generation_config.num_beams == 1 else {"min_tokens_to_keep": 2}
-            idle = 0 if name in ("top_k", "min_p") else 1
-            try:
-                image = None if value == idle else warper(value, **keep)
-            except ValueError as error:
-                raise ValueError(f"image_{name}={value!r}: {error}") from error
+    for stock, (is_set, image) in settings.image_warpers(num_beams).items():
+        found = next((p for p, processor in enumerate(processors) if type(processor) is stock), None)
+        if is_set:
             if found is None:
                 processors.insert(place, PictureWarperLogitsProcessor(reader, None, image))
                 found = place
@@ -118,7 +98,6 @@ def warp_by_modality(processors: LogitsProcessorList, generation_config: Any, re
 
 
 __all__ = [
-    "WARPER_CLASSES",
     "PictureGrammarGuardLogitsProcessor",
     "PictureGrammarLogitsProcessor",
     "PictureWarperLogitsProcessor",

@@ -13,16 +13,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 from transformers.cache_utils import StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from .caching_jam import gather_columns
 
 
 DEAD, DOCUMENT = -1, 0  # owners of a column of the cache; branches follow from 1 on
-LANES = "jam_lanes"
 
 
 class MixedColumns:
@@ -34,10 +32,10 @@ class MixedColumns:
         self.length, self.beside = owner.shape[1], 0  # columns of the document, and beside them
         self.of_document = torch.ones(self.length, dtype=torch.bool, device=owner.device)
 
-    def append(self, owners: torch.Tensor, document: int, dtype: torch.dtype) -> torch.Tensor:
+    def append(self, owners: torch.Tensor, document: int, dtype: torch.dtype) -> dict[str, Any]:
         """Lay `owners` int8 `[B, Q]` beside the columns, the first `document` of them the document's.
 
-        Returns the mask of the forward that feeds them, `[B, 1, Q, C]`, to be added to scores.
+        Returns what the forward that feeds them takes: an `attention_mask` `[B, 1, Q, C]`, to be added to scores.
         """
         count, first = owners.shape[1], self.owner.shape[1]
         self.owner = torch.cat((self.owner, owners), dim=1)
@@ -48,7 +46,7 @@ class MixedColumns:
         layer = self.cache.layers[0]
         if isinstance(layer, StaticLayer):
             seen = torch.nn.functional.pad(seen, (0, layer.max_cache_len - self.owner.shape[1]))
-        return added(seen, dtype)
+        return {"attention_mask": added(seen, dtype)}
 
     def leave(self, rows: list[int]) -> None:
         """The branches' columns of these rows are nobody's from here on."""
@@ -93,13 +91,9 @@ class LaneColumns:
     The same interface as `MixedColumns`.
     """
 
-    def __init__(self, cache: Any, owner: torch.Tensor, configs: list[Any]):
-        """`configs`: of the decoders; those whose attention is sdpa read by lanes until `close`."""
-        self.cache, self.configs, self.document, self.lane = cache, configs, owner, owner[:, :0]
+    def __init__(self, cache: Any, owner: torch.Tensor):
+        self.cache, self.document, self.lane = cache, owner, owner[:, :0]
         self.start = owner.shape[1]  # where the lane begins: no room yet
-        for config in configs:
-            if config._attn_implementation == "sdpa":
-                config._attn_implementation = LANES
 
     @property
     def length(self) -> int:
@@ -109,8 +103,8 @@ class LaneColumns:
     def beside(self) -> int:
         return self.lane.shape[1]
 
-    def append(self, owners: torch.Tensor, document: int, dtype: torch.dtype) -> torch.Tensor:
-        """See `MixedColumns.append`; the mask says in `mask.lanes` how `lane_attention` may read it."""
+    def append(self, owners: torch.Tensor, document: int, dtype: torch.dtype) -> dict[str, Any]:
+        """See `MixedColumns.append`; beside the mask, `jam_lanes` says how `lane_attention` may read it."""
         laid = (self.length, self.beside)
         self.document = torch.cat((self.document, owners[:, :document]), dim=1)
         self.lane = torch.cat((self.lane, owners[:, document:]), dim=1)
@@ -125,9 +119,7 @@ class LaneColumns:
         seen[:, :, self.start :] = self.lane[:, None, :] == owners[:, :, None]
         in_order(seen[:, :document, laid[0] : self.length])
         in_order(seen[:, document:, self.start + laid[1] :])
-        mask = added(seen, dtype)
-        mask.lanes = (document, self.length, self.start)
-        return mask
+        return {"attention_mask": added(seen, dtype), "jam_lanes": (document, self.length, self.start)}
 
     def leave(self, rows: list[int]) -> None:
         self.lane[rows] = DEAD
@@ -145,7 +137,6 @@ class LaneColumns:
         for layer in self.cache.layers:
             if layer.lane is not None:
                 layer.close_lane()
-        attend_by_sdpa(self.configs)
 
     def reorder(self, rows: torch.LongTensor) -> None:
         self.document, self.lane = self.document[rows], self.lane[rows]
@@ -169,6 +160,7 @@ def lane_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    jam_lanes: tuple[int, int, int] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """sdpa, where the document's tokens read the document's columns and the branches' tokens their lane (ours [R]).
@@ -176,16 +168,14 @@ def lane_attention(
     The result is that of sdpa with the same mask: what is left unread is masked. Without lanes it is sdpa.
 
     Args:
-        query: `[B, heads, Q, D]`; key, value: `[B, key/value heads, C, D]`.
-        attention_mask: `[B, 1, Q, C]`; where `LaneColumns` made it, `attention_mask.lanes` says how many of the Q are the
-            document's, how many of the C, and where the lane begins.
+        query: `[B, heads, Q, D]`; key, value: `[B, key/value heads, C, D]`. attention_mask: `[B, 1, Q, C]`.
+        jam_lanes: of `LaneColumns`: how many of the Q are the document's, how many of the C, and where the lane begins.
     Returns:
         `[B, Q, heads, D]`, and no attention weights.
     """
-    lanes = getattr(attention_mask, "lanes", None)
-    if lanes is None or kwargs.get("position_bias") is not None:  # a bias has a place for each pair of columns
+    if jam_lanes is None or kwargs.get("position_bias") is not None:  # a bias has a place for each pair of columns
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    fed, length, start = lanes
+    fed, length, start = jam_lanes
     parts = [(slice(None, fed), slice(None, length)), (slice(fed, None), slice(start, None))]
     results = [
         sdpa_attention_forward(
@@ -197,14 +187,9 @@ def lane_attention(
     return results[0] if len(results) == 1 else torch.cat(results, dim=1), None
 
 
-def attend_by_sdpa(configs: list[Any]) -> None:
-    """End what `LaneColumns` began; nothing where it began nothing."""
-    for config in configs:
-        if config._attn_implementation == LANES:
-            config._attn_implementation = "sdpa"
+# transformers finds an attention by the name in the model's config alone, which threads share: under a name of its own,
+# this one would have to be switched on there for the length of a picture. Under the name of sdpa it is sdpa wherever no
+# lanes are passed, in other models too.
+AttentionInterface.register("sdpa", lane_attention)
 
-
-AttentionInterface.register(LANES, lane_attention)
-AttentionMaskInterface.register(LANES, sdpa_mask)
-
-__all__ = ["LaneColumns", "MixedColumns", "attend_by_sdpa", "lane_attention"]
+__all__ = ["LaneColumns", "MixedColumns", "lane_attention"]

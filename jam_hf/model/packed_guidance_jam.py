@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from .caching_jam import JamBlockCache, JamBlockLayer
 from .guidance_jam import Guidance, GuidanceSettings, SeparateGuidance
-from .packed_columns_jam import DEAD, DOCUMENT, LANES, LaneColumns, MixedColumns
+from .packed_columns_jam import DEAD, DOCUMENT, LaneColumns, MixedColumns
 from .rotation_jam import one_rotation
 
 
@@ -60,7 +60,7 @@ class PackedGuidance(Guidance):
         configs = model.config.decoder_configs
         if not one_rotation(configs, longest):
             return False
-        return all(config._attn_implementation in ("eager", "sdpa", LANES) for config in configs)
+        return all(config._attn_implementation in ("eager", "sdpa") for config in configs)
 
     @staticmethod
     def columns_beside(picture_length: int, settings: GuidanceSettings, longest_context: int) -> int:
@@ -88,15 +88,15 @@ class PackedGuidance(Guidance):
             live_B1 = torch.tensor(self.live)[:, None]
             owners = torch.where(live_B1, torch.arange(1 + count), torch.tensor([DOCUMENT] + [DEAD] * count))
             self._owners = owners.to(device, torch.int8)
-        mask = self.columns.append(self._owners, 1, self.model.dtype)
+        laid = self.columns.append(self._owners, 1, self.model.dtype)
         position_ids = torch.cat((model_inputs["position_ids"].expand(rows, 1), self.positions), dim=1)
         self.positions = self.positions + 1  # those of rows in text are set anew when they open a picture
         self.fed = (input_ids.shape[1], [])
         return model_inputs | {
             "input_ids": model_inputs["input_ids"].expand(rows, 1 + count).contiguous(),
             "position_ids": position_ids,
-            "attention_mask": mask,
             "logits_to_keep": 1 + count,
+            **laid,
         }
 
     def take(self, outputs: Any) -> None:
@@ -149,7 +149,7 @@ class PackedGuidance(Guidance):
             padding = self.prompt_mask[:, :length] == 0
             owner[:, : padding.shape[1]].masked_fill_(padding, DEAD)
         if all(isinstance(layer, JamBlockLayer) for layer in self.cache.layers):
-            self.columns = LaneColumns(self.cache, owner, self.model.config.decoder_configs)
+            self.columns = LaneColumns(self.cache, owner)
         else:
             self.columns = MixedColumns(self.cache, owner)
         self.positions = torch.zeros(rows, len(self.settings.branches), dtype=torch.int64, device=device)
@@ -177,8 +177,8 @@ class PackedGuidance(Guidance):
             ids, mask = self.left_padded(told, device)
             self._make_room(ids.shape[1])
             owners = torch.where(mask == 1, branch_number, DEAD).to(torch.int8)
-            attention_mask = self.columns.append(owners, 0, self.model.dtype)
-            results.append(self._forward(ids, attention_mask, (mask.cumsum(-1) - 1).clamp(min=0), self.cache))
+            laid = self.columns.append(owners, 0, self.model.dtype)
+            results.append(self._forward(ids, (mask.cumsum(-1) - 1).clamp(min=0), self.cache, **laid))
             lengths = mask.sum(1)
             place = self.positions[:, branch_number - 1]
             self.positions[:, branch_number - 1] = torch.where(lengths > 0, lengths, place)

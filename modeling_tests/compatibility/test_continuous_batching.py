@@ -12,9 +12,9 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.generation.continuous_batching.requests import RequestState
 
 from jam_hf import JamConfig, JamForCausalLM
-from jam_hf.model.call_settings_jam import JAM_SETTINGS
-from jam_hf.model.continuous_settings_jam import OBEYED, REFUSED, WITHOUT_EFFECT, sized
-from jam_hf.model.padded_batches_jam import groups
+from jam_hf.integrations.continuous_settings import OBEYED, REFUSED, WITHOUT_EFFECT, sized
+from jam_hf.integrations.padded_batches import groups
+from jam_hf.model.call_settings_jam import CALL_SETTINGS
 
 
 SECTION = "Continuous batching"
@@ -205,7 +205,7 @@ TELLING = {
 @pytest.mark.feature(SECTION, "every setting: obeyed, or refused with the reason")
 def test_every_setting_is_in_one_table():
     """A field that transformers or the JAM adds fails here until somebody says what becomes of it."""
-    fields = {*vars(GenerationConfig()), *JAM_SETTINGS}
+    fields = {*vars(GenerationConfig()), *CALL_SETTINGS}
     tables = [*OBEYED, *WITHOUT_EFFECT, *REFUSED]
     assert sorted(tables) == sorted(fields)
     assert set(TELLING) == set(REFUSED)
@@ -313,13 +313,13 @@ def test_padded_batches_fit_the_memory():
 
 @pytest.mark.feature(SECTION, "pools as large as the requests need, within the free memory")
 def test_pools_stay_within_the_free_memory(jam, monkeypatch):
-    from jam_hf.model import continuous_settings_jam
+    from jam_hf.integrations import continuous_settings
 
     model = jam("llama", "uniform", "average")
     sizes = (None, model.config, model.dtype, model.device)
     plenty = sized(*sizes, [100] * 1000).num_blocks
     assert plenty >= 4000
-    monkeypatch.setattr(continuous_settings_jam, "_free_memory", lambda device: 2**26)
+    monkeypatch.setattr(continuous_settings, "_free_memory", lambda device: 2**26)
     narrow = sized(*sizes, [100] * 1000)
     assert 5 <= narrow.num_blocks < plenty / 4
     with pytest.raises(ValueError, match="longest request has 90000 ids"):

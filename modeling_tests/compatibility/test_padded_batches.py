@@ -7,7 +7,7 @@ from conftest import random_ids
 from decoding_oracles import BREAK
 from transformers import ContinuousBatchingConfig, GenerationConfig, set_seed
 
-from jam_hf.model.padded_batches_jam import generate_padded, groups
+from jam_hf.integrations.padded_batches import generate_padded, groups
 
 
 SECTION = "Continuous batching"

@@ -1,12 +1,22 @@
 """Which settings hold in a call of `generate()`: those that are saved, those that are passed, those that make no sense."""
 
+import contextlib
 import copy
+import threading
 
 import pytest
 import torch
 from model.test_picture_layout import LAYOUTS, layout_jam, layout_processor, layout_tokenizer  # noqa: F401
-from transformers import GenerationConfig, LogitsProcessor, StopStringCriteria
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StopStringCriteria
 
+from jam_hf.model.caching_jam import JamBlockCache
+from jam_hf.model.call_settings_jam import (
+    CALL_SETTINGS,
+    GUIDANCE_SETTINGS,
+    LAYOUT_SETTINGS,
+    MODALITY_SETTINGS,
+    JamCallSettings,
+)
 from jam_hf.model.grammar_jam import PictureGrammar
 from jam_hf.model.logits_process_jam import TextStopStringCriteria
 
@@ -275,3 +285,103 @@ def test_stop_strings_end_text(model, tokenizer):
     grammar, stock = PictureGrammar(model.config), StopStringCriteria(tokenizer=tokenizer, stop_strings=["red"])
     ids = torch.tensor([tokenizer(" a red", add_special_tokens=False)["input_ids"]])
     assert stock(ids, None).tolist() == TextStopStringCriteria(stock, grammar)(ids, None).tolist() == [True]
+
+
+# ----- one call beside another ----------------------------------------------------------------------------------------
+
+
+def test_each_setting_is_one_field_and_is_known_to_generate(model):
+    """A field that is dropped, or added to no group, fails here."""
+    groups = [*LAYOUT_SETTINGS, *GUIDANCE_SETTINGS, *MODALITY_SETTINGS, "generation_mode"]
+    assert sorted(groups) == sorted(CALL_SETTINGS) and len(CALL_SETTINGS) == 15
+    documented = JamCallSettings.__doc__.split("Args:")[1]
+    for name in CALL_SETTINGS:
+        assert name in documented and name in type(model).generate.__doc__, name
+    model.generate(**PROMPT, **dict.fromkeys(CALL_SETTINGS), max_new_tokens=1)
+    with pytest.raises(ValueError, match="image_temperatur"):
+        model.generate(**PROMPT, image_temperatur=0.5, max_new_tokens=1)
+
+
+def test_settings_in_the_models_own_config_are_saved_and_loaded(model, tmp_path):
+    own = model.generation_config
+    own.generation_mode, own.guidance_scale, own.image_top_k = "image", 3.0, 5
+    own.save_pretrained(tmp_path)
+    loaded = GenerationConfig.from_pretrained(tmp_path)
+    assert (loaded.generation_mode, loaded.guidance_scale, loaded.image_top_k) == ("image", 3.0, 5)
+    asked = {**PROMPT, "do_sample": False}
+    expected = model.generate(**asked, generation_config=loaded)
+    assert torch.equal(model.generate(**asked), expected)
+    assert vars(own) == vars(model.generation_config) and vars(loaded) == vars(GenerationConfig.from_pretrained(tmp_path))
+
+
+CALLS = [
+    {"generation_mode": "image", "guidance_scale": 3.0},
+    {"generation_mode": "image", "contrastive_alpha": 0.3, "contrastive_k": 2, "max_new_tokens": N + 2},
+    {"generation_mode": "interleaved", "image_positions": [1], "guidance_scale": 2.0, "max_new_tokens": 2 * N},
+    {"generation_mode": "text", "max_new_tokens": 2 * N, "min_new_tokens": 2 * N},
+    {"generation_mode": "image", "guidance_scale": 3.0, "negative_prompt_ids": torch.tensor([[BOS, 44]])},
+    {"generation_mode": "image", "guidance_scale": 2.0, "num_beams": 2},
+]
+
+
+def test_calls_in_threads_do_not_meet(model):
+    """Each call's step waits for a step of every other, so that all are inside their pictures at once."""
+    expected = [model.generate(**PROMPT, do_sample=False, **settings) for settings in CALLS]
+    attention = [config._attn_implementation for config in model.config.decoder_configs]
+    together, found, during = threading.Barrier(len(CALLS)), [None] * len(CALLS), []
+
+    class Turn(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            with contextlib.suppress(threading.BrokenBarrierError):  # those that write more go on alone
+                together.wait(timeout=60)
+            during.append([config._attn_implementation for config in model.config.decoder_configs])
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    def write(place):
+        try:
+            found[place] = model.generate(**PROMPT, do_sample=False, stopping_criteria=[Turn()], **CALLS[place])
+        finally:
+            together.abort()
+
+    threads = [threading.Thread(target=write, args=(place,)) for place in range(len(CALLS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for settings, output, alone in zip(CALLS, found, expected):
+        assert output is not None and torch.equal(output, alone), settings
+    assert len(during) >= len(CALLS) * (N - 1) and all(names == attention for names in during)
+
+
+def test_a_call_leaves_nothing_behind(model):
+    """Neither on its cache nor on the config that came with it; what goes on from that cache is what a whole call writes."""
+    config = GenerationConfig(generation_mode="interleaved", image_positions=[1], guidance_scale=3.0, do_sample=False)
+    config.max_new_tokens = N + 6
+    before, cache = copy.deepcopy(vars(config)), JamBlockCache(config=model.config)
+    fields = set(vars(cache))
+    first = model.generate(**PROMPT, generation_config=config, past_key_values=cache, return_dict_in_generate=True)
+    assert vars(config) == before and model.current_call is None
+    assert set(vars(cache)) - fields <= {"_is_user_defined"}  # transformers' own
+    ids = first.sequences[:, : cache.get_seq_length() + 1]
+    plain = {"generation_mode": None, "guidance_scale": None, "do_sample": False, "max_new_tokens": 4}
+    mask = torch.ones_like(ids)
+    on = model.generate(ids, attention_mask=mask, past_key_values=cache, **plain)
+    assert torch.equal(on, model.generate(ids, attention_mask=mask, **plain))
+
+
+def test_a_call_inside_a_call_is_one_of_its_own(model):
+    """A criterion that generates, in the midst of a guided picture."""
+    asked = {**PROMPT, "generation_mode": "image", "guidance_scale": 3.0, "do_sample": False}
+    inner = {**PROMPT, "generation_mode": "image", "guidance_scale": 5.0, "do_sample": False}
+    expected, expected_inside, inside = model.generate(**asked), model.generate(**inner), []
+
+    class Writes(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            if input_ids.shape[1] in (4, 9):
+                inside.append(model.generate(**inner))
+                with pytest.raises(ValueError, match="contrastive_k"):
+                    model.generate(**inner, contrastive_k=1.5)
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    assert torch.equal(model.generate(**asked, stopping_criteria=[Writes()]), expected)
+    assert len(inside) == 2 and all(torch.equal(output, expected_inside) for output in inside)

@@ -31,7 +31,7 @@ class Columns:
         owner[0, : length // 2] = DEAD  # padding
         for layer in range(2):
             self.cache.update(*self.states(owner, layer), layer)
-        self.columns = LaneColumns(self.cache, owner, []) if kind == "lanes" else MixedColumns(self.cache, owner)
+        self.columns = LaneColumns(self.cache, owner) if kind == "lanes" else MixedColumns(self.cache, owner)
 
     def states(self, owners: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows, count = owners.shape
@@ -52,13 +52,14 @@ class Columns:
 
     def step(self, owners: torch.Tensor, document: int) -> None:
         before = [{owner: len(held) for owner, held in row.items()} for row in self.seen[0]]
-        mask = self.columns.append(owners, document, torch.float32)
+        laid = self.columns.append(owners, document, torch.float32)
+        mask = laid["attention_mask"]
         for layer in range(2):
             keys, values = self.cache.update(*self.states(owners, layer), layer)
             query = torch.randn(
                 len(owners), HEADS * self.module.num_key_value_groups, owners.shape[1], SIZE, generator=self.generator
             )
-            found = [lane_attention(self.module, query, keys, values, mask)[0]]
+            found = [lane_attention(self.module, query, keys, values, **laid)[0]]
             found.append(sdpa_attention_forward(self.module, query, keys, values, mask)[0])
             for row, its in enumerate(owners.tolist()):
                 count = dict(before[row])
@@ -148,7 +149,7 @@ def test_a_block_is_filled_without_a_copy(monkeypatch):
     cache = DynamicCache()
     cache.layers = [JamBlockLayer(64)]
     cache.update(*torch.zeros(2, 1, 1, 10, 4), 0)
-    columns = LaneColumns(cache, torch.zeros(1, 10, dtype=torch.int8), [])
+    columns = LaneColumns(cache, torch.zeros(1, 10, dtype=torch.int8))
     made.clear()
     for _ in range(4 * 64):
         columns.append(torch.tensor([[DOCUMENT, 1]], dtype=torch.int8), 1, torch.float32)
@@ -158,15 +159,16 @@ def test_a_block_is_filled_without_a_copy(monkeypatch):
 
 @pytest.fixture
 def lanes(monkeypatch):
-    """What `lane_attention` was called with: tokens, and the document's among them, `None` without lanes."""
+    """What sdpa was called with over a cache: tokens, and the document's among them, `None` without lanes."""
     calls = []
 
     def recording(module, query, key, value, attention_mask, **kwargs):
-        told = getattr(attention_mask, "lanes", None)
-        calls.append((query.shape[2], None if told is None else told[0]))
+        told = kwargs.get("jam_lanes")
+        if told is not None or key.shape[2] > query.shape[2]:
+            calls.append((query.shape[2], None if told is None else told[0]))
         return lane_attention(module, query, key, value, attention_mask, **kwargs)
 
-    monkeypatch.setitem(AttentionInterface._global_mapping, "jam_lanes", recording)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", recording)
     return calls
 
 
@@ -185,7 +187,7 @@ def test_lanes_of_many_blocks_equal_the_oracle(fusion, kind, jam, lanes, unwritt
     check(model, KINDS[kind], "interleaved", 2 * N + 8, past_key_values=JamBlockCache(config=model.config, block_size=3))
     packed = 3 if kind == "two scales" else 2
     assert lanes.count((packed, 1)) >= 2 * N * len(model.config.per_layer_config) // 2
-    assert all(of_document is not None for _, of_document in lanes)
+    assert (packed, None) not in lanes
     assert attentions(model) == before
 
 
@@ -207,7 +209,7 @@ def test_a_call_that_breaks_off_in_a_picture_leaves_the_model_as_it_was(attentio
     during: list[list[str]] = []
     with pytest.raises(KeyboardInterrupt):
         model.generate(**asked, stopping_criteria=[Stop()])
-    assert ("jam_lanes" in during[0]) == (attention == "sdpa") == bool(lanes)
+    assert during[0] == before and (attention == "sdpa") == any(of_document == 1 for _, of_document in lanes)
     assert attentions(model) == before
     assert torch.equal(model.generate(**asked), whole)
 

@@ -12,6 +12,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from jam_hf.model.call_settings_jam import JamCallSettings
 from jam_hf.model.logits_process_jam import PictureWarperLogitsProcessor, warp_by_modality
 
 
@@ -105,12 +106,9 @@ def test_each_modality_has_its_own_settings(text, image, jam):
 
 def test_a_warper_that_is_not_there_finds_its_place(jam):
     """Where only pictures have a top-p, it comes after the top-k of both and before their min-p."""
-    config = GenerationConfig(num_beams=1)
-    for name in ("temperature", "top_k", "top_p", "min_p"):
-        setattr(config, f"image_{name}", None)
-    config.image_top_p, config.image_temperature = 0.5, 0.9
+    settings = JamCallSettings(image_top_p=0.5, image_temperature=0.9)
     processors = LogitsProcessorList([TopKLogitsWarper(5), MinPLogitsWarper(0.1)])
-    warp_by_modality(processors, config, reader=None)
+    warp_by_modality(processors, settings, num_beams=1, reader=None)
     kinds = [p.image if isinstance(p, PictureWarperLogitsProcessor) else p for p in processors]
     expected = [TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper]
     assert [type(kind) for kind in kinds] == expected and processors[0].text is None

@@ -1,0 +1,31 @@
+"""What `generate(num_candidates=..., reranker=..., memory=...)` is short for: callables for `generate(custom_generate=...)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .best_of_n import BestOfN
+from .rerankers import Reranker
+from .retrieval_prompts import Memory, WithRetrieval
+
+
+def custom_generate(
+    num_candidates: int | None = None,
+    reranker: Reranker | str | None = None,
+    memory: Memory | None = None,
+    then: Callable[..., Any] | None = None,
+) -> Callable[..., Any] | None:
+    """`then`: the `custom_generate` that the call has itself.
+
+    Raises:
+        ValueError: where two of them would write the same document, and as `BestOfN` does.
+    """
+    if num_candidates is not None or reranker is not None:
+        if then is not None:
+            raise ValueError(f"num_candidates={num_candidates} cannot be combined with custom_generate=... Leave it out.")
+        then = BestOfN(num_candidates, reranker)
+    return then if memory is None else WithRetrieval(memory, then)
+
+
+__all__ = ["custom_generate"]
