@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Hashable, Sequence
 
 import pytest
+from hypothesis import settings
 
 
 REASON = "nightly: `make test-all` runs it"
@@ -30,6 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "nightly: runs with --nightly only")
     config.addinivalue_line("markers", "sampled(*names, pairs=False): cases that name every value run every day")
+    settings.register_profile("daily", derandomize=True)  # the same examples every day; nightly new ones
+    settings.load_profile("default" if config.getoption("--nightly") else "daily")
 
 
 def covering(cases: Sequence[Sequence[Hashable]], pairs: bool = False) -> set[int]:

@@ -6,8 +6,8 @@ from conftest import random_ids
 from decoding_oracles import BY_MODE, CASES, greedy, unequal_streams
 from flash_in_torch import install
 from torch.nn.attention import flex_attention as flex_module
-from torch.nn.attention.flex_attention import BlockMask
-from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, masking_utils
 from transformers.integrations.flex_attention import WrappedFlexAttention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -30,9 +30,15 @@ def flash(monkeypatch):
 
 @pytest.fixture
 def flex(monkeypatch):
-    """transformers compiles flex attention with inductor, which takes a minute on a CPU; here torch's own uncompiled form."""
+    """transformers compiles flex attention and its masks with inductor, which takes minutes on a CPU; here torch's own
+    uncompiled forms."""
+
+    def uncompiled(*args, _compile, **kwargs):
+        return create_block_mask(*args, **kwargs)
+
     monkeypatch.setattr(flex_module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda self: flex_module.flex_attention)
+    monkeypatch.setattr(masking_utils, "create_block_mask", uncompiled)
 
 
 def _inputs(model, padded=True):

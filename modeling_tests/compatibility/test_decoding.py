@@ -296,7 +296,7 @@ def test_streamers(family, mode, init, jam, tokenizer):
     ids, streamer = _prompt(model), _Collector()
     output = model.generate(input_ids=ids, max_new_tokens=6, streamer=streamer, **GREEDY)
     assert streamer.ended and streamer.ids == output[0].tolist() == ids[0].tolist() + greedy(model, ids[0].tolist(), 6)
-    text = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=5)
+    text = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=120)
     model.generate(input_ids=ids, max_new_tokens=6, streamer=text, **GREEDY)
     assert "".join(text) == tokenizer.decode(output[0, 6:])
 

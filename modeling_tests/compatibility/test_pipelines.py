@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import same_picture
 from PIL import Image
 from transformers import pipeline
 from transformers.pipelines import any_to_any
@@ -135,13 +136,13 @@ def check_any_to_any_pictures(folder: str, model: JamForCausalLM, processor: Jam
         (segments,) = processor.post_process_interleaved(written, model=model, prompt_length=inputs["input_ids"].shape[1])
         (record,) = pipe(text=prompt, images=images, generation_mode="image")
         assert record["input_text"] == prompt and isinstance(record["generated_image"], Image.Image)
-        assert np.array_equal(np.array(record["generated_image"]), np.array(segments[0]["image"]))
+        assert same_picture(record["generated_image"], segments[0]["image"])
 
     inputs = processor(text=PROMPTS, padding=True, return_tensors="pt")
     written = model.generate(**inputs, do_sample=False, generation_mode="image")
     rows = processor.post_process_interleaved(written, model=model, prompt_length=inputs["input_ids"].shape[1])
     for record, (segment, *_) in zip(pipe(text=PROMPTS, generation_mode="image"), rows, strict=True):
-        assert np.array_equal(np.array(record["generated_image"]), np.array(segment["image"]))
+        assert same_picture(record["generated_image"], segment["image"])
 
 
 @pytest.mark.feature("Pipelines", "any-to-any, text (its check for torchvision lifted)")

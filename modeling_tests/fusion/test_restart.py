@@ -152,7 +152,7 @@ def kill_everywhere(text, image, vq, root):
     order = random.Random(0)
     kills = [{"kill_after": order.random() * duration} for _ in range(20)]
     kills += [{"kill_after": order.random() * duration, "planning": True} for _ in range(2)]
-    kills += [{"kill_before": step} for step in order.sample(range(1, len(steps) - 8), 4)]
+    kills += [{"kill_before": step} for step in (1, *order.sample(range(2, len(steps) - 8), 4))]
     shards = [index for index, step in enumerate(steps, 1) if step == "os.truncate"]  # one for each
     kills += [{"kill_before": shards[index]} for index in (0, 3, len(shards) // 2, -1)]
     kills += [{"kill_before": step} for step in range(len(steps) - 8, len(steps) + 1)]
@@ -182,10 +182,9 @@ def test_killed_anywhere_a_rerun_ends_with_the_same_bytes(parents, vq, tmp_path)
     vq.save_pretrained(tmp_path / "vq")
     (tmp_path / "runs").mkdir()
     phases, steps = in_a_clean_process(kill_everywhere, *parents("llama"), tmp_path / "vq", tmp_path / "runs")
-    assert sum(phases.values()) == 39 and steps > 40
-    found = {name.split(" ", 1)[1] for name in phases}
+    assert sum(phases.values()) == 40 and steps > 40
+    found = {name.removeprefix("kill_before ") for name in phases}  # where the others fall is a matter of time
     assert {"nothing", "no shard", "some shards", "all shards", "whole, not in place", "in place"} <= found, phases
-    assert len({name for name in phases if name.startswith("kill_after")}) >= 3, phases
     model = JamForCausalLM.from_pretrained(tmp_path / "runs" / "3" / "jam")
     assert model.config.fusion_mode == "cross"
 

@@ -424,6 +424,7 @@ def test_generation_with_a_back_end_for_each_stream():
     assert model.generate(**settings, cache_implementation="static").tolist() == expected.tolist()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("text", "image"), [("qwen2", "chameleon"), ("mistral", "qwen2")])
 def test_compiled_without_graph_breaks(text, image):
     torch._dynamo.reset()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import NUM_CODES
+from conftest import NUM_CODES, same_picture
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
@@ -164,8 +164,8 @@ def test_post_process_gives_ordered_segments_row_by_row(processor, model):
     assert kinds == [["text", "image", "text"], ["image", "image", "text"], ["text", "image"], ["text"]]
     assert segments[0][0]["text"] == "red" and segments[0][2]["text"] == " blue"
     expected = processor.image_processor.postprocess(model.decode_image_tokens(torch.tensor([codes])))[0]
-    assert np.array_equal(np.asarray(segments[0][1]["image"]), np.asarray(expected))
-    assert not np.array_equal(np.asarray(segments[1][1]["image"]), np.asarray(expected))
+    assert same_picture(segments[0][1]["image"], expected)
+    assert not same_picture(segments[1][1]["image"], expected)
     assert segments[2][1]["image"] is None and segments[2][1]["image_tokens"] == codes[:5]
     tail = processor.post_process_interleaved(torch.tensor(rows), model, prompt_length=length - 1)
     assert [len(row) for row in tail] == [0, 1, 1, 0]
@@ -178,7 +178,7 @@ def test_pictures_survive_the_way_in_and_out(processor, model):
     segments = processor.post_process_interleaved(output, model)[0]
     expected = model.decode_image_tokens(model.get_image_tokens(inputs["pixel_values"]))
     image = next(s["image"] for s in segments if s["type"] == "image")
-    assert np.array_equal(np.asarray(image), np.asarray(processor.image_processor.postprocess(expected)[0]))
+    assert same_picture(image, processor.image_processor.postprocess(expected)[0])
 
 
 def test_auto_classes_resolve(fused, monkeypatch):

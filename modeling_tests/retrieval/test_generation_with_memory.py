@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from conftest import same_picture
 from model import test_picture_layout
 from model.test_picture_layout import BOS, BREAK, FIRST, IMAGE, LAYOUTS, picture
 from retrieval.tiny_memory import N, TableEmbedder, layout_jam, noise, pairs, processor_for, tiny_clip
@@ -106,7 +107,7 @@ def test_what_a_prompt_asks_for(name, worlds, monkeypatch):
     shown = processor.image_processor.postprocess
     for pictures, expected in zip(asked.images, ([*shown(pixels), *shown(decoded)], [], shown(decoded))):
         assert len(pictures) == len(expected)
-        assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(pictures, expected))
+        assert all(same_picture(a, b) for a, b in zip(pictures, expected))
     assert [len(documents) for documents in answers] == [2, 2, 2]
 
 

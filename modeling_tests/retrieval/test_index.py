@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import same_picture
 from datasets import Dataset, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -265,7 +266,7 @@ def test_codes_in_place_of_pictures(tmp_path, model, jam_processor):
     build_index(coded, model, jam_processor, tmp_path / "c", embedder=Sees())
     pixels = vq_model.decode(torch.tensor(first.documents["codes"][:])).clamp(-1, 1)
     for (picture,), expected in zip(seen, jam_processor.image_processor.postprocess(pixels)):
-        assert np.array_equal(np.asarray(picture), np.asarray(expected))
+        assert same_picture(picture, expected)
 
 
 def test_the_embedder_must_be_the_same(tmp_path, model, jam_processor, clip_folder):
