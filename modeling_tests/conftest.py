@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,19 @@ def parent_model(family: str, vocab_size: int, seed: int, **changes) -> torch.nn
         model = OPTForCausalLM(OPTConfig(**{**common, **settings, **changes}))
     randomise(model, seed)
     return model.eval()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run the files, and the tests of each, in another order")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (seed := config.getoption("--shuffle")) is not None:
+        draw = random.Random(seed)
+        draw.shuffle(items)
+        places = {path: draw.random() for path in sorted({item.path for item in items})}
+        items.sort(key=lambda item: places[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 
+PATIENCE = 1800.0  # seconds after which a process is taken for dead; a busy machine may be slow
+
+
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -50,7 +53,7 @@ def _child(channel: Connection, worker: Callable, rank: int, processes: int, por
         os._exit(1)  # do not wait for the others, who wait for this one
 
 
-def run(worker: Callable, processes: int, *arguments: Any, limit: float = 120.0) -> list[Any]:
+def run(worker: Callable, processes: int, *arguments: Any, limit: float = PATIENCE) -> list[Any]:
     """What `worker(*arguments)` returned in each of so many processes, in the order of their ranks.
 
     Args:

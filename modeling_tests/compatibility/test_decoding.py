@@ -1,5 +1,6 @@
 """Every way to decode that `generate()` knows, against full forwards without a cache (decoding_oracles.py)."""
 
+import processes
 import pytest
 import torch
 from conftest import random_ids
@@ -296,7 +297,7 @@ def test_streamers(family, mode, init, jam, tokenizer):
     ids, streamer = _prompt(model), _Collector()
     output = model.generate(input_ids=ids, max_new_tokens=6, streamer=streamer, **GREEDY)
     assert streamer.ended and streamer.ids == output[0].tolist() == ids[0].tolist() + greedy(model, ids[0].tolist(), 6)
-    text = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=120)
+    text = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=processes.PATIENCE)
     model.generate(input_ids=ids, max_new_tokens=6, streamer=text, **GREEDY)
     assert "".join(text) == tokenizer.decode(output[0, 6:])
 

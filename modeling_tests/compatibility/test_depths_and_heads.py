@@ -52,7 +52,7 @@ def split(tmp_path_factory):
     folders = {case: str(root / case) for case in CASES}
     for case, folder in folders.items():
         build(case).save_pretrained(folder)
-    return folders, processes.run(test_tensor_parallel.worker, 2, folders, limit=200)[0]
+    return folders, processes.run(test_tensor_parallel.worker, 2, folders)[0]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -87,7 +87,7 @@ def sharded(tmp_path_factory):
     root = tmp_path_factory.mktemp("sharded")
     for case in CASES:
         build(case, vocabulary=300).save_pretrained(root / case / "start")
-    return root, processes.run(fsdp_worker, 2, str(root), limit=200)[0]
+    return root, processes.run(fsdp_worker, 2, str(root))[0]
 
 
 @pytest.mark.parametrize("case", CASES)

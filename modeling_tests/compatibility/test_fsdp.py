@@ -246,7 +246,7 @@ def trained(tmp_path_factory, pytestconfig):
         if kind not in parallel:
             parallel[kind] = {}  # if it fails once, it is not tried for every case
             cases = list(CASES) if pytestconfig.getoption("--nightly") else [DAILY[kind][1]]
-            parallel[kind] = processes.run(cases_worker, 2, str(root), kind, cases, limit=200)[0]
+            parallel[kind] = processes.run(cases_worker, 2, str(root), kind, cases)[0]
         if case not in alone:
             model = JamForCausalLM.from_pretrained(root / case / "start").train()
             alone[case] = train(model, documents(model), torch.Tensor.backward, optimizer_of(model)), model.eval()
@@ -291,7 +291,7 @@ def recipes_in_two_processes(tmp_path_factory):
     """Folder, what two processes found, what one process finds."""
     root, case = tmp_path_factory.mktemp("recipes"), "cross-preserving"
     build(case).save_pretrained(root / case / "start")
-    parallel = processes.run(recipe_worker, 2, str(root), case, limit=200)
+    parallel = processes.run(recipe_worker, 2, str(root), case)
     alone = recipe(root / case, "alone", 4)
     model = JamForCausalLM.from_pretrained(root / case / "start").train()
     rows = documents(model)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 
+import processes
 import pytest
 import transformers
 from transformers import AutoConfig, pipeline
@@ -54,7 +55,9 @@ def test_serve_with_remote_code_knows_the_modality(fused, tmp_path):
     folder = str(fused("llama", "uniform", "average"))
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", SERVED_ALONE, folder]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=processes.PATIENCE, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == ["transformers_modules", model_manager.Modality.MULTIMODAL.value]
 

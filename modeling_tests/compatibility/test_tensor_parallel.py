@@ -128,7 +128,7 @@ def both(tmp_path_factory, pytestconfig):
     cases = CASES if pytestconfig.getoption("--nightly") else DAILY
     for case in cases:
         build(case).save_pretrained(root / case)
-    parallel = processes.run(worker, 2, {case: str(root / case) for case in cases}, limit=300)[0]
+    parallel = processes.run(worker, 2, {case: str(root / case) for case in cases})[0]
 
     def get(case: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         if isinstance(parallel[case], str):

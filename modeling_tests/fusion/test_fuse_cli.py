@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import fields
 
+import processes
 import pytest
 import yaml
 from fusion_zoo import image_parent, save, text_parent
@@ -334,7 +335,7 @@ def test_ctrl_c_and_then_another_process_goes_on_to_the_same_bytes(ctrl_c, input
 
     command = [sys.executable, "-m", "jam_hf.cli", "fuse", *arguments, str(tmp_path / "jam")]
     environment = {**os.environ, "PYTHONHASHSEED": "7", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=processes.PATIENCE)
     assert done.returncode == 0, done.stderr
     assert re.search(r"going on: \d+ of \d+ files are there", done.stderr)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "jam"]

@@ -91,6 +91,7 @@ LOOPS = {
 HARD = ("no_repeat_ngram_size=2", "repetition_penalty", "watermarking_config")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("name", "loop"),
     [*((name, "greedy") for name in SETTINGS), *((name, loop) for name in HARD for loop in LOOPS if loop != "greedy")],

@@ -45,6 +45,7 @@ def test_forward_and_its_loss(dtype, model, inputs):
     assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_generation(settings, model, inputs):
     settings = {"max_new_tokens": 20, **settings} if "max_length" not in settings else settings
@@ -70,6 +71,7 @@ def test_continuous_batching_collators_and_tables(processor, model, inputs):
     assert torch.equal(model.decode_image_tokens(codes.int()), model.decode_image_tokens(codes))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "settings",
     [

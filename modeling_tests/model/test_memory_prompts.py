@@ -164,6 +164,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("name", ["plain", "emu3"])
 def test_generate_equals_generate_on_the_hand_made_prompt(name, settings, jams):

@@ -89,6 +89,7 @@ def unwritten_is_no_number(monkeypatch):
     monkeypatch.setattr(JamBlockLayer, "_buffer_like", lambda *args: made(*args).fill_(math.nan))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("kind", ["lanes", "mixed"])
 def test_random_steps_equal_lists_of_keys(kind, groups, unwritten_is_no_number):

@@ -385,6 +385,7 @@ def slow(model, layout: dict, row: list[int], scale: float, steps: int) -> list[
     return ids[len(row) :]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize(
     ("name", "mode"), [("chameleon", "cross"), ("emu3", "cross"), ("emu3", "uniform"), ("one mark", "uniform")]

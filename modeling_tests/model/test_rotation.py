@@ -75,6 +75,7 @@ def _alone(model, ids):
     return copy.deepcopy(model)(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("kind", "cache"), [("mask", None), ("mask", "static"), ("negative prompts", None), ("two scales", None)]
 )

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 
+import processes
 import pytest
 import torch
 from conftest import VQ_SETTINGS
@@ -239,7 +240,7 @@ def test_remote_code_without_jam_hf(tmp_path):
         env=environment | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=processes.PATIENCE,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")] == expected

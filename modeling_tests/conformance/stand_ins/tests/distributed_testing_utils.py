@@ -44,7 +44,7 @@ def _run_rank(rank: int, world_size: int, host: str, port: int, function: Callab
     torch.set_num_threads(1)
     os.environ.update(WORLD_SIZE=str(world_size), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR=host, MASTER_PORT=str(port))
     store = dist.TCPStore(host, port, world_size=None, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=120))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=1800))
     try:
         function(rank, *args, **kwargs)
     finally:
