@@ -22,6 +22,8 @@ from fusion_zoo import (
     image_documents,
     image_parent,
     jams_picture,
+    padded,
+    randomise,
     reader,
     readings,
     save,
@@ -29,11 +31,13 @@ from fusion_zoo import (
     vq_model,
 )
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import jam_hf
 from jam_hf import JamForCausalLM
 from jam_hf.fusion.fuse import plan_fusion
+from jam_hf.integrations.sharding import tensor_parallel_plan
+from jam_hf.model.families_jam import FAMILIES, Family
 from jam_hf.training.tokenizer import train_tokenizer
 
 
@@ -120,6 +124,58 @@ def test_cross_preserving_gives_both_parents_logits(text_kind, image_name, zoo, 
     settings = IMAGE_PARENTS[image_name]
     image = zoo("image", sizes=IMAGE_SIZES, **settings)
     assert_preserves_both(zoo("text", text_kind), image, settings["kind"], tmp_path / "jam")
+
+
+# Families that are not supported: the one entry that would add each, and fields of their configs.
+_HEADS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
+_NORMS = {"query_layernorm": "norm of heads", "key_layernorm": "norm of heads"}
+NEW_FAMILIES = {
+    "seed_oss": (
+        Family("seed_oss", "SeedOss"),
+        {"head_dim": 8, "attention_bias": True, "attention_out_bias": True, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    ),
+    "smollm3": (
+        Family("smollm3", "SmolLM3", windows="layer_types"),
+        {"use_sliding_window": True, "sliding_window": 5, "no_rope_layers": [1, 0, 1], "tie_word_embeddings": False}
+        | {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+    ),
+    "hunyuan_v1_dense": (Family("hunyuan_v1_dense", "HunYuanDenseV1", attention=_HEADS | _NORMS), {"head_dim": 8}),
+}
+
+
+@pytest.mark.parametrize("name", NEW_FAMILIES)
+def test_a_family_is_added_by_one_entry(name, tmp_path, monkeypatch):
+    """Both streams are of it: fused, loaded, saved again, and a picture drawn; uniform and width are planned."""
+    entry, changes = NEW_FAMILIES[name]
+    parents = {}
+    for seed, (role, tokenizer) in enumerate((("text", text_parent("qwen2")[1]), ("image", image_parent("plain")[1]))):
+        ids = {field: getattr(tokenizer, field) for field in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+        config = AutoConfig.for_model(
+            name, vocab_size=padded(tokenizer), num_hidden_layers=3, max_position_embeddings=256, **sizes, **ids, **changes
+        )
+        model = AutoModelForCausalLM.from_config(config).eval()
+        randomise(model, seed, 32**-0.5)
+        parents[role] = save(model, tokenizer, tmp_path / role), model, tokenizer
+    with pytest.raises(ValueError, match=f"is of the family '{name}', which is not supported here"):
+        jam_hf.fuse(parents["text"][0], parents["image"][0], "cross", tmp_path / "jam", vq_model=vq_model())
+
+    monkeypatch.setitem(FAMILIES, name, entry)
+    model = assert_preserves_both(parents["text"], parents["image"], "plain", tmp_path / "jam")
+    model.save_pretrained(tmp_path / "again")
+    again, _ = load(tmp_path / "jam")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(JamForCausalLM.from_pretrained(tmp_path / "again").eval()(ids).logits, model(ids).logits)
+    drawn = again.generate(ids, generation_mode="image", do_sample=False)
+    codes = model.config.image_token_range
+    for place in range(5, 5 + model.config.image_seq_length):  # behind <break>
+        assert drawn[0, place] == codes[model(drawn[:, :place]).logits[0, -1, codes.start : codes.stop].argmax()]
+    split = {key.rpartition(".")[2] for key in tensor_parallel_plan(model.config)}
+    modules = model.model.language_model.named_modules()
+    linear = {key.rpartition(".")[2] for key, part in modules if isinstance(part, torch.nn.Linear)}
+    assert entry.linear_layers == linear and linear <= split
+    for mode in ("uniform", "width"):
+        plan_fusion(parents["text"][0], parents["image"][0], mode, vq_model=vq_model())
 
 
 LLAMA3_ROPE = {
