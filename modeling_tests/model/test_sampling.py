@@ -127,6 +127,7 @@ def pictures_of(row: list[int], start: int) -> list[int]:
     return places
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "sampling", [{"do_sample": False}, {"do_sample": True, "top_k": 0}, {"num_beams": 2, "do_sample": False}]
 )
