@@ -19,50 +19,6 @@ from typing import Any
 import torch
 
 from .call_settings_jam import JamCallSettings, setting
-from .grammar_jam import PictureReader
-from .packed_guidance_jam import PackedGuidance
-
-
-class PictureSteps:
-    """What a call changes in single steps of the loop over its cache.
-
-    Inside pictures, branches of guidance are packed beside the document, and where every row awaits a code, the image rows of
-    the head alone are computed.
-    """
-
-    def __init__(self, cache: Any, reader: PictureReader, packed: PackedGuidance | None, codes_alone: bool):
-        self.cache, self.reader, self.packed, self.codes_alone = cache, reader, packed, codes_alone
-        self.vocab_size: int | None = None  # to which logits of codes alone are widened again
-
-    def prepare(self, input_ids: torch.LongTensor, model_inputs: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-        self.vocab_size = None
-        if self.packed is not None:
-            model_inputs = self.packed.prepare(input_ids, model_inputs)
-        if self.codes_alone:
-            next_ids = self.reader.grammar.next_ids
-            if all(p >= 0 and next_ids[min(p, len(next_ids) - 1)] < 0 for p in self.reader.host_positions(input_ids)):
-                self.vocab_size = vocab_size
-                model_inputs = model_inputs | {"image_logits_only": True}
-        return model_inputs
-
-    def take(self, outputs: Any) -> None:
-        if self.packed is not None:
-            self.packed.take(outputs)
-        if self.vocab_size is not None:
-            codes_BTK = outputs.logits
-            # Least, not minus infinity: a row that a stopping criterion has ended meanwhile must have something to choose from.
-            outputs.logits = codes_BTK.new_full((*codes_BTK.shape[:-1], self.vocab_size), torch.finfo(codes_BTK.dtype).min)
-            outputs.logits[..., self.reader.grammar.codes] = codes_BTK
-            self.vocab_size = None
-
-    def reorder(self, rows: torch.LongTensor) -> None:
-        if self.packed is not None:
-            self.packed.reorder(rows)
-
-    def close(self) -> None:
-        """A cache that outlives the call is left with the document alone."""
-        if self.packed is not None:
-            self.packed.settle()
 
 
 @dataclass
@@ -87,13 +43,13 @@ class JamCall:
     # While it runs:
     prompt_ids: torch.LongTensor | None = field(default=None, init=False)  # with codes in place of pictures
     loop: str | None = field(default=None, init=False)  # transformers' name of its own; None for a loop that a user brings
-    steps: PictureSteps | None = field(default=None, init=False)
+    steps: Any = field(default=None, init=False)  # what changes single steps: jam_hf/generation/picture_steps.py
 
     def setting(self, name: str, own: Any) -> Any:
         """A setting of transformers', where `own` is the model's generation config."""
         return setting(name, self.arguments, self.generation_config, own)
 
-    def steps_of(self, cache: Any) -> PictureSteps | None:
+    def steps_of(self, cache: Any) -> Any:
         """What changes steps over this cache."""
         return self.steps if self.steps is not None and self.steps.cache is cache else None
 
@@ -119,4 +75,4 @@ def running(call: JamCall) -> Iterator[None]:
             call.steps = None
 
 
-__all__ = ["JamCall", "PictureSteps", "current_call", "running"]
+__all__ = ["JamCall", "current_call", "running"]

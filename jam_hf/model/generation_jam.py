@@ -12,7 +12,6 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     DynamicCache,
     GenerationMixin,
@@ -24,9 +23,8 @@ from transformers import (
 )
 from transformers.utils.generic import is_flash_attention_requested
 
-from .caching_jam import JamBlockCache
 from .call_settings_jam import GUIDANCE_SETTINGS, WARPER_CLASSES, JamCallSettings, end_ids, negative_prompts
-from .calls_jam import JamCall, PictureSteps, current_call, running
+from .calls_jam import JamCall, current_call, running
 from .grammar_jam import PictureGrammar, PictureReader, as_ids
 from .guidance_jam import BranchContexts, Guidance, PictureGuidanceLogitsProcessor, SeparateGuidance
 from .history_jam import look_back_by_modality
@@ -36,13 +34,11 @@ from .logits_process_jam import (
     TextStopStringCriteria,
     warp_by_modality,
 )
-from .package_jam import PackageFunction, from_package
-from .packed_guidance_jam import PackedGuidance
+from .package_jam import PackageFunction, from_package, tell
 
 
-# transformers' loops in which a row goes on from itself, and those that feed one id of each row at a time.
+# transformers' loops in which a row goes on from itself.
 ROWS_FOLLOW = ("greedy_search", "sample")
-STEP_BY_STEP = (*ROWS_FOLLOW, "beam_search", "beam_sample")
 
 
 class JamGenerationMixin(GenerationMixin):
@@ -165,18 +161,13 @@ class JamGenerationMixin(GenerationMixin):
             config.guidance_scale = None
         return config, model_kwargs
 
-    def _columns_beside(self, call: JamCall, max_length: int) -> int:
-        """What guidance adds to the cache, at most. A document's pictures have no bound but the document's own."""
-        settings = call.settings.guidance()
-        longest = max(map(len, call.settings.negative_prompt_ids or [[0, 0]]))
-        if settings.image_scale is not None:
-            longest = max(longest, max_length)
-        return PackedGuidance.columns_beside(self.config.picture_length, settings, longest)
-
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> None:
-        """As in `GenerationMixin`, with room for guidance in a static cache; the one that grows does so in blocks."""
+        """As in `GenerationMixin`, with room for guidance in a static cache; the one that grows does so in blocks.
+
+        What is done for speed alone is the package's (jam_hf/generation/picture_steps.py).
+        """
         call = self._call_of(generation_config)
         if call.in_parts:
             return
@@ -185,7 +176,7 @@ class JamGenerationMixin(GenerationMixin):
         if generation_config.cache_implementation == "static":
             settings = call.settings.guidance()
             if settings is not None and settings.image_scale is None and not generation_config.is_assistant:
-                max_cache_length += self._columns_beside(call, generation_config.max_length)
+                max_cache_length += tell("columns_beside", self.config, call, generation_config.max_length, otherwise=0)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, QuantizedCache):
@@ -200,8 +191,8 @@ class JamGenerationMixin(GenerationMixin):
             model_kwargs["attention_mask"] = position_ids.new_ones(len(position_ids), generation_config._mask_length)
         made_here = type(cache) is DynamicCache and not getattr(cache, "_is_user_defined", False) and not cache.offloading
         as_usual = generation_config.cache_implementation in (None, "dynamic")
-        if made_here and as_usual and call.loop in ROWS_FOLLOW:  # beams would make it copy all at every step
-            model_kwargs["past_key_values"] = JamBlockCache(config=self.config)
+        if made_here and as_usual and call.loop in ROWS_FOLLOW:
+            model_kwargs["past_key_values"] = tell("block_cache", self.config, otherwise=cache)
 
     def _call_of(self, generation_config: Any) -> JamCall:
         """The call that this is; one by the config alone where a hook of `GenerationMixin` is called outside `generate()`."""
@@ -232,7 +223,7 @@ class JamGenerationMixin(GenerationMixin):
             return model_inputs
         return steps.prepare(input_ids, model_inputs, self.config.vocab_size)
 
-    def _steps_of(self, cache: Any) -> PictureSteps | None:
+    def _steps_of(self, cache: Any) -> Any:
         call = current_call()
         return None if call is None else call.steps_of(cache)
 
@@ -310,10 +301,8 @@ class JamGenerationMixin(GenerationMixin):
             processors.append(PictureGrammarGuardLogitsProcessor(ours[-1]))
         if generation_config.do_sample:
             warp_by_modality(processors, settings, generation_config.num_beams, reader)
-        codes_alone = rules is not None and follows and not generation_config.output_logits and self._has_image_rows()
-        packed = guidance if isinstance(guidance, PackedGuidance) else None
-        if cache is not None and (packed is not None or codes_alone):
-            call.steps = PictureSteps(cache, reader, packed, codes_alone)
+        codes_alone = rules is not None and follows and not generation_config.output_logits
+        call.steps = tell("picture_steps", self, cache, reader, guidance, codes_alone)
         return LogitsProcessorList([*ours, *processors])
 
     def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
@@ -354,18 +343,7 @@ class JamGenerationMixin(GenerationMixin):
             )
         contexts = BranchContexts(self.config, reader.grammar, negative)
         shared = (self, settings, reader, contexts, mask, embedded)
-        beside = self._columns_beside(call, generation_config.max_length)
-        in_turn = call.loop in STEP_BY_STEP and not generation_config.output_attentions
-        longest = max(generation_config.max_length + embedded, beside // (2 * len(settings.branches)))
-        if in_turn and PackedGuidance.serves(self, cache, beside, generation_config.max_length, longest):
-            return PackedGuidance(*shared, cache=cache, beside=beside)
-        return SeparateGuidance(*shared)
-
-    def _has_image_rows(self) -> bool:
-        """Whether the logits of codes can be had without those of text."""
-        head = self.lm_head
-        plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hasattr(head, "_hf_hook")
-        return self.image_head is not None or (plain and not head._forward_hooks and not head._forward_pre_hooks)
+        return tell("packed_guidance", shared, call, generation_config, cache) or SeparateGuidance(*shared)
 
 
 __all__ = ["JamGenerationMixin"]

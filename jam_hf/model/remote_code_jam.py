@@ -11,7 +11,6 @@ from typing import Any
 # those. It reads lines and runs nothing, so the list is a text: an import, were it for types alone, would close a circle.
 # Each class that is saved imports this file, so that whichever is saved, all files go together.
 FILES = """
-from .caching_jam import JamBlockCache
 from .configuration_jam import JamConfig
 from .image_processing_jam import JamImageProcessor
 from .modeling_jam import JamForCausalLM

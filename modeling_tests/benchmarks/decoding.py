@@ -44,7 +44,7 @@ from torch import nn
 from transformers import CompileConfig, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from jam_hf import JamForCausalLM
-from jam_hf.model.calls_jam import PictureSteps
+from jam_hf.generation.picture_steps import PictureSteps
 from jam_hf.model.grammar_jam import GENERATION_MODES
 from jam_hf.model.logits_process_jam import PictureGrammarLogitsProcessor
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from jam_hf import JamConfig, JamForCausalLM
-from jam_hf.model.caching_jam import JamBlockCache, JamBlockLayer
+from jam_hf.generation.block_cache import JamBlockCache, JamBlockLayer
 
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "generation_mode": None}

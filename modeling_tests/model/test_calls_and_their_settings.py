@@ -9,7 +9,7 @@ import torch
 from model.test_picture_layout import LAYOUTS, layout_jam, layout_processor, layout_tokenizer  # noqa: F401
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StopStringCriteria
 
-from jam_hf.model.caching_jam import JamBlockCache
+from jam_hf.generation.block_cache import JamBlockCache
 from jam_hf.model.call_settings_jam import (
     CALL_SETTINGS,
     GUIDANCE_SETTINGS,

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from transformers import MistralConfig
 
 from jam_hf import JamConfig, JamForCausalLM
+from jam_hf.generation.packed_columns import LaneColumns
+from jam_hf.generation.packed_guidance import PackedGuidance
 from jam_hf.model.grammar_jam import DocumentRules, PictureGrammar
 from jam_hf.model.guidance_jam import GuidanceSettings, SeparateGuidance
-from jam_hf.model.packed_columns_jam import LaneColumns
-from jam_hf.model.packed_guidance_jam import PackedGuidance
 
 
 N, BOS, EOS, BREAK = 16, 1, 2, 3

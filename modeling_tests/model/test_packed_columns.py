@@ -10,8 +10,8 @@ from test_guidance import BOS, BREAK, FUSIONS, KINDS, PLACES, SOME, N, batch, ch
 from transformers import AttentionInterface, DynamicCache, StoppingCriteria
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from jam_hf.model.caching_jam import JamBlockCache, JamBlockLayer
-from jam_hf.model.packed_columns_jam import DEAD, DOCUMENT, LaneColumns, MixedColumns, lane_attention
+from jam_hf.generation.block_cache import JamBlockCache, JamBlockLayer
+from jam_hf.generation.packed_columns import DEAD, DOCUMENT, LaneColumns, MixedColumns, lane_attention
 
 
 HEADS, SIZE = 2, 4  # key/value heads; values are wider than keys

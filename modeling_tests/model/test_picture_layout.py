@@ -23,6 +23,7 @@ from jam_hf.data.cm3 import CM3Settings, apply_spans, draw_spans, segments, unma
 from jam_hf.data.collator import JamDataCollator
 from jam_hf.data.sequences import encode_documents
 from jam_hf.evaluation.perplexity import perplexity
+from jam_hf.generation.packed_guidance import PackedGuidance
 from jam_hf.model.grammar_jam import PictureGrammar, PictureReader
 from jam_hf.model.guidance_jam import (
     BranchContexts,
@@ -30,7 +31,6 @@ from jam_hf.model.guidance_jam import (
     PictureGuidanceLogitsProcessor,
     SeparateGuidance,
 )
-from jam_hf.model.packed_guidance_jam import PackedGuidance
 
 
 # Ids as the session's tokenizer has them: specials, text, the codes 300..315, and what the layouts add behind them.

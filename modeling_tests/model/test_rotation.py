@@ -9,7 +9,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from jam_hf import JamConfig, JamForCausalLM
 from jam_hf.evaluation.perplexity import batches
-from jam_hf.model.packed_guidance_jam import PackedGuidance
+from jam_hf.generation.packed_guidance import PackedGuidance
 
 
 N, BOS, BREAK = 16, 1, 3

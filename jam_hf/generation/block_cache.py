@@ -2,7 +2,7 @@
 
 A layer's buffers have room for the next positions; a step writes its own and hands out views of what is filled. It holds what
 a `DynamicCache` holds: the numbers that attention sees are the same. For a while, columns of another sequence may stand in a
-lane behind that room (packed_columns_jam.py); it knows nothing of pictures or of guidance.
+lane behind that room (packed_columns.py); it knows nothing of pictures or of guidance.
 
 Shape suffixes: B rows, H key/value heads, S cached positions, C positions that a buffer has room for, D head size.
 """

@@ -1,7 +1,7 @@
 """Guidance in one batched forward: the branches are columns of the document's own cache.
 
 A step inside a picture feeds its last id once for the document and once for each branch, and a mask keeps their columns of the
-cache apart (packed_columns_jam.py). So guidance costs one forward a code, its memory is the branch's context and the codes so
+cache apart (packed_columns.py). So guidance costs one forward a code, its memory is the branch's context and the codes so
 far, and text is written as without it. It does not know the formulas (guidance_jam.py).
 
 Shape suffixes: B rows, G branches, K codes of the codebook, Q ids fed, C columns of the cache.
@@ -15,10 +15,10 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from .caching_jam import JamBlockCache, JamBlockLayer
-from .guidance_jam import Guidance, GuidanceSettings, SeparateGuidance
-from .packed_columns_jam import DEAD, DOCUMENT, LaneColumns, MixedColumns
-from .rotation_jam import one_rotation
+from ..model.guidance_jam import Guidance, GuidanceSettings, SeparateGuidance
+from ..model.rotation_jam import one_rotation
+from .block_cache import JamBlockCache, JamBlockLayer
+from .packed_columns import DEAD, DOCUMENT, LaneColumns, MixedColumns
 
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .caching_jam import gather_columns
+from .block_cache import gather_columns
 
 
 DEAD, DOCUMENT = -1, 0  # owners of a column of the cache; branches follow from 1 on
