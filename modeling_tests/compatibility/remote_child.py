@@ -130,6 +130,7 @@ def refusals(model: Any, processor: Any, inputs: Any) -> dict[str, str]:
         asked = {
             "num_candidates": lambda: model.generate(**sampled, num_candidates=2),
             "memory": lambda: model.generate(**sampled, memory=_Nothing()),
+            "generate_batch()": lambda: model.generate_batch([[1, 17]]),
             "JamProcessor.infill()": lambda: processor.infill("a ruby<mask>", model=model),
             "JamProcessor.post_process_infill()": lambda: processor.post_process_infill(None, None, model),
             "JamProcessor.save_html()": lambda: processor.save_html([], f"{file}.html"),
