@@ -1,8 +1,8 @@
 """Guidance of pictures: what the branches beside the document see, how their logits are put together, and how they are run.
 
 A branch is a context of its own for the picture that is being drawn: `<mask>` in place of the document, a negative prompt, or
-the document's pictures alone. packed_guidance_jam.py runs all branches in the document's own forward; `SeparateGuidance`, here,
-in forwards of their own, for caches and attentions that cannot be shared so; it is the slower one.
+the document's pictures alone. `SeparateGuidance` runs each in forwards of its own. With jam_hf, branches share the document's
+forward where cache and attention allow it (generation/packed_guidance.py), which gives the same and is faster.
 
 It knows the grammar's states; it does not know how a document is written (generation_jam.py).
 
