@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pillow 13.0.0: in a grey PNG of 2 or 4 bits with a clear shade (tRNS), another shade becomes transparent, or none does.
+# Pillow 13.0.0: in a grey PNG of 2 or 4 bits with a clear shade (tRNS), another shade becomes transparent, or none.
 #
 # The shades are spread to 8 bits as the picture is read (times 85 or 17), the clear shade is not: info["transparency"]
 # stays the number of the file, and convert("RGBA") compares the two. With 8 bits all is right.

@@ -15,8 +15,8 @@ MODEL = Path(__file__).parents[1] / "jam_hf" / "model"
 
 # Rules that cannot hold outside of transformers, and why.
 SWITCHED_OFF = {
-    "TRF057": "auto_docstring reads a model's name off transformers' folders: for others it writes 'the None model' and a link "
-    "to huggingface.co/None, and prints [ERROR] at import for each argument that is described in a group",
+    "TRF057": "auto_docstring reads a model's name off transformers' folders: for others it writes 'the None model' "
+    "and a link to huggingface.co/None, and prints [ERROR] at import for each argument that is described in a group",
 }
 
 

@@ -30,8 +30,9 @@ from jam_hf.files import whole_folder
 PACKAGE = Path(jam_hf.__file__).parent
 SOME_SYSTEMS = {"fcntl", "resource", "termios", "pwd", "grp", "posix", "pty", "syslog", "msvcrt", "winreg", "_winapi"}
 SOME_CALLS = {
-    "os": "fork forkpty fdatasync pread pwrite preadv pwritev sysconf sched_getaffinity sched_setaffinity getuid geteuid "
-    "getgid getpgid killpg kill mkfifo mknod nice setsid uname wait3 wait4 getloadavg posix_fadvise sendfile openpty".split(),
+    "os": "fork forkpty fdatasync pread pwrite preadv pwritev sysconf sched_getaffinity sched_setaffinity getuid "
+    "geteuid getgid getpgid killpg kill mkfifo mknod nice setsid uname wait3 wait4 getloadavg posix_fadvise "
+    "sendfile openpty".split(),
     "signal": "SIGKILL SIGALRM SIGHUP SIGUSR1 SIGUSR2 SIGCHLD SIGPIPE SIGSTOP SIGCONT alarm setitimer pause".split(),
     "time": ["tzset"],
 }

@@ -358,7 +358,7 @@ def _sources(checkpoint: MetaseqCheckpoint, specs: dict[str, TensorSpec], post_n
     if missing:
         hint = ""
         if any(key.startswith("decoder.layer_norm.") for key in missing) and not post_norm:
-            hint = " A model with its LayerNorm behind attention and FFN (OPT-350m) has no decoder.layer_norm: say post_norm."
+            hint = " A model with its LayerNorm behind attention and FFN (OPT-350m) has no such norm: say post_norm."
         raise ValueError(f"{checkpoint.files[0]} lacks {_some(missing)}.{hint}")
     left = sorted(keys - {source.key for source in sources.values()} - {_VERSION, _OUTPUT})
     if left:

@@ -29,7 +29,8 @@ PICTURE, UNFINISHED = "Picture {number}", "Picture {number} was not finished"
 LOSSLESS_MODES = ("1", "L", "LA", "RGB", "RGBA")
 DATA_URI = "data:image/png;base64,"
 STYLE = """
-body{font:1.05rem/1.6 system-ui,sans-serif;max-width:42rem;margin:2rem auto;padding:0 1rem;color:#1d2330;background:#fff}
+body{font:1.05rem/1.6 system-ui,sans-serif;max-width:42rem;margin:2rem auto;padding:0 1rem}
+body{color:#1d2330;background:#fff}
 article+article{margin-top:3rem;padding-top:2rem;border-top:1px solid #c8cfdb}
 p{white-space:pre-wrap;overflow-wrap:anywhere}
 img{display:block;max-width:100%;height:auto;margin:1rem 0}

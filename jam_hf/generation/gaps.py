@@ -51,7 +51,8 @@ def picture_mask(regions: Any, grid_size: int, name: str = "image_masks") -> np.
         mask = array.reshape(-1).copy()
     else:
         mask = np.zeros((grid_size, grid_size), dtype=bool)
-        what = f"a list of spans (start, end) and rectangles (left, upper, right, lower) in a grid of {grid_size}x{grid_size}"
+        grid = f"{grid_size}x{grid_size}"
+        what = f"a list of spans (start, end) and rectangles (left, upper, right, lower) in a grid of {grid}"
         if not isinstance(regions, (list, tuple)):
             raise ValueError(f"{name} must be {what} codes, or a bool array; got {regions!r:.80}.")
         for region in regions:

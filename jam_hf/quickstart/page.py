@@ -38,7 +38,8 @@ h1{margin-bottom:.2rem}h2{margin-top:2.4rem;border-bottom:1px solid #dde2ea;padd
 img{image-rendering:auto;border:1px solid #c8cfdb;border-radius:4px}
 .tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:.8rem;font-size:13px;line-height:1.3}
 .ok{color:#1b7f3b}.no{color:#b3261e}
-table{border-collapse:collapse;font-size:14px}td,th{padding:.25rem .7rem;border-bottom:1px solid #e4e8ef;text-align:right}
+table{border-collapse:collapse;font-size:14px}
+td,th{padding:.25rem .7rem;border-bottom:1px solid #e4e8ef;text-align:right}
 td:first-child,th:first-child{text-align:left}
 .curves{display:flex;flex-wrap:wrap;gap:1rem}.curves figure{margin:0}figcaption{font-size:13px;color:#51607a}
 .note{color:#51607a;font-size:14px}
@@ -186,9 +187,10 @@ def verdicts(results: dict[str, Any]) -> list[tuple[str, bool]]:
     what, kind = ("Caption+image", "caption_image") if same_tokens else ("Image", "image")
     ours, theirs = final["perplexity"][kind], image["perplexity"][kind]
     checks = [
-        (f"The scorer reads {_percent(trip['correct'])} of {trip['count']} real pictures right after the VQ model's round "
-         f"trip (goal: 98 %).", trip["correct"] >= 0.98),
-        (f"Text perplexity of jam-cross is {100 * text:+.1f} % off the LLM parent's (goal: at most +5 %).", text <= 0.05),
+        (f"The scorer reads {_percent(trip['correct'])} of {trip['count']} real pictures right after the VQ model's "
+         f"round trip (goal: 98 %).", trip["correct"] >= 0.98),
+        (f"Text perplexity of jam-cross is {100 * text:+.1f} % off the LLM parent's (goal: at most +5 %).",
+         text <= 0.05),
         (f"{what} perplexity of jam-cross is {ours:.3f}, the image parent's {theirs:.3f} (goal: no worse).",
          ours <= theirs),
     ]  # fmt: skip
@@ -196,8 +198,8 @@ def verdicts(results: dict[str, Any]) -> list[tuple[str, bool]]:
         for kind, how in (("plain", "without guidance"), ("guided", "with guidance")):
             found = drawing[f"{split}_{kind}"]
             checks.append(
-                (f"jam-cross draws {_percent(found['correct'])} of {found['count']} unseen captions of {words} right, {how} "
-                 f"(goal: {100 * goal:.0f} %).", found["correct"] >= goal)
+                (f"jam-cross draws {_percent(found['correct'])} of {found['count']} unseen captions of {words} right, "
+                 f"{how} (goal: {100 * goal:.0f} %).", found["correct"] >= goal)
             )  # fmt: skip
     return checks
 
@@ -255,14 +257,14 @@ def render_page(run: Run) -> str:
 <p class="note">{run.parents.words} Everything below was written
 and drawn by the fused model, token by token; the questions are held out from training.</p>
 <h2>Documents</h2><div class="docs">{"".join(documents)}</div>
-<p class="note">{_percent(share)} of the {written["howto_pictures"]} pictures in answers to held-out questions show exactly
-what was built so far.</p>
+<p class="note">{_percent(share)} of the {written["howto_pictures"]} pictures in answers to held-out questions show
+exactly what was built so far.</p>
 <h2>Captions never seen</h2><p class="note">No training picture shows that object, or that pair of objects, there.</p>
 <div class="tiles">{"".join(tiles)}</div>
 <h2>Goals</h2><ul>{checks}</ul>
 <h2>Figures</h2>{_figures(results)}
-<p class="note">Perplexities on held-out documents, per token. KL per token to each parent, over that parent's own tokens.
-Drawing: share of unseen captions drawn right (every shape, colour and cell), greedy; guided: scale
+<p class="note">Perplexities on held-out documents, per token. KL per token to each parent, over that parent's own
+tokens. Drawing: share of unseen captions drawn right (every shape, colour and cell), greedy; guided: scale
 {results["guidance_scale"]}. {_note(run)}</p>
 {report}<h2>Loss curves</h2><div class="curves">{"".join(curves)}</div>
 <h2>Time</h2><p class="note">{html.escape(seconds)}; {torch_note}.</p>

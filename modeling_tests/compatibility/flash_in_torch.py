@@ -42,7 +42,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
         return torch.stack([_attend(*row, causal, softmax_scale) for row in zip(q, k, v)])
 
     def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        dropout_p=0.0, softmax_scale=None, causal=False,
         window_size=(-1, -1), softcap=0.0,
     ):  # fmt: skip
         assert q.dim() == 3 and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32

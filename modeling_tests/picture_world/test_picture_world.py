@@ -84,7 +84,8 @@ def _read_caption(text: str) -> Picture:
     (background,) = re.findall("|".join(BACKGROUNDS), re.sub("|".join(COLOURS), "", text))
     places = sorted(((n, c) for c, names in CELL_NAMES.items() for n in names), key=lambda x: -len(x[0]))
     sizes = {name: size for size, names in SIZE_NAMES.items() for name in names}
-    words = f"({'|'.join(sizes)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) (?:in|at) the ({'|'.join(n for n, _ in places)})"
+    names = "|".join(name for name, _ in places)
+    words = f"({'|'.join(sizes)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) (?:in|at) the ({names})"
     found = re.findall(words, text)
     return Picture(tuple(PictureObject(dict(places)[p], s, c, sizes[z]) for z, c, s, p in found), background)
 
