@@ -28,6 +28,16 @@ def beside(folder: str | os.PathLike, name: Any, where: str) -> Path:
     return Path(folder, *parts)
 
 
+def may_be_hub_id(source: str | os.PathLike, with_owner: bool = False) -> bool:
+    """Whether it can be the name of a repository on the Hub, `name` or `owner/name` (`with_owner`: of the second form alone).
+
+    What lies on this machine, and what is written as a path, is none.
+    """
+    name = str(source)
+    slashes = (1,) if with_owner else (0, 1)
+    return not Path(source).exists() and not name.startswith((".", "/", "~")) and name.count("/") in slashes
+
+
 def check_shards(source: str | os.PathLike, role: str) -> None:
     """Raise a `ValueError` if an index of weights in this folder names files outside of it; of a Hub id, nothing is looked at.
 

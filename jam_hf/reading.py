@@ -9,7 +9,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 
 
@@ -51,6 +58,31 @@ def read_tokenizer(source: str | os.PathLike, from_file: bool = False, **hub: An
         raise
     except Exception as error:  # a file that is not as it should be surfaces as whatever it broke
         raise ValueError(f"the tokenizer of '{source}' cannot be read: {error!r}") from error
+
+
+def read_clip(
+    source: str | os.PathLike, tokenizer: Any = None, image_processor: Any = None, **hub: Any
+) -> tuple[PreTrainedModel, Any, Any]:
+    """A CLIP model of a folder or Hub id, its tokenizer and its image processor; what is given of these two is not read.
+
+    Raises:
+        ValueError: if it is another model, lacks weights, or cannot be read. OSError: if there is none.
+    """
+    from transformers import AutoImageProcessor, CLIPModel
+
+    config = read_config(source, **hub)
+    if config.model_type != "clip":
+        raise ValueError(f"it is a '{config.model_type}'.")
+    model, found = CLIPModel.from_pretrained(
+        source, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **hub
+    )
+    if found["missing_keys"]:
+        raise ValueError(f"it has no weights {sorted(found['missing_keys'])[0]}.")
+    if tokenizer is None:
+        tokenizer = read_tokenizer(source, **hub)
+    if image_processor is None:
+        image_processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False, **hub)
+    return model, tokenizer, image_processor
 
 
 def named_classes(tokenizer_config: dict[str, Any]) -> list[str]:

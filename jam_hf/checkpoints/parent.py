@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from ..contents import beside
+from ..contents import beside, may_be_hub_id
 from ..reading import read_config
 from .from_config import specs_from_config
 from .licences import licence_of
@@ -163,7 +163,7 @@ def _resolve_folder(source: str | os.PathLike, role: str, revision: str | None, 
                 "`save_pretrained` writes (config.json and safetensors)."
             )
         return path
-    if path.exists() or str(source).count("/") > 1 or str(source).startswith((".", "/", "~")):
+    if not may_be_hub_id(source):
         there = "" if path.exists() else ", and there is nothing of that name"
         raise ValueError(
             f"The {role} '{source}' is not a folder{there}. Expected a checkpoint folder or a Hub id such as 'a/b'."

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..contents import may_be_hub_id
 from . import DEFAULT_RUN
 
 
@@ -63,7 +64,7 @@ def _checked_output(args: argparse.Namespace) -> Path:
         raise ValueError(f"--output {target}: expected a name that ends in {', '.join(SAVERS)}.")
     if target.exists() and not args.overwrite:
         raise ValueError(f"--output {target}: this file exists. Choose another name, or replace it with --overwrite.")
-    if not Path(args.model).is_dir() and (args.model.count("/") != 1 or args.model.startswith((".", "/", "~"))):
+    if not Path(args.model).is_dir() and not may_be_hub_id(args.model, with_owner=True):
         raise ValueError(f"--model {args.model}: there is no such folder; expected a JAM checkpoint or a Hub id such as a/b.")
     return target
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from ..checkpoints.multimodal import MULTIMODAL
-from ..contents import check_shards
+from ..contents import check_shards, may_be_hub_id
 from ..data.readers import captions_of, read_pairs, read_texts
 from ..files import write_whole
 from ..fusion.recipe import FusionRecipe, public_name
@@ -361,7 +361,7 @@ def _load_parent(source: str | os.PathLike, role: str) -> PreTrainedModel:
 
 
 def _config(source: str | os.PathLike, role: str) -> Any:
-    if not Path(source).is_dir() and (str(source).count("/") != 1 or str(source).startswith((".", "/", "~"))):
+    if not Path(source).is_dir() and not may_be_hub_id(source, with_owner=True):
         raise ValueError(f"The {role} '{source}' is not a folder. Expected a checkpoint folder or a Hub id such as 'a/b'.")
     try:
         return read_config(source)

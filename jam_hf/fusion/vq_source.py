@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..contents import check_shards
+from ..contents import check_shards, may_be_hub_id
 from ..conversion.vq import vq_model_from
 from ..files import read_json
 from ..model.configuration_jam_vq import JamVQConfig
@@ -32,7 +32,7 @@ def vq_model_of(source: Any, image: Decoder, image_size: int | None, config_only
             "the `.vq` of a JamVQModel made with its arguments."
         )
     folder = Path(source)
-    if folder.exists() or str(source).count("/") > 1:
+    if not may_be_hub_id(source):
         path = folder / "config.json"
         if not path.is_file():
             raise ValueError(f"The VQ model '{source}' is no checkpoint: expected a folder with config.json and safetensors.")

@@ -15,6 +15,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..model.configuration_jam import JamConfig
+from ..model.grammar_jam import left_padded
 from ..model.modeling_jam import JamForCausalLM
 from ..model.processing_jam import JamProcessor
 from .gaps import MaskedDocument, ids_that_are_no_text, masked_documents
@@ -135,9 +136,10 @@ class JamInfill(dict):
                 "shorten the documents."
             )
         pad = eos_token_id if config.pad_token_id is None else config.pad_token_id
+        input_ids, attention_mask = left_padded(prompts, pad, device)
         super().__init__(
-            input_ids=torch.tensor([[pad] * (length - len(p)) + p for p in prompts], device=device),
-            attention_mask=torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
             logits_processor=LogitsProcessorList([processor]),
             max_new_tokens=processor.max_new_tokens,
             generation_mode=None,

@@ -15,6 +15,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from ..model.grammar_jam import left_padded
 from ..model.guidance_jam import Guidance, GuidanceSettings, SeparateGuidance
 from ..model.rotation_jam import one_rotation
 from .block_cache import JamBlockCache, JamBlockLayer
@@ -174,7 +175,7 @@ class PackedGuidance(Guidance):
             for row in entered:
                 at = positions[row] - fed
                 told[row] = self.branch_ids(branch, input_ids, row, at)
-            ids, mask = self.left_padded(told, device)
+            ids, mask = left_padded(told, self.pad, device)
             self._make_room(ids.shape[1])
             owners = torch.where(mask == 1, branch_number, DEAD).to(torch.int8)
             laid = self.columns.append(owners, 0, self.model.dtype)

@@ -13,12 +13,13 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
+from transformers import CLIPModel, PreTrainedTokenizerBase
 
 from ..model.grammar_jam import PictureGrammar
 from ..model.guidance_jam import unconditional_context
 from ..model.image_processing_jam import JamImageProcessor
 from ..model.modeling_jam import JamForCausalLM
+from ..reading import read_clip
 
 
 class PictureCandidates:
@@ -125,11 +126,7 @@ class CLIPReranker:
         self, model: str | CLIPModel, tokenizer: Any = None, image_processor: Any = None, device: torch.device | None = None
     ):
         if isinstance(model, str):
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-            image_processor = image_processor or AutoImageProcessor.from_pretrained(
-                model, backend="pil", trust_remote_code=False
-            )
-            model = CLIPModel.from_pretrained(model, use_safetensors=True, trust_remote_code=False)
+            model, tokenizer, image_processor = read_clip(model, tokenizer, image_processor)
         if not isinstance(model, CLIPModel) or tokenizer is None or image_processor is None:
             raise ValueError(
                 "CLIPReranker: expected the name of a CLIP checkpoint, or a CLIPModel with tokenizer=... and "

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ..model.calls_jam import JamCall
 from ..model.configuration_jam import JamConfig
+from ..model.grammar_jam import left_padded
 from ..model.modeling_jam import JamForCausalLM
 
 
@@ -171,13 +172,10 @@ def augment_prompts(
         memory_ids.append([document.id for document in documents[:count]])
         memory_scores.append([float(document.score) for document in documents[:count]])
 
-    width = max(input_ids.shape[1], *(len(ids) for ids, _ in rows))
+    width = input_ids.shape[1]
     pad = 0 if config.pad_token_id is None else config.pad_token_id
-    augmented_BA = torch.full((len(rows), width), pad, dtype=input_ids.dtype, device=input_ids.device)
-    mask_BA = torch.zeros_like(augmented_BA)
-    for row, (ids, kept) in enumerate(rows):
-        augmented_BA[row, width - len(ids) :] = ids
-        mask_BA[row, width - len(ids) :] = kept.to(mask_BA)
+    augmented_BA, _ = left_padded([ids.tolist() for ids, _ in rows], pad, input_ids.device, width)
+    mask_BA, _ = left_padded([kept.long().tolist() for _, kept in rows], 0, input_ids.device, width)
     return AugmentedPrompts(augmented_BA, mask_BA, prompt_ids, memory_ids, memory_scores)
 
 

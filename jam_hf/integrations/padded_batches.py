@@ -13,9 +13,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 from transformers.utils import logging
+
+from ..model.grammar_jam import left_padded
 
 
 def groups(requests: Sequence[tuple[int, int]], tokens: int) -> list[list[int]]:
@@ -53,8 +54,7 @@ def generate_padded(
     for group in logging.tqdm(batches, disable=not progress_bar, desc=f"Solving {len(rows)} requests", unit="batch"):
         prompts = [inputs[rows[place]] for place in group]
         config.max_new_tokens, longest = budgets[rows[group[0]]], max(map(len, prompts))
-        ids = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in prompts], device=model.device)
-        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
+        ids, mask = left_padded(prompts, pad, model.device)
         start = time.perf_counter()
         output = model.generate(ids, attention_mask=mask, generation_config=config, **never_ends)
         for place, new in zip(group, output[:, longest:].tolist()):

@@ -8,6 +8,7 @@ Shape suffixes: B rows, T positions, V vocabulary, N codes a picture, L tokens o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -408,4 +409,14 @@ def as_ids(ids: torch.Tensor | None, name: str = "input_ids") -> torch.LongTenso
     return ids.long()
 
 
-__all__ = ["GENERATION_MODES", "DocumentRules", "PictureGrammar", "PictureReader", "PictureState", "as_ids"]
+def left_padded(
+    rows: Sequence[Sequence[int]], pad: int, device: torch.device | None = None, width: int = 0
+) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Rows of ids of any lengths as one batch, padded on the left: ids and attention mask, int64 `[R, T]`, T >= width."""
+    longest = max(width, *map(len, rows))
+    ids = [[pad] * (longest - len(row)) + list(row) for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+__all__ = ["GENERATION_MODES", "DocumentRules", "PictureGrammar", "PictureReader", "PictureState", "as_ids", "left_padded"]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache, LogitsProcessor
 
-from .grammar_jam import PictureGrammar, PictureReader
+from .grammar_jam import PictureGrammar, PictureReader, left_padded
 from .rotation_jam import rotated_alone, rotation
 
 
@@ -188,13 +188,6 @@ class Guidance:
         before = self.contexts.before_picture(branch, document, row, input_ids.shape[0])
         return [*before, *ids[start:]]
 
-    def left_padded(self, rows: list[list[int]], device: torch.device) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """Ids and mask, int64 `[R, Q]`."""
-        longest = max(map(len, rows))
-        ids = [[self.pad] * (longest - len(row)) + row for row in rows]
-        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
     @torch.no_grad()
     def _forward(self, ids: torch.LongTensor, position_ids: torch.LongTensor, cache: Cache, **seen: Any) -> torch.Tensor:
         """Ids int64 `[R, Q]` -> logits of codes behind the last, `[R, K]`."""
@@ -238,7 +231,7 @@ class SeparateGuidance(Guidance):
                 together.setdefault(rotation(self.model.config.decoder_configs, len(ids)), []).append(row)
             logits_BK = None
             for turned, group in together.items():
-                ids, mask = self.left_padded([told[row] for row in group], input_ids.device)
+                ids, mask = left_padded([told[row] for row in group], self.pad, input_ids.device)
                 logits_RK = self._branch_logits((branch, turned), ids, mask, earlier)
                 if logits_BK is None:
                     logits_BK = logits_RK.new_zeros(len(positions), logits_RK.shape[-1])

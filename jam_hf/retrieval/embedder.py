@@ -14,10 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoImageProcessor, CLIPConfig, CLIPModel
 
 from ..contents import check_shards
-from ..reading import read_config, read_tokenizer
+from ..reading import read_clip
 
 
 DEFAULT_EMBEDDER = "openai/clip-vit-base-patch32"  # CLIP ViT-B/32 [C]
@@ -57,18 +56,7 @@ class ClipEmbedder:
         self.name = os.fspath(name)
         try:
             check_shards(self.name, "embedder")
-            config = read_config(self.name, revision=revision)
-            if not isinstance(config, CLIPConfig):
-                raise ValueError(f"it is a '{config.model_type}'.")
-            self.model, found = CLIPModel.from_pretrained(
-                self.name, revision=revision, use_safetensors=True, output_loading_info=True, trust_remote_code=False
-            )
-            if found["missing_keys"]:
-                raise ValueError(f"it has no weights {sorted(found['missing_keys'])[0]}.")
-            self.tokenizer = read_tokenizer(self.name, revision=revision)
-            self.image_processor = AutoImageProcessor.from_pretrained(
-                self.name, revision=revision, backend="pil", trust_remote_code=False
-            )
+            self.model, self.tokenizer, self.image_processor = read_clip(self.name, revision=revision)
         except Exception as error:  # of the file system, the Hub, safetensors or json
             raise ValueError(
                 f"The embedder '{name}' cannot be read as a CLIP model: {error} Expected the folder or Hub id of one, with its "

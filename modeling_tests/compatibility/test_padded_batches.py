@@ -7,6 +7,7 @@ from conftest import random_ids
 from decoding_oracles import BREAK
 from transformers import ContinuousBatchingConfig, GenerationConfig, set_seed
 
+from jam_hf.integrations.continuous_batching import _complete_config
 from jam_hf.integrations.padded_batches import generate_padded, groups
 
 
@@ -42,7 +43,7 @@ def test_each_request_is_as_alone(family, memory, jam):
     end = alone[1][2]
     ends = [row[: row.index(end) + 1] if end in row else row for row in alone]
     assert len(ends[1]) == 3 and len({*map(len, ends)}) > 2
-    config = model._continuous_config(text(eos_token_id=[end, 2], pad_token_id=7))
+    config = _complete_config(model, text(eos_token_id=[end, 2], pad_token_id=7))
     found = generate_padded(model, prompts, budgets, config, memory, False)
     assert written(found) == ends
     together = groups([(len(ids), budget) for ids, budget in zip(prompts, budgets)], memory)
