@@ -60,7 +60,6 @@ def test_what_one_system_has_alone_is_asked_for_in_one_place():
         path.relative_to(PACKAGE).as_posix(): sorted(set(of_one_system(ast.parse(path.read_text(encoding="utf-8")))))
         for path in PACKAGE.rglob("*.py")
     }
-    found.pop("integrations/continuous_settings.py")  # asks for /proc/meminfo, and does without
     assert found.pop("portable.py") == ["os.preadv", "os.pwrite"]
     assert not {name: what for name, what in found.items() if what}
 

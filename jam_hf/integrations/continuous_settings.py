@@ -7,7 +7,6 @@ refused: a document must never be other than was asked for. It knows names and n
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from ..model.call_settings_jam import (
 from ..model.configuration_jam import JamConfig
 from ..model.families_jam import head_dim_of, key_value_heads_of
 from ..model.rotation_jam import one_rotation
+from ..portable import free_memory
 
 
 # Obeyed as generate() obeys them.
@@ -151,38 +151,28 @@ def sized(
     if given.num_blocks is None:
         blocks = sum(-(-length // page) + 1 for length in lengths)
         free = _free_memory(device)
-        if free is not None:
-            heads, size = _heads(config.decoder_configs[0])
-            keys_and_values = 2 * heads * size * attentions * dtype.itemsize
-            masks_and_indices = pools.max_batch_tokens * dtype.itemsize + 8
-            most = int(free * MEMORY_SHARE) // (page * (keys_and_values + masks_and_indices))
-            least = -(-max(lengths) // page) + 1
-            if most < least:
-                raise ValueError(
-                    f"The longest request has {max(lengths)} ids with what it may write, {least} pages of {page}; {most} fit "
-                    f"into {MEMORY_SHARE:.0%} of the {free / 2**30:.1f} GiB of memory that are free. Lower max_new_tokens or "
-                    "max_length, or set num_blocks in a ContinuousBatchingConfig."
-                )
-            blocks = min(blocks, most)
+        heads, size = _heads(config.decoder_configs[0])
+        keys_and_values = 2 * heads * size * attentions * dtype.itemsize
+        masks_and_indices = pools.max_batch_tokens * dtype.itemsize + 8
+        most = int(free * MEMORY_SHARE) // (page * (keys_and_values + masks_and_indices))
+        least = -(-max(lengths) // page) + 1
+        if most < least:
+            raise ValueError(
+                f"The longest request has {max(lengths)} ids with what it may write, {least} pages of {page}; {most} fit "
+                f"into {MEMORY_SHARE:.0%} of the {free / 2**30:.1f} GiB of memory that are free. Lower max_new_tokens or "
+                "max_length, or set num_blocks in a ContinuousBatchingConfig."
+            )
+        blocks = min(blocks, most)
         # transformers counts a block as num_hidden_layers pages; a cross JAM has more attentions than that.
         pools.num_blocks = -(-blocks * attentions // config.num_hidden_layers)
     return pools
 
 
-def _free_memory(device: torch.device) -> int | None:
-    """Bytes; None where it cannot be told."""
+def _free_memory(device: torch.device) -> int:
+    """Bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            found = [line.split()[1] for line in file if line.startswith("MemAvailable:")]
-        return 1024 * int(found[0])
-    except (OSError, IndexError):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return None
+    return free_memory()
 
 
 __all__ = ["OBEYED", "REFUSED", "WITHOUT_EFFECT", "check_model", "check_rotation", "check_settings", "sized"]

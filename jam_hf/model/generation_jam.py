@@ -141,8 +141,8 @@ class JamGenerationMixin(GenerationMixin):
     def call_settings(self, generation_config: Any, arguments: dict[str, Any] | None = None) -> JamCallSettings:
         """A JAM's own settings of a call with this generation config and these arguments, out of which they are taken."""
         arguments = {} if arguments is None else arguments
-        negative = (arguments.pop(name, None) for name in ("negative_prompt_ids", "negative_prompt_attention_mask"))
-        rows = negative_prompts(*negative, self.config.image_token_id)
+        ids, mask = (arguments.pop(name, None) for name in ("negative_prompt_ids", "negative_prompt_attention_mask"))
+        rows = negative_prompts(ids, mask, self.config.image_token_id)
         said = JamCallSettings.said(arguments, generation_config, self.generation_config)
         return JamCallSettings(**said, negative_prompt_ids=rows)
 
