@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # diffusers 0.42.1: behind an attention of a VQModel, every convolution works on channels-last memory.
 #
-# Attention ends in a transpose and a reshape, so that its output is laid out channels-last, whatever came in; the layers
-# behind it keep that. Convolutions take another path then: bits differ, and on a CPU with AVX-512 the encoder of
+# Attention ends in a transpose and a reshape, so that its output is laid out channels-last, whatever came in; the
+# layers behind it keep that. Convolutions take another path then: bits differ, and on a CPU with AVX-512 the encoder of
 # Chameleon's size was 2.7e-5 off the float64 result, 4.8e-6 with a contiguous() behind each attention. (With AVX2 alone
 # both are as accurate.)
 #
-# Seen, three levels, attention in the lower two: 11 of 22 convolutions of the encoder are given channels-last memory, none
-# with the contiguous().
+# Seen, three levels, attention in the lower two: 11 of 22 convolutions of the encoder are given channels-last memory,
+# none with the contiguous().
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -2,8 +2,9 @@
 # transformers 5.23.0: how text is split is chosen by the model_type in config.json; tokenizer.json is passed over.
 #
 # For some model types AutoTokenizer takes the family's own class, which builds its pre-tokenizer anew instead of taking
-# that of tokenizer.json, even where tokenizer_config.json asks for PreTrainedTokenizerFast. A tokenizer that was trained
-# beside a Qwen2 splits otherwise as soon as a config.json lies beside it, and the model reads other ids than it learned.
+# that of tokenizer.json, even where tokenizer_config.json asks for PreTrainedTokenizerFast. A tokenizer that was
+# trained beside a Qwen2 splits otherwise as soon as a config.json lies beside it, and the model reads other ids than it
+# learned.
 #
 # Seen, a byte-level tokenizer that keeps numbers together, "ab123": [10, 11, 15] by the file, without a config.json and
 # beside a Llama's; beside a Qwen2's [10, 11, 1, 2, 3], by Qwen2Tokenizer.

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # trl 1.16.0: SFTTrainer computes the loss beside the model, from last_hidden_state times lm_head.weight.
 #
-# The model's forward is replaced: the base model is run, and its last states are multiplied by the output embeddings, in
-# pieces. What the model itself does with its logits (a soft cap, a second head, a loss of its own) is passed over without a
-# word, in evaluation as in training.
+# The model's forward is replaced: the base model is run, and its last states are multiplied by the output embeddings,
+# in pieces. What the model itself does with its logits (a soft cap, a second head, a loss of its own) is passed over
+# without a word, in evaluation as in training.
 #
-# Seen, a Llama that caps its logits at 0.1: its own loss is 3.9237, without the cap 7.6691; SFTTrainer evaluates 7.6691.
+# Seen, a Llama that caps its logits at 0.1: its own loss is 3.9237, without the cap 7.6691; SFTTrainer evaluates
+# 7.6691.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
