@@ -72,6 +72,8 @@ OFFERED |= {
     "save_json": "jam_hf.generation.export:save_json",
     "load_json": "jam_hf.generation.export:load_json",
     "name_codes_of": "jam_hf.data.code_names:name_codes_of",
+    "check_parts": "jam_hf.fusion.config_checks:check_parts",
+    "check_pairing": "jam_hf.fusion.config_checks:check_pairing",
     "paper": "jam_hf.fusion.paper:paper",
     "model_loaded": "jam_hf.provenance:model_loaded",
     "catch_card_writers": "jam_hf.provenance:catch_card_writers",

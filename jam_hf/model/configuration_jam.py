@@ -20,7 +20,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .class_names_jam import MODEL_TYPE
 from .configuration_jam_vq import Derived, JamVQConfig, Part
-from .families_jam import FAMILIES, attention_type, embedding_size_of, family_of, head_dim_of, key_value_heads_of
+from .families_jam import FAMILIES, attention_type, embedding_size_of, head_dim_of, key_value_heads_of
 from .package_jam import PackageFunction, tell
 from .picture_layout_jam import PictureLayout
 from .remote_code_jam import AUTO_MAP, add_auto_map
@@ -144,18 +144,16 @@ class JamConfig(PreTrainedConfig):
             )
         super().__post_init__(**kwargs)
         self._check_family("text_config")
-        if self.fusion_mode != "cross" and family_of(self.text_config).decoder is None:
-            raise ValueError(
-                f"JamConfig: a JAM of fusion_mode='{self.fusion_mode}' is one stock decoder, and transformers has that of the "
-                f"family '{self.text_config.model_type}' only together with a VQ model. Use fusion_mode='cross', where it can "
-                "be either stream."
-            )
         if self.image_config is not None:
             self._check_family("image_config")
-            self._check_streams()
-        self._derive_and_check_pairing()
-        self._check_image_head()
-        self._derive_and_check_tying()
+        # Whether the parts fit together was seen when they were put together; a saved JAM is as it was then.
+        tell("check_parts", self)
+        pairs = self.layer_pairs
+        if self.fusion_mode == "cross":
+            unequal = self.text_config.num_hidden_layers != self.image_config.num_hidden_layers
+            self.layer_pairing = [list(pair) for pair in pairs] if unequal else None
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = len(self.embedding_sizes) == 1 and bool(self.text_config.tie_word_embeddings)
         self._derive_and_check_ids()
 
     @classmethod
@@ -205,102 +203,6 @@ class JamConfig(PreTrainedConfig):
                 f"JamConfig: `{name}` is of the family '{family}', which JAM does not support yet. Supported families: "
                 f"{', '.join(FAMILIES)}. (Others may scale embeddings, cap logits or mix kinds of attention; fusing "
                 "them unseen would give a wrong model, not an error.)"
-            )
-        # `layer_types` may say what the stock decoder does not do; a cache, which goes by it, would then hold too little.
-        stated = getattr(config, "layer_types", None)
-        known = ("full_attention", "sliding_attention")
-        does = [attention_type(config, depth) for depth in range(config.num_hidden_layers)]
-        if stated is not None and (list(stated) != does or not set(stated) <= set(known)):
-            raise ValueError(
-                f"JamConfig: {name}.layer_types is {list(stated)}, but the layers of a '{family}' decoder with "
-                f"sliding_window={getattr(config, 'sliding_window', None)} are {does}; known kinds: {', '.join(known)}. "
-                "Correct layer_types, or leave it out."
-            )
-        if "sliding_attention" in does and not config.sliding_window:
-            raise ValueError(
-                f"JamConfig: {name} has layers of the kind 'sliding_attention' but sliding_window={config.sliding_window}. Set "
-                "the window's size (in Qwen2 and Qwen3 with use_sliding_window=True), or make the layers 'full_attention'."
-            )
-
-    def _check_streams(self) -> None:
-        text, image = self.text_config, self.image_config
-        if text.vocab_size != image.vocab_size:
-            raise ValueError(
-                f"JamConfig: in cross mode both streams need the same `vocab_size`, got {text.vocab_size} in text_config and "
-                f"{image.vocab_size} in image_config."
-            )
-        for size in (embedding_size_of, lambda config: config.hidden_size):  # OPT's may differ
-            if self.cross_form == "paper" and size(text) != size(image):
-                raise ValueError(
-                    "JamConfig: cross_form='paper' feeds both streams from one embedding, so both need the same hidden size, "
-                    f"got {size(text)} in text_config and {size(image)} in image_config. "
-                    "Use cross_form='preserving' for streams of different widths."
-                )
-        learned = [family_of(config).learned_positions for config in (text, image)]
-        if self.cross_form == "paper" and learned[0] != learned[1]:
-            kinds = ["learned" if is_learned else "rotary" for is_learned in learned]
-            raise ValueError(
-                "JamConfig: cross_form='paper' feeds the text stream's embedding and positions to both streams, so both need "
-                f"positions of the same kind, got {kinds[0]} ones in text_config ('{text.model_type}') and {kinds[1]} ones in "
-                f"image_config ('{image.model_type}'). Use cross_form='preserving' for such a pair."
-            )
-        for name, config in (("text_config", text), ("image_config", image)):
-            if getattr(config, "layerdrop", 0.0):
-                raise ValueError(
-                    f"JamConfig: LayerDrop would break the lockstep of the two streams; set {name}.layerdrop to 0.0 (it "
-                    f"is {config.layerdrop})."
-                )
-
-    def _derive_and_check_pairing(self) -> None:
-        if self.fusion_mode != "cross":
-            if self.layer_pairing is not None:
-                raise ValueError(
-                    f"JamConfig: `layer_pairing` is for fusion_mode='cross'; a JAM of fusion_mode='{self.fusion_mode}' is one "
-                    "decoder. Leave it out."
-                )
-            return
-        pairs = self.layer_pairs  # checks what is given
-        unequal = self.text_config.num_hidden_layers != self.image_config.num_hidden_layers
-        self.layer_pairing = [list(pair) for pair in pairs] if unequal else None
-
-    def _check_pairing(self) -> None:
-        text, image = (config.num_hidden_layers for config in self.decoder_configs)
-        found, count = self.layer_pairing or [], min(text, image)
-        problem = None
-        if len(found) != count:
-            problem = f"has {len(found)} pairs"
-        elif any(len(pair) != 2 for pair in found):
-            problem = f"has the entry {next(pair for pair in found if len(pair) != 2)}"
-        elif outside := [pair for pair in found if not (0 <= pair[0] < text and 0 <= pair[1] < image)]:
-            problem = f"names a layer that does not exist in {outside[0]}"
-        elif crossed := [(a, b) for a, b in zip(found, found[1:]) if not (a[0] < b[0] and a[1] < b[1])]:
-            problem = f"does not go up in both streams from {crossed[0][0]} to {crossed[0][1]}"
-        if problem is not None:
-            raise ValueError(
-                f"JamConfig: `layer_pairing` {problem}. With {text} layers in text_config and {image} in image_config it needs "
-                f"{count} pairs [text layer, image layer], going up in both streams, one for each layer of the shallower one. "
-                f"Leave it out for pairs by relative position: {_pairs_by_position(text, image)}."
-            )
-
-    def _check_image_head(self) -> None:
-        size = self.image_head_hidden_size
-        if size is not None and size < 1:
-            raise ValueError(f"JamConfig: `image_head_hidden_size` must be at least 1, got {size}.")
-        if size is None and self.image_head_act != "gelu":
-            raise ValueError(
-                f"JamConfig: `image_head_act` is {self.image_head_act!r}, but without `image_head_hidden_size` the image head "
-                "is a linear layer. Set `image_head_hidden_size`, or leave `image_head_act` out."
-            )
-
-    def _derive_and_check_tying(self) -> None:
-        preserving = self.fusion_mode == "cross" and self.cross_form == "preserving"
-        if self.tie_word_embeddings is None:
-            self.tie_word_embeddings = False if preserving else bool(self.text_config.tie_word_embeddings)
-        if preserving and self.tie_word_embeddings:
-            raise ValueError(
-                "JamConfig: a cross JAM in the preserving form keeps both parents' input embeddings side by side, so its "
-                "output projection cannot be tied to them. Set tie_word_embeddings=False (a tied parent is untied by "
-                "`jam_hf.fuse`)."
             )
 
     def _derive_and_check_ids(self) -> None:
@@ -453,8 +355,8 @@ class JamConfig(PreTrainedConfig):
         if self.fusion_mode != "cross":
             return []
         if self.layer_pairing is None:
-            return _pairs_by_position(*(config.num_hidden_layers for config in self.decoder_configs))
-        self._check_pairing()
+            return pairs_by_position(*(config.num_hidden_layers for config in self.decoder_configs))
+        tell("check_pairing", self)
         return [list(pair) for pair in self.layer_pairing]
 
     @property
@@ -583,7 +485,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"JamConfig: `{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
-def _pairs_by_position(text: int, image: int) -> list[list[int]]:
+def pairs_by_position(text: int, image: int) -> list[list[int]]:
     """See `JamConfig.layer_pairs`; `text` and `image` are numbers of layers."""
     shallow, deep = sorted((text, image))
     pairs = [[i, -(-(i + 1) * deep // shallow) - 1] for i in range(shallow)]
