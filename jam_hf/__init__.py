@@ -67,6 +67,7 @@ OFFERED |= {
     "post_process_infill": "jam_hf.generation.infilling:post_process_infill",
     "document_end": "jam_hf.data.sequences:document_end",
     "prepared_chats": "jam_hf.data.chats:prepared_chats",
+    "sentence_end_token_ids": "jam_hf.generation.sentences:sentence_end_token_ids",
     "save_html": "jam_hf.generation.export:save_html",
     "save_markdown": "jam_hf.generation.export:save_markdown",
     "save_json": "jam_hf.generation.export:save_json",

@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 _MARKED = processing_utils._MARKED_RE
 logger = logging.get_logger(__name__)
 
-SENTENCE_ENDS = (".", "!", "?", "…", "。", "！", "？")
-CLOSING_MARKS = " \n\"')]»”’」』"
-
 
 class JamProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """Keyword arguments of [`JamProcessor`]. Prompts are padded on the left, as generation needs."""
@@ -66,6 +63,8 @@ class JamProcessor(ProcessorMixin):
     # Documents with gaps to what `generate` fills them from, and back: jam_hf/generation/infilling.py.
     infill = PackageFunction(method=True)
     post_process_infill = PackageFunction(method=True)
+    # Ids for `generate(image_after_token_ids=...)`: jam_hf/generation/sentences.py.
+    sentence_end_token_ids = PackageFunction(method=True)
     # What post_process_interleaved returns, as files and back: jam_hf/generation/export.py.
     save_html, save_markdown, save_json, load_json = (PackageFunction() for _ in range(4))
 
@@ -130,15 +129,6 @@ class JamProcessor(ProcessorMixin):
                 "JamProcessor: image_row_end_token needs a picture of G x G codes, but image_seq_length is "
                 f"{self.image_seq_length}, which is no square."
             )
-
-    def sentence_end_token_ids(self) -> list[int]:
-        """Ids whose text ends a sentence: `generate(image_after_token_ids=...)` then puts a picture after each sentence.
-
-        What ends in a full stop ends a sentence here, an abbreviation too. The whole vocabulary is read for it.
-        """
-        ids = sorted(set(range(len(self.tokenizer))) - set(self.tokenizer.all_special_ids))
-        texts = self.tokenizer.batch_decode([[i] for i in ids])
-        return [i for i, text in zip(ids, texts) if text.rstrip(CLOSING_MARKS).endswith(SENTENCE_ENDS)]
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """As in `ProcessorMixin`; the folder carries the code that it needs (remote_code_jam.py).

@@ -137,6 +137,7 @@ def refusals(model: Any, processor: Any, inputs: Any) -> dict[str, str]:
             "JamProcessor.save_markdown()": lambda: processor.save_markdown([], f"{file}.md"),
             "JamProcessor.save_json()": lambda: processor.save_json([], f"{file}.json"),
             "JamProcessor.load_json()": lambda: processor.load_json(f"{file}.json"),
+            "JamProcessor.sentence_end_token_ids()": lambda: processor.sentence_end_token_ids(),
             "JamConfig.paper()": lambda: type(model.config).paper("uniform"),
             "A chat with parts": lambda: processor.apply_chat_template(parts),
             "split over processes": lambda: model.maybe_distribute_model(model, one, None),
