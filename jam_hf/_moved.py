@@ -40,6 +40,8 @@ OLD_MODULES = {
     "jam_hf.model.sharding_jam": "jam_hf.integrations.sharding",
     "jam_hf.model.streaming_jam": "jam_hf.generation.streaming",
     "jam_hf.model.trl_jam": "jam_hf.integrations.trl",
+    "jam_hf.quickstart.evaluation": "jam_hf.quickstart.measurements",
+    "jam_hf.quickstart.parents": "jam_hf.quickstart.pairs",
     "jam_hf.retrieval.documents": "jam_hf.retrieval.corpus",
     "jam_hf.retrieval.training_documents": "jam_hf.retrieval.augmentation",
     "jam_hf.training.cm3": "jam_hf.data.cm3",

@@ -37,7 +37,7 @@ def says(node, name, value):
 
 
 def test_weights_are_read_from_safetensors_alone():
-    from jam_hf.quickstart.evaluation import _EVALUATION
+    from jam_hf.quickstart.measurements import _EVALUATION
 
     assert _EVALUATION["use_safetensors"] is True
     found = 0

@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -22,10 +22,8 @@ from ..files import read_json
 from ..model.modeling_jam import JamForCausalLM
 from ..model.processing_jam import JamProcessor
 from ..picture_world import Picture, score_picture
-
-
-if TYPE_CHECKING:
-    from .stages import Run
+from .pairs import parents_of
+from .run import Run
 
 
 _STYLE = """
@@ -254,7 +252,7 @@ def render_page(run: Run) -> str:
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>jam_hf quickstart</title>
 <style>{_STYLE}</style><body>
 <h1>A picture book by jam-cross</h1>
-<p class="note">{run.parents.words} Everything below was written
+<p class="note">{parents_of(run).words} Everything below was written
 and drawn by the fused model, token by token; the questions are held out from training.</p>
 <h2>Documents</h2><div class="docs">{"".join(documents)}</div>
 <p class="note">{_percent(share)} of the {written["howto_pictures"]} pictures in answers to held-out questions show

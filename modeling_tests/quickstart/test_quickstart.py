@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoProcessor
 import jam_hf.quickstart.stages as stages
 from jam_hf.cli import main
 from jam_hf.quickstart.page import document_html, verdicts
-from jam_hf.quickstart.stages import STAGES, QuickstartSettings, Run, run_all, run_stage
+from jam_hf.quickstart.stages import STAGES, QuickstartSettings, Run, results, run_all, run_stage
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +24,13 @@ def run(tmp_path_factory):
 
 def test_every_stage_leaves_its_result(run):
     for name in STAGES:
-        assert all(path.exists() for path in run.results(name)), name
+        assert all(path.exists() for path in results(run, name)), name
     assert not list(run.folder.glob(".*partial*"))
-    results = json.loads((run.folder / "results.json").read_text())
-    assert set(results["models"]) >= {"LLM parent", "image parent", "jam-uniform, fused", "jam-cross, stage 2"}
-    assert results["models"]["jam-cross preserving, fused"]["kl_to_llm"] == pytest.approx(0, abs=1e-9)
-    assert results["models"]["jam-width copy, fused"]["kl_to_llm"] > 0
-    assert len(verdicts(results)) == 7
+    measured = json.loads((run.folder / "results.json").read_text())
+    assert set(measured["models"]) >= {"LLM parent", "image parent", "jam-uniform, fused", "jam-cross, stage 2"}
+    assert measured["models"]["jam-cross preserving, fused"]["kl_to_llm"] == pytest.approx(0, abs=1e-9)
+    assert measured["models"]["jam-width copy, fused"]["kl_to_llm"] > 0
+    assert len(verdicts(measured)) == 7
     assert set(json.loads((run.folder / "times.json").read_text())) == set(STAGES)
 
 

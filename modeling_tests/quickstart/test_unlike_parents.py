@@ -16,15 +16,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-import jam_hf.quickstart.parents as parents
+import jam_hf.quickstart.unlike_parents as parents
 from jam_hf import JamForCausalLM, JamProcessor
 from jam_hf.cli import main
 from jam_hf.fusion.fuse import plan_fusion
 from jam_hf.fusion.parents import code_ids
-from jam_hf.quickstart.evaluation import draw_with_chameleon
+from jam_hf.quickstart.measurements import draw_with_chameleon
 from jam_hf.quickstart.page import verdicts
-from jam_hf.quickstart.parents import with_image_logits
-from jam_hf.quickstart.stages import STAGES, QuickstartSettings, Run, run_all, run_stage
+from jam_hf.quickstart.pairs import parents_of, with_image_logits
+from jam_hf.quickstart.stages import STAGES, QuickstartSettings, Run, results, run_all, run_stage
 from jam_hf.training.tokenizer import byte_level_bpe
 from jam_hf.training.vq import encode_images
 
@@ -63,7 +63,7 @@ def rows_of_codes(chameleon, tokenizers, run):
 
 
 def test_every_stage_leaves_its_result_and_is_not_run_again(run):
-    assert all(path.exists() for name in STAGES for path in run.results(name))
+    assert all(path.exists() for name in STAGES for path in results(run, name))
     assert [name for name in STAGES if run_stage(run, name)] == ["page"]
     assert set(json.loads((run.folder / "times.json").read_text())) == set(STAGES)
 
@@ -122,7 +122,7 @@ def test_the_report_says_what_the_vocabularies_share(run, tokenizers):
 def test_the_jams_documents_hold_the_same_captions_and_codes(run, fused, chameleon, tokenizers):
     config, jam, rows = fused.config, tokenizers[0], rows_of_codes(chameleon, tokenizers, run)
     pairs = run.data("pairs")["validation"]
-    ours, theirs = run.parents.documents("pairs"), run.parents.parents_documents("image-model", "pairs")
+    ours, theirs = parents_of(run).documents("pairs"), parents_of(run).parents_documents("image-model", "pairs")
     codes = encode_images(run.vq(), pairs["image"])
     for index, caption in enumerate(pairs["caption"]):
         picture = [config.break_token_id, *(codes[index] + config.image_token_offset), config.image_end_token_id]
@@ -132,17 +132,17 @@ def test_the_jams_documents_hold_the_same_captions_and_codes(run, fused, chamele
         expected = [image.bos_token_id, *image(caption, add_special_tokens=False)["input_ids"], *picture, image.eos_token_id]
         assert theirs["validation"][index]["input_ids"] == expected
     assert config.image_end_token_id != config.break_token_id and config.bos_token_id is None
-    texts, own = run.parents.documents("texts"), run.parents.parents_documents("llm", "texts")
+    texts, own = parents_of(run).documents("texts"), parents_of(run).parents_documents("llm", "texts")
     assert any("1" in text for text in run.data("texts")["train"]["text"])
     assert all(texts[split]["input_ids"] == own[split]["input_ids"] for split in own)  # numbers are split alike, too
-    howto = run.parents.documents("howtos")["train"][0]["input_ids"]
+    howto = parents_of(run).documents("howtos")["train"][0]["input_ids"]
     assert howto.count(config.break_token_id) == howto.count(config.image_end_token_id) > 1
     assert jam.convert_ids_to_tokens(howto[0]) == "<|user|>" and "<|assistant|>" in jam.convert_ids_to_tokens(howto)
 
 
 def test_the_image_parent_learns_its_codes(run, chameleon, tokenizers):
     """The class's own loss puts minus infinity on them; ours is that of the plain head, and the codes' rows have moved."""
-    lesson = run.parents.image_model()
+    lesson = parents_of(run).image_model()
     batch = replace(lesson.collator, cm3=None)([lesson.documents[0], lesson.documents[1]])
     model = lesson.model.eval()
     with torch.no_grad():
@@ -215,8 +215,8 @@ def test_an_interrupted_fusion_leaves_nothing_and_goes_on(run, tmp_path, monkeyp
     assert not other.path("fused").exists()
     assert run_stage(other, "fuse")
     for name in ("texts", "pairs", "howtos"):
-        for split, documents in run.parents.documents(name).items():
-            assert other.parents.documents(name)[split]["input_ids"] == documents["input_ids"]
+        for split, documents in parents_of(run).documents(name).items():
+            assert parents_of(other).documents(name)[split]["input_ids"] == documents["input_ids"]
     weights = "jam-cross/model.safetensors"
     assert (folder / "fused" / weights).read_bytes() == (run.folder / "fused" / weights).read_bytes()
 

@@ -1,15 +1,10 @@
-"""The quickstart's parents: two of one family over one tokenizer, or two unlike ones, each with a tokenizer of its own.
-
-What depends on the pair is here: tokenizers, classes, how each parent's documents are encoded, which fusions it allows. How
-long anything is trained, and in which order, is stages.py.
-"""
+"""Two unlike parents, each with a tokenizer of its own: how they are made, how their documents are encoded, how they fuse."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +14,6 @@ from transformers import (
     AutoTokenizer,
     ChameleonConfig,
     ChameleonForConditionalGeneration,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -34,154 +25,17 @@ from ..data.cm3 import CM3Settings
 from ..data.collator import JamDataCollator
 from ..data.sequences import NO_PICTURES, EncodeImages, encode_documents
 from ..files import write_whole
-from ..fusion.fuse import fuse, plan_fusion, run_fusion
+from ..fusion.fuse import plan_fusion, run_fusion
 from ..fusion.parents import code_ids, picture_layout
 from ..model.configuration_jam import JamConfig
 from ..model.picture_layout_jam import PictureLayout
 from ..model.processing_jam import JamProcessor
 from ..picture_world import IMAGE_SIZE
 from ..training.embeddings import initialise_image_embeddings
-from ..training.tokenizer import CHAT_TEMPLATE, ROLES, byte_level_bpe, train_tokenizer
+from ..training.tokenizer import CHAT_TEMPLATE, ROLES, byte_level_bpe
 from ..training.vq import encode_images
-
-
-if TYPE_CHECKING:
-    from .stages import Run
-
-
-MODES = ("uniform", "width", "cross")
-_MAX_POSITIONS = 512
-# How much louder than other rows the head start of image codes is (training/embeddings.py).
-_CODE_STD = 1.5
-
-
-class Lesson(NamedTuple):
-    """What a parent is trained with: the model as it is drawn, its documents, their collator, and its tokenizer."""
-
-    model: Any
-    documents: Dataset
-    collator: JamDataCollator
-    tokenizer: Any
-
-
-def parents_of(run: Run) -> SharedParents | UnlikeParents:
-    return UnlikeParents(run) if run.settings.family == "unlike" else SharedParents(run)
-
-
-def _encoded(splits: DatasetDict, description: str, **settings: Any) -> DatasetDict:
-    """All splits but those of unseen captions, which are there to be drawn."""
-    return DatasetDict(
-        {
-            split: encode_documents(dataset, description=f"encoding {description} {split}", **settings)
-            for split, dataset in splits.items()
-            if not split.startswith("unseen")
-        }
-    )
-
-
-class SharedParents:
-    """Two parents of one family and size, over one tokenizer that knows the image codes: as in the paper."""
-
-    modes = MODES
-    words = "A text LLM and an autoregressive image model, fused, then trained in two stages."
-
-    def __init__(self, run: Run):
-        self.run, self.settings = run, run.settings
-
-    @property
-    def tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self.run.need("tokenizer", "tokenizer"), trust_remote_code=False)
-
-    @property
-    def image_token_range(self) -> range:
-        first = self.tokenizer.convert_tokens_to_ids("<img:0>")
-        return range(first, first + self.settings.num_codes)
-
-    def make_tokenizers(self, folder: Path) -> None:
-        data = self.run.data
-        texts = [*data("texts")["train"]["text"][:5000], *data("pairs")["train"]["caption"][:5000]]
-        messages = [json.loads(row) for row in data("howtos")["train"]["messages"][:2000]]
-        texts += [part["text"] for m in messages for turn in m for part in turn["content"] if part["type"] == "text"]
-        train_tokenizer(texts, self.settings.text_vocab_size, self.settings.num_codes).save_pretrained(folder)
-
-    def encode(self, folder: Path) -> None:
-        """The documents of both parents, which are the JAM's too."""
-        vq = self.run.vq()
-        for name in ("texts", "pairs", "howtos"):
-            documents = _encoded(
-                self.run.data(name), name, tokenizer=self.tokenizer, encode_images=lambda images: encode_images(vq, images)
-            )
-            documents.save_to_disk(str(folder / name))
-
-    def documents(self, name: str) -> DatasetDict:
-        """The JAM's documents."""
-        return load_saved_dataset(self.run.need("encoded", "encode") / name)
-
-    def _collator(self, **cm3: Any) -> JamDataCollator:
-        tokenizer, codes = self.tokenizer, self.image_token_range
-        ids = {t: tokenizer.convert_tokens_to_ids(t) for t in ("<mask>", "</mask>", "<break>")}
-        settings = CM3Settings(
-            mask_token_id=ids["<mask>"],
-            num_mask_tokens=ids["</mask>"] - ids["<mask>"],
-            mask_end_token_id=ids["</mask>"],
-            boundary_token_ids=(ids["<break>"], tokenizer.bos_token_id, tokenizer.eos_token_id),
-            image_token_range=(codes.start, codes.stop),
-            mean_spans=0.0,
-            **cm3,
-        )
-        return JamDataCollator(tokenizer.pad_token_id, codes.stop, settings, seed=self.settings.seed)
-
-    def _model(self) -> Any:
-        s, tokenizer = self.settings, self.tokenizer
-        common = {
-            "vocab_size": self.image_token_range.stop,
-            "hidden_size": s.hidden_size,
-            "num_hidden_layers": s.num_layers,
-            "num_attention_heads": s.num_heads,
-            "max_position_embeddings": _MAX_POSITIONS,
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "tie_word_embeddings": False,
-        }
-        torch.manual_seed(s.seed)
-        if s.family == "llama":
-            return LlamaForCausalLM(
-                LlamaConfig(
-                    intermediate_size=s.intermediate_size,
-                    num_key_value_heads=s.num_heads,
-                    initializer_range=s.initializer_range,
-                    **common,
-                )
-            )
-        return OPTForCausalLM(  # the paper's architecture: no biases, no LayerNorm parameters, no dropout
-            OPTConfig(
-                ffn_dim=s.intermediate_size,
-                enable_bias=False,
-                layer_norm_elementwise_affine=False,
-                dropout=0.0,
-                activation_function="gelu",
-                init_std=s.initializer_range,
-                **common,
-            )
-        )
-
-    def llm(self) -> Lesson:
-        collator = self._collator(whole_segment_probability=0.0)
-        return Lesson(self._model(), self.documents("texts")["train"], collator, self.tokenizer)
-
-    def image_model(self) -> Lesson:
-        model, documents = self._model(), self.documents("pairs")["train"]
-        std = _CODE_STD * self.settings.initializer_range
-        first = self.image_token_range.start
-        initialise_image_embeddings(model, self.run.vq(), first, std, documents[:8000]["input_ids"], self.settings.seed)
-        collator = self._collator(whole_segment_probability=0.03, text_segments_only=True)
-        return Lesson(model, documents, collator, self.tokenizer)
-
-    def fuse(self, folder: Path) -> None:
-        llm, image = self.run.need("llm", "train-llm"), self.run.need("image-model", "train-image-model")
-        for mode in self.modes:
-            fuse(llm, image, mode, folder / f"jam-{mode}", vq_model=self.run.path("vq"), seed=self.settings.seed)
+from .lessons import CODE_STD, MAX_POSITIONS, Lesson, encoded
+from .run import Run
 
 
 class UnlikeParents:
@@ -191,7 +45,6 @@ class UnlikeParents:
     encoded once the parents are fused.
     """
 
-    modes = ("cross",)
     words = (
         "A text LLM (Qwen2) and an autoregressive image model (Chameleon) of other sizes, each with a tokenizer of its own, "
         "fused, then trained in two stages."
@@ -223,9 +76,9 @@ class UnlikeParents:
     def encode(self, folder: Path) -> None:
         """Each parent's own documents."""
         vq, tokenizer = self.run.vq(), self.tokenizer("image-model")
-        texts = _encoded(self.run.data("texts"), "texts", tokenizer=self.tokenizer("llm"), layout=NO_PICTURES)
+        texts = encoded(self.run.data("texts"), "texts", tokenizer=self.tokenizer("llm"), layout=NO_PICTURES)
         texts.save_to_disk(str(folder / "llm" / "texts"))
-        pairs = _encoded(
+        pairs = encoded(
             self.run.data("pairs"),
             "pairs",
             tokenizer=tokenizer,
@@ -274,7 +127,7 @@ class UnlikeParents:
             num_attention_heads=s.num_heads,
             num_key_value_heads=s.num_key_value_heads,
             intermediate_size=s.intermediate_size,
-            max_position_embeddings=_MAX_POSITIONS,
+            max_position_embeddings=MAX_POSITIONS,
             initializer_range=s.initializer_range,
             tie_word_embeddings=True,
             bos_token_id=None,
@@ -304,7 +157,7 @@ class UnlikeParents:
             num_attention_heads=sizes.num_heads,
             num_key_value_heads=sizes.num_heads,
             intermediate_size=sizes.intermediate_size,
-            max_position_embeddings=_MAX_POSITIONS,
+            max_position_embeddings=MAX_POSITIONS,
             initializer_range=s.initializer_range,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -320,7 +173,7 @@ class UnlikeParents:
         model = with_image_logits(ChameleonForConditionalGeneration(config))
         documents, layout = self.parents_documents("image-model", "pairs")["train"], self._layout(config, tokenizer)
         codes = torch.tensor(layout.codes)
-        std = _CODE_STD * s.initializer_range
+        std = CODE_STD * s.initializer_range
         initialise_image_embeddings(model, self.run.vq(), codes, std, documents[:8000]["input_ids"], s.seed)
         mask, mask_end = tokenizer.convert_tokens_to_ids(["<mask>", "</mask>"])
         settings = CM3Settings(  # a masked caption is how it learns to draw without one

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -24,11 +24,9 @@ from ..model.modeling_jam import JamForCausalLM
 from ..model.processing_jam import JamProcessor
 from ..picture_world import Picture, score_picture
 from ..training.vq import encode_images
-from .parents import with_image_logits
-
-
-if TYPE_CHECKING:
-    from .stages import Run
+from .pairs import parents_of
+from .run import Run
+from .unlike_parents import with_image_logits
 
 
 # torch's fused attention is made for long sequences; for these, on a CPU, the plain one is faster.
@@ -62,9 +60,9 @@ class _Measurements:
     codes: range  # of image codes in the JAM's ids
 
     def __init__(self, run: Run):
-        self.run = run
-        self.texts = run.parents.documents("texts")["validation"]
-        self.pairs = run.parents.documents("pairs")["validation"]
+        self.run, self.parents = run, parents_of(run)
+        self.texts = self.parents.documents("texts")["validation"]
+        self.pairs = self.parents.documents("pairs")["validation"]
 
     def _perplexities(self, model: Any) -> dict[str, float]:
         text = perplexity(model, self.texts, self.codes)
@@ -78,7 +76,7 @@ class _Measurements:
 
     def _trained_perplexities(self) -> dict[str, Any]:
         models: dict[str, Any] = {}
-        for mode in self.run.trained_modes():
+        for mode in self.run.trained_modes:
             for folder, name in (("pretrained/jam-{}", "jam-{}, stage 1"), ("jam-{}", "jam-{}, stage 2")):
                 model = JamForCausalLM.from_pretrained(
                     self.run.path(folder.format(mode)), **_EVALUATION, trust_remote_code=False
@@ -88,7 +86,7 @@ class _Measurements:
 
     def _add_drawing(self, models: dict[str, Any]) -> None:
         scales = {"plain": None, "guided": self.run.settings.guidance_scale}
-        for mode in self.run.trained_modes():
+        for mode in self.run.trained_modes:
             models[f"jam-{mode}, stage 2"]["drawing"] = self._drawing(self.run.path(f"jam-{mode}"), scales)
 
     def _drawing(self, folder: Path, scales: dict[str, float | None]) -> dict[str, dict[str, float]]:
@@ -129,7 +127,7 @@ class _SharedParents(_Measurements):
 
     def __init__(self, run: Run):
         super().__init__(run)
-        self.codes = run.parents.image_token_range  # type: ignore[union-attr]
+        self.codes = self.parents.image_token_range  # type: ignore[union-attr]
 
     def models(self) -> dict[str, Any]:
         run = self.run
@@ -220,7 +218,7 @@ class _UnlikeParents(_Measurements):
         model = ChameleonForConditionalGeneration.from_pretrained(
             self.run.path("image-model"), **_EVALUATION, trust_remote_code=False
         ).eval()
-        tokenizer, vq, pairs, results = self.run.parents.tokenizer("image-model"), self.run.vq(), self.run.data("pairs"), {}
+        tokenizer, vq, pairs, results = self.parents.tokenizer("image-model"), self.run.vq(), self.run.data("pairs"), {}
         for split in _UNSEEN:
             expected = [Picture.from_json(text) for text in pairs[split]["picture"]]
             images = draw_with_chameleon(model, tokenizer, vq, list(pairs[split]["caption"]))
