@@ -1,44 +1,59 @@
 """jam_hf: fuse a text LLM and an autoregressive image model into one model that writes text and pictures interleaved.
 
-Importing it registers the JAM classes with transformers' Auto classes.
+Importing it registers the JAM classes with transformers' Auto classes; the rest is imported when it is asked for.
 """
 
-import gc
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from ._moved import serve_old_names
+from .model.configuration_jam import JamConfig
+from .model.configuration_jam_vq import JamVQConfig
+from .model.image_processing_jam import JamImageProcessor
+from .model.modeling_jam import JamForCausalLM, JamModel
+from .model.modeling_jam_vq import JamVQModel
+from .model.package_jam import OFFERED
+from .model.processing_jam import JamProcessor
+from .version import __version__
 
 
-serve_old_names()
-
-# A million objects are made by these imports and none of them is garbage: looking for it costs a fifth of their time.
-_collecting = gc.isenabled()
-gc.disable()
-try:
-    from transformers import (
-        AutoConfig,
-        AutoImageProcessor,
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoModelForMultimodalLM,
-        AutoProcessor,
-        AutoTokenizer,
-        PreTrainedTokenizerFast,
-    )
-
+if TYPE_CHECKING:
     from .fusion.fuse import fuse
     from .generation.streaming import AsyncJamStreamer, JamStreamer, stream, stream_async
-    from .model.configuration_jam import JamConfig
-    from .model.configuration_jam_vq import JamVQConfig
-    from .model.image_processing_jam import JamImageProcessor
-    from .model.modeling_jam import JamForCausalLM, JamModel
-    from .model.modeling_jam_vq import JamVQModel
-    from .model.package_jam import OFFERED
-    from .model.processing_jam import JamProcessor
-    from .version import __version__
-finally:
-    if _collecting:
-        gc.enable()
+
+# Names of the package that are imported when they are first asked for, and where they are.
+_LAZY = {
+    "AsyncJamStreamer": ".generation.streaming",
+    "JamStreamer": ".generation.streaming",
+    "fuse": ".fusion.fuse",
+    "stream": ".generation.streaming",
+    "stream_async": ".generation.streaming",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_LAZY[name], __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
 
 
 def _register() -> None:
@@ -86,6 +101,7 @@ OFFERED |= {
     "split_for": "jam_hf.integrations.sharding:split_for",
     "trl": "jam_hf.integrations.trl:answering_trl",
 }
+serve_old_names()
 _register()
 
 __all__ = [

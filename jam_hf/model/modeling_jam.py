@@ -11,6 +11,7 @@ written token by token is generation_jam.py.
 Shape suffixes: B batch, T positions, E embedding size, V vocabulary, K codebook, N codes a picture.
 """
 
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,7 @@ class JamModel(JamPreTrainedModel):
             self.language_model = family.class_of(family.decoder)(config.text_config)
         self.vq_model = JamVQModel(config.vq_config)
         self.vq_model.requires_grad_(False)
+        _register_adapter_targets()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -361,12 +363,13 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
         )
 
 
+@functools.cache
 def _register_adapter_targets() -> None:
     """Tell peft, where it is installed, what an adapter without `target_modules` adapts in a JAM.
 
     It is what peft has for its decoders, in every method for which peft treats their families alike, of those that it knows
-    (LoRA: the queries and values of all attentions, those of both streams and of the cross blocks). diffusers has imported peft
-    by now.
+    (LoRA: the queries and values of all attentions, those of both streams and of the cross blocks). Called once, when a JAM is
+    built: importing peft takes its time, and diffusers has brought it along by then.
     """
     try:
         from peft.utils import constants
@@ -378,7 +381,5 @@ def _register_adapter_targets() -> None:
             if targets and all(other == targets[0] for other in targets):
                 table.setdefault(JamConfig.model_type, targets[0])
 
-
-_register_adapter_targets()
 
 __all__ = ["JamForCausalLM", "JamModel"]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +26,8 @@ from transformers import initialization as init
 from .configuration_jam_vq import JamVQConfig
 
 
-try:
-    from diffusers import VQModel
-    from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-except ImportError as error:  # possible where jam_hf, which would have brought it, is not installed
-    raise ImportError(
-        f"A JAM needs the package diffusers for its image tokenizer, and it cannot be imported ({error}). Install it: "
-        "pip install 'diffusers>=0.35'"
-    ) from error
+if TYPE_CHECKING:
+    from diffusers import VQModel  # transformers reads this line, too: it asks for the package before it loads remote code
 
 
 class JamVQLinear(nn.Module):
@@ -109,29 +104,28 @@ class VQClass:
     pixels: Callable[[nn.Module, torch.LongTensor], torch.Tensor]
 
 
-class ContiguousAttention(AttnProcessor2_0):
-    """diffusers' own attention, but its result is laid out in memory as its input was.
+def _contiguous(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    """A hook behind diffusers' attention: its result is laid out in memory as its input was.
 
     diffusers leaves it channels last, and so are all convolutions that follow. On a CPU that costs accuracy: with Chameleon's
     architecture, pixels were 2.7e-5 off those of a decoder in float64, and are 5e-6 off so (taming's own: 4e-6).
     """
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        temb: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb).contiguous()
+    return output.contiguous()
 
 
 def _diffusers_model(config: JamVQConfig) -> VQModel:
+    try:  # here, since it brings half a dozen packages along, which take longer than all else that a JAM imports
+        from diffusers import VQModel
+        from diffusers.models.attention_processor import Attention
+    except ImportError as error:  # possible where jam_hf, which would have brought it, is not installed
+        raise ImportError(
+            f"A JAM needs the package diffusers for its image tokenizer, and it cannot be imported ({error}). Install it: "
+            "pip install 'diffusers>=0.35'"
+        ) from error
     model = VQModel(**config.diffusers_kwargs())
     for module in model.modules():
         if isinstance(module, Attention):
-            module.set_processor(ContiguousAttention())
+            module.register_forward_hook(_contiguous)
     # CODEPATH: Chameleon's tokenizer in transformers has no decoder.
     if not config.has_decoder:
         del model.decoder, model.post_quant_conv
