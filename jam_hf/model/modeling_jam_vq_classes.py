@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,6 @@ from transformers import Emu3VQVAE, JanusVQVAE, PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_jam_vq import JamVQConfig
-
-
-if TYPE_CHECKING:
-    from diffusers import VQModel  # transformers reads this line, too: it asks for the package before it loads remote code
 
 
 class JamVQLinear(nn.Module):
@@ -113,8 +109,13 @@ def _contiguous(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.T
     return output.contiguous()
 
 
-def _diffusers_model(config: JamVQConfig) -> VQModel:
-    try:  # here, since it brings half a dozen packages along, which take longer than all else that a JAM imports
+def _diffusers_model(config: JamVQConfig) -> nn.Module:
+    """A `diffusers.VQModel`. Imported here: it brings half a dozen packages along, which take longer than all else.
+
+    In a `try`, which transformers passes over when it looks for what remote code needs: once a need was missing there, the
+    copied code stays half-copied, and does not load after the package is installed either.
+    """
+    try:
         from diffusers import VQModel
         from diffusers.models.attention_processor import Attention
     except ImportError as error:  # possible where jam_hf, which would have brought it, is not installed
@@ -132,7 +133,7 @@ def _diffusers_model(config: JamVQConfig) -> VQModel:
     return model
 
 
-def _diffusers_pixels(vq: VQModel, codes_BGG: torch.LongTensor) -> torch.Tensor:
+def _diffusers_pixels(vq: nn.Module, codes_BGG: torch.LongTensor) -> torch.Tensor:
     quantised_BEGG = vq.quantize.get_codebook_entry(codes_BGG.reshape(-1), (*codes_BGG.shape, vq.quantize.vq_embed_dim))
     return vq.decode(quantised_BEGG, force_not_quantize=True).sample
 
