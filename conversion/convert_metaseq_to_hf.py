@@ -9,7 +9,7 @@
 
 import sys
 
-from jam_hf.cli import main
+from jam_hf_cli import main
 
 
 if __name__ == "__main__":

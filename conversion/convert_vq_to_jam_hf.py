@@ -8,7 +8,7 @@ It is `jam-hf convert-vq` under another name; `--help` lists the options.
 
 import sys
 
-from jam_hf.cli import main
+from jam_hf_cli import main
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from typing import Any
 
 # Old name to new. A folder's line holds for what lies in it as well.
 OLD_MODULES = {
+    "jam_hf.cli": "jam_hf_cli",
+    "jam_hf.commands": "jam_hf_cli.commands",
     "jam_hf.evaluation.measured_documents": "jam_hf.data.readers",
     "jam_hf.fusion.checkpoint": "jam_hf.checkpoints",
     "jam_hf.fusion.convert_metaseq": "jam_hf.conversion.metaseq",

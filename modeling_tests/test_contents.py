@@ -11,7 +11,8 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file
 
 import jam_hf
-from jam_hf import JamForCausalLM, JamProcessor, cli
+import jam_hf_cli as cli
+from jam_hf import JamForCausalLM, JamProcessor
 from jam_hf.checkpoints.parent import Parent
 from jam_hf.contents import beside, check_shards, load_saved_dataset
 from jam_hf.data.readers import read_pairs

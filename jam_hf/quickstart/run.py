@@ -34,6 +34,11 @@ class Run:
                     f"'{self.folder}' holds a run with other settings ({', '.join(changed)}). Choose another folder, or "
                     "delete it to begin again."
                 )
+        elif self.folder.is_dir() and any(found.name != f".{path.name}.partial" for found in self.folder.iterdir()):
+            raise ValueError(
+                f"'{self.folder}' is not empty and holds no run of the quickstart, which would put its toys there. Choose "
+                "a new folder."
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(described, indent=1) + "\n")
 
@@ -43,7 +48,9 @@ class Run:
     def need(self, name: str, stage: str) -> Path:
         path = self.path(name)
         if not path.exists():
-            raise ValueError(f"'{path}' is missing; run the stage '{stage}' first (jam-hf {stage} --run {self.folder}).")
+            raise ValueError(
+                f"'{path}' is missing; run the stage '{stage}' first (jam-hf quickstart {stage} --run {self.folder})."
+            )
         return path
 
     def data(self, name: str) -> DatasetDict:

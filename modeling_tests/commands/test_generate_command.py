@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jam_hf import JamProcessor, cli
+import jam_hf_cli as cli
+from jam_hf import JamProcessor
 
 
 COLOURS = ((200, 30, 30), (30, 30, 200), (30, 200, 30))

@@ -8,7 +8,8 @@ from datasets import Dataset
 from model.test_picture_layout import layout_processor
 from retrieval.tiny_memory import layout_jam, pairs, tiny_clip
 
-from jam_hf import JamForCausalLM, JamProcessor, cli
+import jam_hf_cli as cli
+from jam_hf import JamForCausalLM, JamProcessor
 from jam_hf.retrieval import ClipEmbedder, RetrievalSettings, load_index
 
 

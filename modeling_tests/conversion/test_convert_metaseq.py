@@ -10,9 +10,9 @@ import torch
 from conftest import randomise
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
-from jam_hf.cli import main
 from jam_hf.conversion import metaseq as module
 from jam_hf.conversion.metaseq import convert_metaseq
+from jam_hf_cli import main
 
 
 KINDS = {

@@ -35,9 +35,9 @@ from transformers.models.janus.modeling_janus import JanusVQVAEAttnBlock, JanusV
 
 import jam_hf
 from jam_hf import JamForCausalLM, JamProcessor, JamVQModel
-from jam_hf.cli import main
 from jam_hf.conversion.vq import convert_vq
 from jam_hf.conversion.vq_tables import LLAMAGEN_TO_JANUS, rename, taming_to_diffusers
+from jam_hf_cli import main
 
 
 CODES, EMBED, SIZE = 64, 8, 16

@@ -26,11 +26,11 @@ from transformers import (
 
 import jam_hf
 from jam_hf import JamForCausalLM, JamProcessor
-from jam_hf.cli import main
 from jam_hf.evaluation import retention
 from jam_hf.evaluation.perplexity import compare_logits
 from jam_hf.evaluation.retention import SECTION_END, SECTION_START, certify
 from jam_hf.training.tokenizer import train_tokenizer
+from jam_hf_cli import main
 
 
 CAPTIONS = ["a small red circle", "a ruby is red and small", "top", "a circle in the top left", "left"]

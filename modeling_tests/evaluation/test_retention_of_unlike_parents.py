@@ -30,8 +30,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import jam_hf
 from jam_hf import JamForCausalLM, JamProcessor
-from jam_hf.cli import main
 from jam_hf.evaluation.retention import certify
+from jam_hf_cli import main
 
 
 IMAGE_SIZES = Sizes(hidden=48, layers=5, heads=6, kv_heads=3, ffn=40)

@@ -6,7 +6,8 @@ import pytest
 from fusion_zoo import IMAGE_KINDS, image_parent, save, text_parent, vq_model
 from safetensors import safe_open
 
-from jam_hf import cli, fuse
+import jam_hf_cli as cli
+from jam_hf import fuse
 from jam_hf.fusion.fuse import plan_fusion, run_fusion
 from jam_hf.fusion.plan import parts, weight_bytes
 

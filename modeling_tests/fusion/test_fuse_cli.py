@@ -16,11 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from jam_hf.checkpoints.tensor_files import TensorFileWriter
-from jam_hf.cli import main
-from jam_hf.commands.fuse import _SETTINGS
 from jam_hf.fusion.fuse import plan_fusion
 from jam_hf.fusion.plan import size
 from jam_hf.fusion.recipe import FusionRecipe
+from jam_hf_cli import main
+from jam_hf_cli.commands.fuse import SETTINGS
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_flags_reach_the_fusion(inputs, tmp_path, capsys):
 
 def test_every_setting_has_a_flag_or_is_said_in_a_recipe():
     yaml_only = {"break_token", "image_token", "mask_token", "mask_end_token", "special_tokens"}
-    assert {f.name for f in fields(FusionRecipe)} == {*_SETTINGS, "seed"} | yaml_only
+    assert {f.name for f in fields(FusionRecipe)} == {*SETTINGS} | yaml_only
 
 
 def test_flags_win_over_the_recipe(inputs, tmp_path, capsys):
@@ -172,15 +172,15 @@ def test_wrong_flags(inputs, tmp_path, capsys):
         ([*inputs[:4], "--mode", "cross", *out], "vq_model is missing"),
         ([*inputs, "--mode", "cross", "--image-token-offset", 310, *out], "310"),
         ([*inputs, "--mode", "cross", "--output", inputs[1]], "is also an input"),
-        ([*inputs, "--mode", "cross", "--force", *out], "--force is for run folders"),
     ):
         assert fuse(*arguments) == 2, arguments
         printed = outputs(capsys)
         assert printed.err.startswith("jam-hf fuse: ") and printed.err.count("\n") == 1, printed.err
         assert words in printed.err, printed.err
-    with pytest.raises(SystemExit) as error:
-        fuse(*inputs, "--seed", "x")
-    assert error.value.code == 2
+    for wrong in (["--seed", "x"], ["--mode", "cross", "--force", *out], ["--mode", "cross", "--run", "runs", *out]):
+        with pytest.raises(SystemExit) as error:
+            fuse(*inputs, *wrong)
+        assert error.value.code == 2 and wrong[-1 if wrong[0] == "--seed" else 2] in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -333,7 +333,7 @@ def test_ctrl_c_and_then_another_process_goes_on_to_the_same_bytes(ctrl_c, input
     assert capfd.readouterr().err.endswith("\njam-hf fuse: interrupted; the same command goes on from here.\n")
     assert not (tmp_path / "jam").exists() and list((tmp_path / ".jam.unfinished").glob("*.safetensors"))
 
-    command = [sys.executable, "-m", "jam_hf.cli", "fuse", *arguments, str(tmp_path / "jam")]
+    command = [sys.executable, "-m", "jam_hf_cli", "fuse", *arguments, str(tmp_path / "jam")]
     environment = {**os.environ, "PYTHONHASHSEED": "7", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=processes.PATIENCE)
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ import pytest
 from fusion_zoo import IMAGE_KINDS, image_parent, save, text_parent, vq_model
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 
-from jam_hf import cli
+import jam_hf_cli as cli
 from jam_hf.checkpoints.tensor_files import DTYPES, TensorFile
 from jam_hf.fusion.fuse import plan_fusion, run_fusion
 

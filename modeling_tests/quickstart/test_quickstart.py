@@ -9,9 +9,9 @@ import pytest
 from transformers import AutoModel, AutoProcessor
 
 import jam_hf.quickstart.stages as stages
-from jam_hf.cli import main
 from jam_hf.quickstart.page import document_html, verdicts
 from jam_hf.quickstart.stages import STAGES, QuickstartSettings, Run, results, run_all, run_stage
+from jam_hf_cli import main
 
 
 @pytest.fixture(scope="module")
