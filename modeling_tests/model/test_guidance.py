@@ -194,9 +194,9 @@ def test_columns_of_pictures_that_are_done_are_taken_out(jam, monkeypatch):
     append = LaneColumns.append
 
     def recording(self, *args, **kwargs):
-        mask = append(self, *args, **kwargs)
-        seen.append((self.beside, mask.shape[-1]))
-        return mask
+        laid = append(self, *args, **kwargs)
+        seen.append((self.beside, laid["attention_mask"].shape[-1]))
+        return laid
 
     monkeypatch.setattr(LaneColumns, "append", recording)
     rows = [[BOS, 30 + i] for i in range(3)]

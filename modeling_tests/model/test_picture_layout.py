@@ -473,9 +473,9 @@ def test_the_branches_are_told_once_for_a_whole_picture(layout_jam, monkeypatch)
     model, told = layout_jam("emu3", "cross"), []
     forward = PackedGuidance._forward
 
-    def counting(self, ids, *args):
+    def counting(self, ids, *args, **kwargs):
         told.append(ids.tolist())
-        return forward(self, ids, *args)
+        return forward(self, ids, *args, **kwargs)
 
     monkeypatch.setattr(PackedGuidance, "_forward", counting)
     model.generate(input_ids=torch.tensor([[BOS, 30]] * 2), generation_mode="image", guidance_scale=2.0, do_sample=True)
