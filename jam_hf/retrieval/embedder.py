@@ -14,8 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from transformers.utils import cached_file
 
 from ..contents import check_shards
+from ..integrations.private import extract_commit_hash
 from ..reading import read_clip
 
 
@@ -63,7 +65,7 @@ class ClipEmbedder:
                 "tokenizer and image processor."
             ) from error
         self.model.requires_grad_(False).eval().to(device)
-        self.revision = getattr(self.model.config, "_commit_hash", None) or revision
+        self.revision = extract_commit_hash(cached_file(self.name, "config.json", revision=revision), None) or revision
         self.size = self.model.config.projection_dim
         self.fingerprint = fingerprint(self.model.text_projection.weight, self.model.visual_projection.weight)
 
