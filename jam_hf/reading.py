@@ -17,7 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
+
+from .integrations.private import get_tokenizer_config, tokenizer_class_from_name
 
 
 NEVER_RUN = "jam_hf never runs code that a checkpoint brings along"

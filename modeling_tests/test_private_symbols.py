@@ -72,9 +72,7 @@ FLAGS = {
 
 
 STRINGS = {"_BaseTrainer", "_reorder_cache"}  # named in a table; a step that transformers asks for and does not have
-# What continuous batching and generation still say themselves.
-PENDING = {"model/continuous_batching_jam.py", "model/padded_batches_jam.py"}
-OURS = {"_abc_impl", "_negative_prompt", "_own_loop", "_prompt_ids", "_rows_follow"}
+OURS = {"_abc_impl"}  # Python's
 
 
 def trees() -> Iterator[tuple[str, ast.Module]]:
@@ -151,7 +149,7 @@ def touched() -> set[str]:
 
 
 def test_private_symbols_are_imported_from_a_room():
-    found = {f"{path}: {name}" for path, tree in trees() if path not in PENDING for name in private_imports(tree)}
+    found = {f"{path}: {name}" for path, tree in trees() for name in private_imports(tree)}
     assert not found, f"give these a line in {' or '.join(ROOMS)}, and a contract: {sorted(found)}"
 
 
@@ -181,8 +179,7 @@ def test_every_line_of_a_room_is_used_and_says_why(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").rpartition(".")[2] == module
         for alias in node.names
     }
-    pending = {name for path, tree in trees() if path in PENDING for name in private_imports(tree)}
-    assert set(names) <= used | {name.rpartition(".")[2] for name in pending}, sorted(set(names) - used)
+    assert set(names) <= used, sorted(set(names) - used)
 
 
 def test_every_name_has_a_contract():

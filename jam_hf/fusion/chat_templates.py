@@ -12,9 +12,9 @@ from itertools import product
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..data.chats import check_that_parts_are_written
+from ..integrations.private import render_jinja_template
 
 
 # Ends in `+%}`, so that whatever the template begins with is kept. What a tool returned may be a list of anything.

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
 
+from ..integrations.private import get_tokenizer_config
 from ..reading import read_tokenizer
 
 

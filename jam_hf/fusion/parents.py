@@ -304,7 +304,7 @@ def _own_codes(decoder: Decoder, rows: torch.LongTensor) -> ImageCodes:
 
     Its head is an MLP, which does not: it stays a module.
     """
-    from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP
+    from ..integrations.private import JanusVQVAEAlignerMLP
 
     parent, config = decoder.parent, decoder.parent.config.vq_config
     embedding_key = _only(parent, "generation_embeddings.weight")

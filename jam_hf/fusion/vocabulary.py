@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..data.code_names import name_codes
+from ..integrations.private import bytes_to_unicode
 from ..model.code_tokens_jam import UNUSED_NAME
 from ..model.picture_layout_jam import PictureLayout
 

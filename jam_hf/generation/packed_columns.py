@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import StaticLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ..model.transformers_private_jam import sdpa_attention_forward
 from .block_cache import gather_columns
 
 

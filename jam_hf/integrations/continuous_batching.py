@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from transformers.generation.continuous_batching import ContinuousMixin
-from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
 from ..model.call_settings_jam import JamCallSettings, end_ids
 from ..model.families_jam import family_of
 from ..model.grammar_jam import DocumentRules, PictureGrammar, PictureState, as_ids
 from .continuous_settings import check_model, check_rotation, check_settings, sized
 from .padded_batches import generate_padded
+from .private import ContinuousBatchingLogitsProcessor
 
 
 NEW_TOKENS_BY_DEFAULT = 20  # transformers' default of max_length, which generate() counts from the prompt's end

@@ -13,10 +13,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 from transformers.utils import logging
 
 from ..model.grammar_jam import left_padded
+from .private import GenerationOutput, RequestStatus
 
 
 def groups(requests: Sequence[tuple[int, int]], tokens: int) -> list[list[int]]:

@@ -26,8 +26,6 @@ TOUCHED = (
     ("Trainer", "_get_train_sampler", "-", "Documents of like length go together."),
     ("trl", "fused_lm_head", "1.16", "Of the forward that trl puts in place: by this argument it is known."),
     ("GenerationConfig", "_get_default_generation_params", "-", "What a setting is where nobody says it."),
-    ("GenerationMixin", "_prepare_special_tokens _prepare_attention_mask_for_generation", "-",
-     "A document that is drawn in parts begins like one that is not."),
     ("ContinuousMixin",
      "_cached_continuous_batching_manager _true_initial_tokens ContinuousBatchingManager.add_request "
      "ContinuousBatchingLogitsProcessorList.tensors_required", "-", "What pages know of a request; they bound new ids alone."),

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard
 
 from ..model.families_jam import family_of, key_value_heads_of
+from ..model.transformers_private_jam import replace_layer_number_by_wildcard
 
 
 # Split by heads: each process computes its own heads, and `rowwise` sums what they add. A norm that all heads share (Qwen3) is

@@ -5,7 +5,7 @@ whether it is a causal LM and takes pictures. It knows names only, and comes alo
 any model class is loaded.
 """
 
-from transformers.models.auto import modeling_auto
+from .transformers_private_jam import modeling_auto
 
 
 MODEL_TYPE = "jam"

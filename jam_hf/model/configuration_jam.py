@@ -14,9 +14,7 @@ import copy
 import os
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from .class_names_jam import MODEL_TYPE
 from .configuration_jam_vq import Derived, JamVQConfig, Part
@@ -24,6 +22,7 @@ from .families_jam import FAMILIES, attention_type, embedding_size_of, head_dim_
 from .package_jam import PackageFunction, tell
 from .picture_layout_jam import PictureLayout
 from .remote_code_jam import AUTO_MAP, add_auto_map
+from .transformers_private_jam import SubConfigSpec, strict
 
 
 FUSION_MODES = ("uniform", "width", "cross")

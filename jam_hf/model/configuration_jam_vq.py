@@ -12,11 +12,10 @@ It knows numbers only: nothing here builds a module. What can contradict is chec
 import os
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from .remote_code_jam import VQ_AUTO_MAP, add_auto_map
+from .transformers_private_jam import SubConfigSpec, strict
 
 
 # Fields that may be None, or a dict, until the config is built, and are there from then on.

@@ -21,7 +21,6 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.utils.generic import is_flash_attention_requested
 
 from .call_settings_jam import GUIDANCE_SETTINGS, WARPER_CLASSES, JamCallSettings, end_ids, negative_prompts
 from .calls_jam import JamCall, current_call, running
@@ -35,6 +34,7 @@ from .logits_process_jam import (
     warp_by_modality,
 )
 from .package_jam import PackageFunction, from_package, tell
+from .transformers_private_jam import is_flash_attention_requested
 
 
 # transformers' loops in which a row goes on from itself.

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import PILImageResampling, SizeDict
+from transformers.image_utils import PILImageResampling
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .picture_input_jam import open_picture, picture_of_array
 from .remote_code_jam import AUTO_MAP  # noqa: F401  (its file brings all the others along)
+from .transformers_private_jam import SizeDict
 
 
 if TYPE_CHECKING:

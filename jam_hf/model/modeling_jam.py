@@ -19,14 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache
-from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.janus.configuration_janus import JanusVQVAEConfig
-from transformers.models.janus.modeling_janus import JanusVQVAEHead
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
-from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_jam import JamConfig
 from .families_jam import FAMILIES, family_of
@@ -36,6 +32,14 @@ from .modeling_jam_cross import JamCrossDecoder, JamModelOutputWithPast, JamPreT
 from .modeling_jam_vq import JamVQModel
 from .package_jam import from_package
 from .trainer_jam import teach_trainers
+from .transformers_private_jam import (
+    JanusVQVAEHead,
+    create_masks_for_generate,
+    resolve_hidden_states_indices,
+    selected_hidden_states,
+    slice_logits_to_keep,
+    torch_compilable_check,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -372,7 +376,7 @@ def _register_adapter_targets() -> None:
     built: importing peft takes its time, and diffusers has brought it along by then.
     """
     try:
-        from peft.utils import constants
+        from .transformers_private_jam import constants
     except ImportError:
         return
     for name, table in vars(constants).items():

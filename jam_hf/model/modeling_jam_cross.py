@@ -26,9 +26,6 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_jam import JamConfig
 from .families_jam import attention_type, head_dim_of, key_value_heads_of
@@ -42,6 +39,13 @@ from .modeling_jam_families import (
     states_of,
 )
 from .package_jam import from_package, tell
+from .transformers_private_jam import (
+    OutputRecorder,
+    apply_rotary_pos_emb,
+    capture_outputs,
+    eager_attention_forward,
+    merge_with_config_defaults,
+)
 
 
 # Parameters of the image tokenizer, in a JamModel and in a JamForCausalLM.

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import torch_compilable_check
 
 from .configuration_jam_vq import JamVQConfig
 from .modeling_jam_vq_classes import VQ_CLASSES, JamVQLinear, init_vq_weights
+from .transformers_private_jam import torch_compilable_check
 
 
 class JamVQModel(PreTrainedModel):

@@ -117,7 +117,8 @@ def _diffusers_model(config: JamVQConfig) -> nn.Module:
     """
     try:
         from diffusers import VQModel
-        from diffusers.models.attention_processor import Attention
+
+        from .transformers_private_jam import Attention
     except ImportError as error:  # possible where jam_hf, which would have brought it, is not installed
         raise ImportError(
             f"A JAM needs the package diffusers for its image tokenizer, and it cannot be imported ({error}). Install it: "

@@ -13,8 +13,9 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
-from huggingface_hub.utils import httpx
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .transformers_private_jam import httpx
 
 
 _ORIENTATION = 0x0112

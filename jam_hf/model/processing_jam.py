@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from transformers import processing_utils
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.utils import logging
 
 from .code_tokens_jam import CODE_NAME, reading_names_as_text
 from .grammar_jam import PictureGrammar
 from .package_jam import OFFERED, PackageFunction, from_package, tell
 from .remote_code_jam import AUTO_MAP  # noqa: F401  (its file brings all the others along)
+from .transformers_private_jam import _MARKED_RE, MultiModalData
 
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 # A token that a user typed into a chat, as transformers marks it under `sanitize_control_tokens=True`.
-_MARKED = processing_utils._MARKED_RE
+_MARKED = _MARKED_RE
 logger = logging.get_logger(__name__)
 
 

@@ -23,8 +23,8 @@ IMPORTED = (
      "Flash-attention goes by many names, kernels too."),
     ("transformers.utils", "torch_compilable_check", "-", "A check of tensors that torch.compile can trace."),
     ("transformers.modeling_utils", "slice_logits_to_keep", "5.21", "What logits_to_keep means, sharded states too."),
-    ("transformers.masking_utils", "create_masks_for_generate sdpa_mask", "-",
-     "Masks of a static cache, of lanes of a cache."),
+    ("transformers.masking_utils", "create_masks_for_generate", "-",
+     "Masks of a static cache."),
     ("transformers.integrations.sdpa_attention", "sdpa_attention_forward", "-", "What lanes of a cache fall back to."),
     ("transformers.integrations.tensor_parallel", "replace_layer_number_by_wildcard", "-", "Names in parallel plans."),
     ("transformers.configuration_utils", "SubConfigSpec", "-", "Sub-configs of any family, one of them optional."),
@@ -46,7 +46,8 @@ IMPORTED = (
 TOUCHED = (
     ("GenerationMixin",
      "_prepare_generation_config _prepare_cache_for_generation _get_logits_processor _get_stopping_criteria "
-     "_update_model_kwargs_for_generation _reorder_cache", "-", "The loops of generate() have no public hook at a step."),
+     "_update_model_kwargs_for_generation _reorder_cache _mask_length", "-",
+     "The loops of generate() have no public hook at a step."),
     ("Cache", "_is_user_defined DynamicLayer StaticLayer QuantizedCache.layers per_layer_config", "-",
      "Columns beside the document, and a layer for each of a depth's attentions."),
     ("PreTrainedConfig", "_attn_implementation _attn_implementation_internal", "-",

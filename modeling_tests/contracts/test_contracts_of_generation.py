@@ -101,6 +101,15 @@ def test_a_call_goes_first_then_its_config_then_the_models_own_and_what_is_no_se
     assert rest["attention_mask"] == 1 and "max_length" not in rest
 
 
+@pytest.mark.contract("_mask_length")
+def test_without_a_mask_of_its_own_a_static_cache_keeps_the_masks_length():
+    model, seen = stock(), []
+    prepare = model._prepare_cache_for_generation
+    model._prepare_cache_for_generation = lambda config, *rest: (seen.append(config._mask_length), prepare(config, *rest))
+    model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=2, cache_implementation="static", disable_compile=True)
+    assert seen == [3]
+
+
 @pytest.mark.contract("_get_default_generation_params")
 def test_defaults_of_generation_are_a_table_by_name():
     defaults = GenerationConfig._get_default_generation_params()
@@ -118,16 +127,6 @@ def test_a_cache_that_a_user_gives_is_marked_and_none_that_generate_makes():
     own = model.generate(torch.tensor([[1, 5, 6]]), **settings).past_key_values
     model.generate(torch.tensor([[1, 5, 6]]), past_key_values=cache, **settings)
     assert cache._is_user_defined and not getattr(own, "_is_user_defined", False)
-
-
-@pytest.mark.contract("_prepare_special_tokens", "_prepare_attention_mask_for_generation")
-def test_special_tokens_become_tensors_and_a_mask_is_read_off_padding():
-    model = stock()
-    config, _ = model._prepare_generation_config(None)
-    ids = torch.tensor([[0, 1, 5]])
-    model._prepare_special_tokens(config, False, device=ids.device)
-    assert config._eos_token_tensor.tolist() == [2] and config._pad_token_tensor.item() == 0
-    assert model._prepare_attention_mask_for_generation(ids, config, {}).tolist() == [[0, 1, 1]]
 
 
 @pytest.mark.contract("DynamicLayer", "StaticLayer", "QuantizedCache.layers")

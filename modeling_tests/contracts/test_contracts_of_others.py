@@ -1,4 +1,4 @@
-"""What JAM relies on inside trainers, tokenizers, torch, diffusers, peft, accelerate and trl: a failure here says what moved."""
+"""What JAM relies on inside trainers, tokenizers, torch, diffusers, peft and trl: a failure here says what moved."""
 
 from __future__ import annotations
 
