@@ -37,7 +37,7 @@ IMPORTED = (
      "What cross blocks do as Llama does."),
     ("huggingface_hub.dataclasses", "strict", "-", "transformers' configs are checked by it; a subclass must be, too."),
     ("huggingface_hub.utils", "httpx", "-", "The HTTP client that transformers itself fetches pictures with."),
-    ("diffusers.models.attention_processor", "Attention AttnProcessor2_0", "-",
+    ("diffusers.models.attention_processor", "Attention", "-",
      "Its output is channels-last; ours is not."),
     ("peft.utils", "constants", "-", "Which modules an adapter adapts where nobody says it; tables by model type."),
 )

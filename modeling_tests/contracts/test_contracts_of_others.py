@@ -165,17 +165,13 @@ def test_accelerate_hangs_its_hook_on_the_module():
     assert hasattr(module, "_hf_hook")
 
 
-@pytest.mark.contract("Attention", "AttnProcessor2_0")
+@pytest.mark.contract("Attention")
 @torch.no_grad()
-def test_diffusers_attention_is_a_processor_whose_result_lies_channels_last():
+def test_diffusers_attention_gives_its_result_channels_last():
     attention = carried.Attention(4, heads=1, dim_head=4, norm_num_groups=2, residual_connection=True)
-    attention.set_processor(carried.AttnProcessor2_0())
-    names = ["self", "attn", "hidden_states", "encoder_hidden_states", "attention_mask", "temb"]
-    assert list(inspect.signature(carried.AttnProcessor2_0.__call__).parameters)[:6] == names
     pixels = torch.randn(2, 4, 3, 3)
-    out = carried.AttnProcessor2_0()(attention, pixels, None, None, None)
-    assert out.shape == pixels.shape and not out.is_contiguous()  # if it is, JAM's own processor is not needed any more
-    assert torch.equal(attention(pixels), out)
+    assert attention(pixels).shape == pixels.shape
+    assert not attention(pixels).is_contiguous()  # if it is, JAM's hook behind it is not needed any more
 
 
 @pytest.mark.contract("constants")
