@@ -110,9 +110,16 @@ class TensorFile:
     def _bytes_at(self, start: int, length: int) -> bytearray:
         data = bytearray(length)
         with memoryview(data) as view:
-            count = portable.read_at(self._descriptor, view, start)
+            count = self._fill(view, start)
         del data[count:]  # the file ends there
         return data
+
+    def _fill(self, view: memoryview, start: int) -> int:
+        """Bytes from `start` on, and how many there were: less than asked for only where the file ends."""
+        done = 0
+        while done < len(view) and (count := portable.read_at(self._descriptor, view[done:], start + done)):
+            done += count
+        return done
 
     def _read_entries(self, entries: dict[str, dict], start: int) -> None:
         """Shapes, dtypes and places, which lie in the file one behind the other, without gaps."""
@@ -154,12 +161,8 @@ class TensorFile:
         tensor = torch.empty(shape, dtype=spec.dtype)
         width = spec.row_numel * spec.dtype.itemsize
         view, start = _bytes(tensor), self._starts[key] + first * width
-        done = 0
-        while done < len(view):
-            count = portable.read_at(self._descriptor, view[done:], start + done)
-            if not count:
-                raise ValueError(f"{self.path} ends inside tensor '{key}': it was cut short while it was read.")
-            done += count
+        if self._fill(view, start) < len(view):
+            raise ValueError(f"{self.path} ends inside tensor '{key}': it was cut short while it was read.")
         return tensor
 
     def close(self) -> None:
