@@ -74,7 +74,9 @@ class _OldModules(Loader):
 
 
 def serve_old_names() -> None:
-    """Before the importers of files: an old folder's name has the new folder's path, and would be read a second time there."""
+    """Before the importers of files: an old folder's name has the new folder's path, and would be read a second
+    time there.
+    """
     if not any(isinstance(finder, _OldModules) for finder in sys.meta_path):
         sys.meta_path.insert(0, _OldModules())
 

@@ -1,6 +1,7 @@
 """Names of files that stand in files: they lead to what lies in the same folder, or are refused.
 
-Whoever made a folder wrote them; what is opened by them would be read, computed with and perhaps published. A link that lies in
+Whoever made a folder wrote them; what is opened by them would be read, computed with and perhaps published. A link that
+lies in
 the folder is followed: the Hub's cache is made of links, and only who has the machine can put one there.
 """
 
@@ -29,7 +30,8 @@ def beside(folder: str | os.PathLike, name: Any, where: str) -> Path:
 
 
 def may_be_hub_id(source: str | os.PathLike, with_owner: bool = False) -> bool:
-    """Whether it can be the name of a repository on the Hub, `name` or `owner/name` (`with_owner`: of the second form alone).
+    """Whether it can be the name of a repository on the Hub, `name` or `owner/name` (`with_owner`: of the second form
+    alone).
 
     What lies on this machine, and what is written as a path, is none.
     """
@@ -39,7 +41,8 @@ def may_be_hub_id(source: str | os.PathLike, with_owner: bool = False) -> bool:
 
 
 def check_shards(source: str | os.PathLike, role: str) -> None:
-    """Raise a `ValueError` if an index of weights in this folder names files outside of it; of a Hub id, nothing is looked at.
+    """Raise a `ValueError` if an index of weights in this folder names files outside of it; of a Hub id, nothing is
+    looked at.
 
     transformers opens what such an index names.
     """
@@ -80,13 +83,17 @@ def public_name(source: str | os.PathLike) -> str:
 
 
 def name_the_base(adapter_dir: str | os.PathLike) -> None:
-    """In the folder of an adapter that peft wrote, the base model by its name instead of by its place on this machine."""
+    """In the folder of an adapter that peft wrote, the base model by its name instead of by its place on this
+    machine.
+    """
     for path in sorted(Path(adapter_dir).rglob("adapter_config.json")):
         config = read_json(path)
         base = config.get("base_model_name_or_path")
         if not base or public_name(base) == base:
             continue
-        write_whole(path, json.dumps({**config, "base_model_name_or_path": public_name(base)}, indent=2, sort_keys=True) + "\n")
+        write_whole(
+            path, json.dumps({**config, "base_model_name_or_path": public_name(base)}, indent=2, sort_keys=True) + "\n"
+        )
         for card in (path.with_name("README.md"), Path(adapter_dir) / "README.md"):
             if card.is_file():
                 write_whole(card, card.read_text(encoding="utf-8").replace(str(base), public_name(base)))

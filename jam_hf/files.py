@@ -1,9 +1,9 @@
 """Files and folders that appear whole or not at all. It knows nothing of what is in them.
 
-Beside a folder `jam` that is being made lie `.jam.unfinished.recipe` (the lock of whoever makes it; for a run that can be taken
-up again, also what it makes) and `.jam.unfinished` or `.jam.partial-...` (what there is of it); and, between the two renames
-that put it in place of an older one, that one as `.jam.replaced`. What was made while somebody else filled `jam` stays beside
-it, as `jam.new` or `.jam.unfinished`; the error says which.
+Beside a folder `jam` that is being made lie `.jam.unfinished.recipe` (the lock of whoever makes it; for a run that can
+be taken up again, also what it makes) and `.jam.unfinished` or `.jam.partial-...` (what there is of it); and, between
+the two renames that put it in place of an older one, that one as `.jam.replaced`. What was made while somebody else
+filled `jam` stays beside it, as `jam.new` or `.jam.unfinished`; the error says which.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # what a rename of a fo
 
 
 @contextlib.contextmanager
-def whole_folder(output_dir: str | os.PathLike, overwrite: bool = False, lock: BinaryIO | None = None) -> Iterator[Path]:
+def whole_folder(
+    output_dir: str | os.PathLike, overwrite: bool = False, lock: BinaryIO | None = None
+) -> Iterator[Path]:
     """A temporary sibling of `output_dir` that becomes `output_dir` when the block ends well, and vanishes otherwise.
 
     Args:
         overwrite: whether it may replace what lies there, now and when the block ends.
         lock: of `folder_lock`, where the caller holds it already.
     Raises:
-        FileExistsError: if `output_dir` holds anything and `overwrite` is False, or another run writes it. If it was filled
-            while the block ran, it stays as it is, and the error says where the new folder lies. OSError: if it cannot be
-            written.
+        FileExistsError: if `output_dir` holds anything and `overwrite` is False, or another run writes it. If it was
+            filled while the block ran, it stays as it is, and the error says where the new folder lies. OSError: if it
+            cannot be written.
     """
     target = _target(output_dir)
     _check_target(target, output_dir)
@@ -68,17 +70,21 @@ def whole_folder(output_dir: str | os.PathLike, overwrite: bool = False, lock: B
 
 @contextlib.contextmanager
 def resumable_folder(output_dir: str | os.PathLike, recipe: str, overwrite: bool = False) -> Iterator[Path | None]:
-    """As `whole_folder`, but what was written so far outlives a run that is killed, and is there again for the next one.
+    """As `whole_folder`, but what was written so far outlives a run that is killed, and is there again for the next
+    one.
 
-    A `ValueError` in the block says that the input is wrong: what was written is removed then. After any other error it stays.
+    A `ValueError` in the block says that the input is wrong: what was written is removed then. After any other error it
+    stays.
 
     Args:
         recipe: what is being made, in one line; what an unfinished run with another recipe left is removed.
     Yields:
-        the temporary folder, `.<name>.unfinished` beside `output_dir`, or None where the last run was killed after its last
+        the temporary folder, `.<name>.unfinished` beside `output_dir`, or None where the last run was killed after its
+        last
         step: `output_dir` is complete then.
     Raises:
-        FileExistsError, OSError: as `whole_folder`; after them the temporary folder stays, and the next run goes on with it.
+        FileExistsError, OSError: as `whole_folder`; after them the temporary folder stays, and the next run goes on
+            with it.
         ValueError: if the note beside the temporary folder is damaged.
     """
     target = _target(output_dir)
@@ -119,10 +125,11 @@ def resumable_folder(output_dir: str | os.PathLike, recipe: str, overwrite: bool
 
 
 def check_free(output_dir: str | os.PathLike, overwrite: bool = False) -> None:
-    """Raise a `FileExistsError` if no folder can be made at `output_dir`, or another run makes it now; nothing is written.
+    """Raise a `FileExistsError` if no folder can be made at `output_dir`, or another run makes it now; nothing is
+    written.
 
-    It says no more than how things are now: whoever makes the folder looks again. What a killed run left there is looked at
-    by the run that goes on with it.
+    It says no more than how things are now: whoever makes the folder looks again. What a killed run left there is
+    looked at by the run that goes on with it.
     """
     target = _target(output_dir)
     note = _unfinished(target)[1]
@@ -144,7 +151,9 @@ def _check_target(target: Path, output_dir: str | os.PathLike) -> None:
 
 
 def check_apart(output_dir: str | os.PathLike, *sources: Any, called: str = "an input") -> None:
-    """Raise a `ValueError` if the output folder is, or holds, a source; what is no path, or does not exist, is passed over."""
+    """Raise a `ValueError` if the output folder is, or holds, a source; what is no path, or does not exist, is
+    passed over.
+    """
     target = Path(output_dir).resolve()
     for source in sources:
         if isinstance(source, (str, os.PathLike)) and Path(source).exists():
@@ -156,7 +165,9 @@ def check_apart(output_dir: str | os.PathLike, *sources: Any, called: str = "an 
 
 def _refuse_full(target: Path, overwrite: bool) -> None:
     if not overwrite and target.is_dir() and any(target.iterdir()):
-        raise FileExistsError(f"'{target}' is not empty. Choose another output folder, or pass overwrite=True (--overwrite).")
+        raise FileExistsError(
+            f"'{target}' is not empty. Choose another output folder, or pass overwrite=True (--overwrite)."
+        )
 
 
 def _target(output_dir: str | os.PathLike) -> Path:
@@ -181,16 +192,18 @@ def _explained(output_dir: str | os.PathLike) -> Iterator[None]:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"cannot write '{output_dir}' or beside it: {error.strerror} ('{error.filename}'). Choose another output folder",
+            f"cannot write '{output_dir}' or beside it: {error.strerror} ('{error.filename}'). Choose another output "
+            "folder",
         ) from error
 
 
 @contextlib.contextmanager
 def folder_lock(output_dir: str | os.PathLike) -> Iterator[BinaryIO]:
-    """The right to write `output_dir`, for one run at a time, until the block ends; yields the open file that is the lock.
+    """The right to write `output_dir`, for one run at a time, until the block ends; yields the open file that is the
+    lock.
 
-    The lock is the system's: when a run is killed, it is free. Only who holds it removes the file; who then gets a lock on the
-    removed file opens the new one.
+    The lock is the system's: when a run is killed, it is free. Only who holds it removes the file; who then gets a lock
+    on the removed file opens the new one.
 
     Raises:
         FileExistsError: if another run holds it. OSError: if nothing can be written beside `output_dir`.
@@ -241,8 +254,8 @@ def _read_note(file: BinaryIO, note: Path, partial: Path) -> str:
         return file.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"The note '{note}', which says what an unfinished run makes, is damaged ({error}). Delete it and '{partial}' to "
-            "begin again."
+            f"The note '{note}', which says what an unfinished run makes, is damaged ({error}). Delete it and "
+            f"'{partial}' to begin again."
         ) from error
 
 
@@ -254,7 +267,9 @@ def _append(file: BinaryIO, text: str, note: Path) -> None:
 
 
 def _listing(folder: Path) -> str:
-    """Digest of the names, sizes and times of all files: a rename leaves it as it is, any change of the content does not."""
+    """Digest of the names, sizes and times of all files: a rename leaves it as it is, any change of the content
+    does not.
+    """
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         status = path.stat()
@@ -331,7 +346,9 @@ def _remove_abandoned(target: Path) -> bool:
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Write a text file (UTF-8) aside, then rename it, once it lies on the disk; of two runs at once, one after the other."""
+    """Write a text file (UTF-8) aside, then rename it, once it lies on the disk; of two runs at once, one after the
+    other.
+    """
     path = Path(path)
     aside = path.with_name(f".{path.name}.partial")  # one name, so that what a killed run left is gone with the next
     note = path.with_name(f".{path.name}.lock")
@@ -353,7 +370,8 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
 def naming(path: str | os.PathLike) -> Iterator[None]:
     """Errors of the file system that do not say which file they are about say `path`; those of a full disk do not.
 
-    What Rust's libraries (safetensors, tokenizers) raise, with the system's number at its end, becomes an `OSError` as well.
+    What Rust's libraries (safetensors, tokenizers) raise, with the system's number at its end, becomes an `OSError` as
+    well.
     """
     try:
         yield
@@ -373,8 +391,8 @@ def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
     """What a JSON file holds.
 
     Raises:
-        ValueError: if it is no JSON (damaged, cut short, nested too deep), or no `kind`; the message names the file. OSError:
-            if it cannot be read.
+        ValueError: if it is no JSON (damaged, cut short, nested too deep), or no `kind`; the message names the file.
+            OSError: if it cannot be read.
     """
     path = Path(path)
     try:

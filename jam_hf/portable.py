@@ -1,7 +1,8 @@
-"""What Linux, macOS and Windows do each in its own way: locks, flushes, reading and writing at a place, renaming folders.
+"""What Linux, macOS and Windows do each in its own way: locks, flushes, reading and writing at a place, renaming
+folders.
 
-It knows nothing of what the files are for. Only the standard library, filelock and psutil are used; what a system lacks is
-looked for when it is called, so that everything can be imported everywhere.
+It knows nothing of what the files are for. Only the standard library, filelock and psutil are used; what a system lacks
+is looked for when it is called, so that everything can be imported everywhere.
 
 Windows, other than the others, removes and renames no file that is open, and no folder onto another, be it empty.
 """
@@ -23,7 +24,8 @@ _PLACES = threading.Lock()
 
 
 def try_lock(file: BinaryIO) -> bool:
-    """Whether the system's lock on an open file is ours now. It is free when the file is closed, or who holds it is killed.
+    """Whether the system's lock on an open file is ours now. It is free when the file is closed, or who holds it is
+    killed.
 
     Who only looks whether it is free holds it for a moment, so that it is tried for some hundredths of a second.
     """
@@ -43,7 +45,9 @@ def is_still(path: Path, file: BinaryIO) -> bool:
 
 
 def remove_locked(path: Path, file: BinaryIO) -> None:
-    """Remove a file whose lock we hold, and give the lock back; on Windows it stays if another run has opened it by then."""
+    """Remove a file whose lock we hold, and give the lock back; on Windows it stays if another run has opened it by
+    then.
+    """
     if not WINDOWS:
         path.unlink(missing_ok=True)  # before the lock is free: whoever gets it then sees that the file is gone
         return
@@ -55,7 +59,9 @@ def remove_locked(path: Path, file: BinaryIO) -> None:
 
 
 def rename_folder(source: Path, target: Path) -> None:
-    """Give a folder another name. Where a file or a full folder lies there, nothing is changed: an `OSError` of the system."""
+    """Give a folder another name. Where a file or a full folder lies there, nothing is changed: an `OSError` of the
+    system.
+    """
     if WINDOWS:
         if target.is_dir():
             target.rmdir()
@@ -70,7 +76,9 @@ def flush_data(descriptor: int) -> None:
 
 
 def flush_path(path: Path) -> None:
-    """A file, or the names in a folder, go to the disk. Windows writes names itself, and flushes what may be written only."""
+    """A file, or the names in a folder, go to the disk. Windows writes names itself, and flushes what may be
+    written only.
+    """
     if WINDOWS and path.is_dir():
         return
     descriptor = os.open(path, (os.O_RDWR if WINDOWS else os.O_RDONLY) | BINARY)
@@ -101,7 +109,9 @@ def write_at(descriptor: int, view: memoryview, start: int) -> int:
 
 
 def process_runs(pid: int) -> bool:
-    """Whether a process of this machine has this number. (Windows ends the process that `os.kill(pid, 0)` asks about.)"""
+    """Whether a process of this machine has this number. (Windows ends the process that `os.kill(pid, 0)` asks
+    about.)
+    """
     import psutil
 
     return psutil.pid_exists(pid)

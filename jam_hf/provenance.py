@@ -1,8 +1,10 @@
-"""What a JAM was made of goes with it wherever it is saved: card (README.md), recipe (fusion.yaml) and what was done since.
+"""What a JAM was made of goes with it wherever it is saved: card (README.md), recipe (fusion.yaml) and what was done
+since.
 
-`JamConfig.provenance` holds the three: "card" and "recipe" are the texts of the files as the fusion wrote them, "history" is a
-list of mappings. A save writes what is missing in its folder; a card that another tool wrote there (the Trainer, peft, the Hub)
-keeps its words and gets licence, parents and history. It knows texts and folders, not what they say.
+`JamConfig.provenance` holds the three: "card" and "recipe" are the texts of the files as the fusion wrote them,
+"history" is a list of mappings. A save writes what is missing in its folder; a card that another tool wrote there (the
+Trainer, peft, the Hub) keeps its words and gets licence, parents and history. It knows texts and folders, not what they
+say.
 """
 
 import functools
@@ -58,7 +60,9 @@ def carry_on(config: Any, folder: str | os.PathLike) -> None:
 
 
 def carried(config: Any, text: str) -> str:
-    """A card, UTF-8 text, with the JAM's licence, parents and history; the whole card of the JAM where `text` is empty."""
+    """A card, UTF-8 text, with the JAM's licence, parents and history; the whole card of the JAM where `text` is
+    empty.
+    """
     provenance = getattr(config, "provenance", None) or {}
     own = _with_history(provenance.get("card") or "", provenance.get("history") or [])
     if not own or not text.strip():
@@ -67,7 +71,9 @@ def carried(config: Any, text: str) -> str:
         ours, theirs = ModelCard(own, ignore_metadata_errors=True), ModelCard(text, ignore_metadata_errors=True)
         changed = _complete(theirs.data, ours.data)
     except Exception:  # a card is free text: what cannot be read as one is left to who wrote it
-        logger.warning("The card in this folder has a head that is no YAML; it stays, without the JAM's licence and parents.")
+        logger.warning(
+            "The card in this folder has a head that is no YAML; it stays, without the JAM's licence and parents."
+        )
         return text
     if changed:
         text = f"---\n{theirs.data.to_yaml()}\n---\n{theirs.text if theirs.content.startswith('---') else text}"
@@ -97,7 +103,9 @@ def remember(model: Any) -> None:
 
 
 def note_changes(model: Any, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Add to the history that the weights are others than those loaded, where that is so and nothing tells of it yet."""
+    """Add to the history that the weights are others than those loaded, where that is so and nothing tells of it
+    yet.
+    """
     told = model.__dict__.get("_jam_told")
     if told is None or not getattr(model.config, "provenance", None):
         return
@@ -126,7 +134,9 @@ def model_loaded(model: Any) -> None:
 
 
 def adopt(config: Any, folder: Any) -> None:
-    """For folders fused before configs told of it: take card and recipe from the folder that a model was loaded from."""
+    """For folders fused before configs told of it: take card and recipe from the folder that a model was loaded
+    from.
+    """
     if getattr(config, "provenance", None) is not None:
         for entry in config.provenance.get("history") or []:
             entry.pop("session", None)
@@ -199,7 +209,9 @@ def _complete(theirs: ModelCardData, ours: ModelCardData) -> bool:
             theirs["tags"] = list(dict.fromkeys([*([said] if isinstance(said, str) else said or []), *value]))
         elif said in (None, [], ""):
             theirs[name] = value
-    if isinstance(theirs.base_model, str) and Path(theirs.base_model).exists():  # where it lay here is nobody else's business
+    if (
+        isinstance(theirs.base_model, str) and Path(theirs.base_model).exists()
+    ):  # where it lay here is nobody else's business
         theirs["tags"] = [tag for tag in theirs["tags"] if theirs.base_model not in tag]
         theirs.base_model = ours.base_model
         theirs["base_model_relation"] = ours.get("base_model_relation")

@@ -1,7 +1,7 @@
 """Configs and tokenizers as transformers' own classes read them. Code that a checkpoint brings along is never run.
 
-Left out, `trust_remote_code` makes transformers ask on the terminal whether to run such code; every call of this package says
-False. What needs code of its own is refused here, in words that say so. It knows nothing of what is read.
+Left out, `trust_remote_code` makes transformers ask on the terminal whether to run such code; every call of this
+package says False. What needs code of its own is refused here, in words that say so. It knows nothing of what is read.
 """
 
 from __future__ import annotations
@@ -41,17 +41,20 @@ def read_config(source: str | os.PathLike, **hub: Any) -> PreTrainedConfig:
 
 
 def read_tokenizer(source: str | os.PathLike, from_file: bool = False, **hub: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or Hub id, by `AutoTokenizer`, or (`from_file`) by tokenizer.json, whatever class is named.
+    """The tokenizer of a folder or Hub id, by `AutoTokenizer`, or (`from_file`) by tokenizer.json, whatever class is
+    named.
 
     Raises:
-        ValueError: if the class that it names is none of transformers', or it cannot be read. OSError: if there is none.
+        ValueError: if the class that it names is none of transformers', or it cannot be read. OSError: if there is
+            none.
     """
     if from_file:
         return PreTrainedTokenizerFast.from_pretrained(source, trust_remote_code=False, **hub)
     unknown = [name for name in named_classes(get_tokenizer_config(source, **hub)) if not _is_stock(name)]
     if unknown:
         raise ValueError(
-            f"the tokenizer of '{source}' is of the unknown class {unknown[0]}, which transformers does not have; {NEVER_RUN}"
+            f"the tokenizer of '{source}' is of the unknown class {unknown[0]}, which transformers does not have; "
+            f"{NEVER_RUN}"
         )
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
@@ -64,7 +67,8 @@ def read_tokenizer(source: str | os.PathLike, from_file: bool = False, **hub: An
 def read_clip(
     source: str | os.PathLike, tokenizer: Any = None, image_processor: Any = None, **hub: Any
 ) -> tuple[PreTrainedModel, Any, Any]:
-    """A CLIP model of a folder or Hub id, its tokenizer and its image processor; what is given of these two is not read.
+    """A CLIP model of a folder or Hub id, its tokenizer and its image processor; what is given of these two is not
+    read.
 
     Raises:
         ValueError: if it is another model, lacks weights, or cannot be read. OSError: if there is none.

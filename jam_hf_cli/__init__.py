@@ -1,7 +1,7 @@
 """`jam-hf`: the command line. It reads options and calls the library; it knows nothing else.
 
-It stands beside the package, not in it: `import jam_hf` imports torch and transformers, which help needs not, and which have to
-find the settings of threads in place (threads.py).
+It stands beside the package, not in it: `import jam_hf` imports torch and transformers, which help needs not, and which
+have to find the settings of threads in place (threads.py).
 """
 
 from __future__ import annotations
@@ -52,13 +52,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, help="print the version, and exit")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error (default: one line)")
-    commands = parser.add_subparsers(prog="jam-hf", dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(
+        prog="jam-hf", dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS
+    )
     for name, module in COMMANDS.items():
         words = module.Options.__doc__
         command = commands.add_parser(name, description=f"{words[0].upper()}{words[1:]}.", formatter_class=raw)
         add_options(command, module.Options)
         if module is quickstart:
-            command.epilog = "stages:\n" + "\n".join(f"  {stage:17} {said}" for stage, said in quickstart.STAGES.items())
+            command.epilog = "stages:\n" + "\n".join(
+                f"  {stage:17} {said}" for stage, said in quickstart.STAGES.items()
+            )
     return parser
 
 

@@ -1,7 +1,7 @@
 """A command's options: one frozen dataclass, from which its parser is made. It knows dataclasses and argparse alone.
 
-A field is a flag `--its-name`, required where it has no default; its annotation says the type. `bool` is a switch: one that is
-on by default is switched off by `--no-its-name`.
+A field is a flag `--its-name`, required where it has no default; its annotation says the type. `bool` is a switch: one
+that is on by default is switched off by `--no-its-name`.
 """
 
 from __future__ import annotations

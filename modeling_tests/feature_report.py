@@ -1,8 +1,8 @@
 """A pytest plugin: which feature works in which fusion mode, read off the results of the tests that say what they show.
 
-A test names its feature with `@pytest.mark.feature(section, name)`. Its mode is its parameter `mode`; a test without one
-speaks for all modes, or for those that the marker's `modes=` lists. `pytest --feature-report FILE.json` writes what was
-found; modeling_tests/compatibility.py makes docs/compatibility.md of it. It knows test results only.
+A test names its feature with `@pytest.mark.feature(section, name)`. Its mode is its parameter `mode`; a test without
+one speaks for all modes, or for those that the marker's `modes=` lists. `pytest --feature-report FILE.json` writes what
+was found; modeling_tests/compatibility.py makes docs/compatibility.md of it. It knows test results only.
 """
 
 from __future__ import annotations
@@ -64,7 +64,11 @@ class FeatureReport:
         feature = dict(report.user_properties).get("feature")
         if feature is None or not (report.when == "call" or report.outcome != "passed"):
             return
-        reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped and isinstance(report.longrepr, tuple) else ""
+        reason = (
+            report.longrepr[2].removeprefix("Skipped: ")
+            if report.skipped and isinstance(report.longrepr, tuple)
+            else ""
+        )
         self.results.append({**feature, "test": report.nodeid, "outcome": report.outcome, "reason": reason})
 
     def pytest_sessionfinish(self) -> None:

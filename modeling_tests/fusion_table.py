@@ -1,10 +1,11 @@
-"""Write the table of docs/fusion.md: every pair of parents in every mode and init, measured, or refused with the reason.
+"""Write the table of docs/fusion.md: every pair of parents in every mode and init, measured, or refused with the
+reason.
 
     python modeling_tests/fusion_table.py
 
-Random-weight parents of the real classes (fusion_zoo.py; hidden size 256, 4 layers and, in cross, 6 in the image parent,
-float32) are fused, each time in a process of its own, and compared with their parents in another. It knows pairs and numbers;
-which pairs a mode allows, the engine says. A few minutes on one core.
+Random-weight parents of the real classes (fusion_zoo.py; hidden size 256, 4 layers and, in cross, 6 in the image
+parent, float32) are fused, each time in a process of its own, and compared with their parents in another. It knows
+pairs and numbers; which pairs a mode allows, the engine says. A few minutes on one core.
 """
 
 from __future__ import annotations
@@ -127,7 +128,9 @@ def _answer(channel: Any, function: Callable, arguments: tuple) -> None:
 
 
 def in_child(function: Callable, *arguments: Any) -> tuple[Any, float]:
-    """What `function(*arguments)` returns in a process that has all imports of this one, and that process' peak in MiB."""
+    """What `function(*arguments)` returns in a process that has all imports of this one, and that process' peak in
+    MiB.
+    """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_answer, args=(sender, function, arguments))
@@ -172,7 +175,9 @@ def divergence(theirs: torch.Tensor, ours: torch.Tensor) -> float:
 
 
 def compare(work: Path, kind: str, name: str, mode: str) -> tuple[str, str]:
-    """Text and image logits against the parents', in words. Raises `AssertionError` where what must be preserved is not."""
+    """Text and image logits against the parents', in words. Raises `AssertionError` where what must be preserved is
+    not.
+    """
     jam = JamForCausalLM.from_pretrained(work / "jam").eval()
     tokenizer = AutoTokenizer.from_pretrained(work / "jam")
     text, text_tokenizer = make_text(kind, SHALLOW)
@@ -254,7 +259,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         in_child(make_parents, work)
-        in_child(fuse, work, "llama", "llama-lm", "cross", "preserving")  # what the first one finds cold is no cost of a pair
+        in_child(
+            fuse, work, "llama", "llama-lm", "cross", "preserving"
+        )  # what the first one finds cold is no cost of a pair
         for kind, name, mode, init, reason in tqdm(every, desc="fusions"):
             if reason is not None:
                 continue

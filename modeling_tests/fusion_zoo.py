@@ -1,8 +1,8 @@
 """Small parents of the real classes, with tokenizers of their own kind, and what each parent itself says of documents.
 
-Text parents: Llama and Mistral with SentencePiece-like tokenizers, Qwen2, Qwen3 and OPT with byte-level ones. Image parents: a
-plain causal LM whose vocabulary ends in codes, Chameleon, Emu3, Janus. No tokenizer is another's; no two vocabularies agree,
-unless a tokenizer is given.
+Text parents: Llama and Mistral with SentencePiece-like tokenizers, Qwen2, Qwen3 and OPT with byte-level ones. Image
+parents: a plain causal LM whose vocabulary ends in codes, Chameleon, Emu3, Janus. No tokenizer is another's; no two
+vocabularies agree, unless a tokenizer is given.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ IMAGE_PARENTS = {
     "emu3": {"kind": "emu3"},
     "janus": {"kind": "janus"},
 }
-# Families that compute the same from the same weights may be averaged and widened with each other: text kind -> image parents.
+# Families that compute the same from the same weights may be averaged and widened with each other: text kind -> image
+# parents.
 SAME_ARITHMETIC = {
     "llama": {"llama-lm", "mistral-lm", "emu3", "janus"},
     "mistral": {"llama-lm", "mistral-lm", "emu3", "janus"},
@@ -90,13 +91,18 @@ def byte_level_tokenizer(texts: list[str], size: int, specials: list[str], **rol
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=size,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
 
 
-def sentencepiece_like_tokenizer(texts: list[str], size: int, specials: list[str], **roles: str) -> PreTrainedTokenizerFast:
+def sentencepiece_like_tokenizer(
+    texts: list[str], size: int, specials: list[str], **roles: str
+) -> PreTrainedTokenizerFast:
     """As Llama's: a space is U+2581, a text gets one in front, unknown letters fall back to bytes `<0x41>`."""
     normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     trained = Tokenizer(models.BPE())
@@ -145,11 +151,18 @@ def text_parent(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A causal LM with random weights, and its tokenizer. `changes`: fields of its config."""
     common = {"num_hidden_layers": sizes.layers, "num_attention_heads": sizes.heads, "hidden_size": sizes.hidden}
-    rotary = {**common, "intermediate_size": sizes.ffn, "num_key_value_heads": sizes.kv_heads, "max_position_embeddings": 256}
+    rotary = {
+        **common,
+        "intermediate_size": sizes.ffn,
+        "num_key_value_heads": sizes.kv_heads,
+        "max_position_embeddings": 256,
+    }
     if tokenizer is not None:
         pass
     elif kind in ("llama", "mistral"):
-        tokenizer = sentencepiece_like_tokenizer(SENTENCES["text"], 80, ["<s>", "</s>"], bos_token="<s>", eos_token="</s>")
+        tokenizer = sentencepiece_like_tokenizer(
+            SENTENCES["text"], 80, ["<s>", "</s>"], bos_token="<s>", eos_token="</s>"
+        )
     elif kind == "opt":
         tokenizer = byte_level_tokenizer(
             SENTENCES["text"], 300, ["<s>", "<pad>", "</s>"], bos_token="</s>", eos_token="</s>", pad_token="<pad>"
@@ -392,8 +405,9 @@ class ImageParent:
 
 
 def readings(read, documents, pad):
-    """What `read(documents, **kwargs) -> (logits, cache)` says of every token, `[tokens, ...]`: first of all documents at once,
-    padded on the left, then of the longest in pieces, with a cache, the last five tokens one by one."""
+    """What `read(documents, **kwargs) -> (logits, cache)` says of every token, `[tokens, ...]`: first of all documents
+    at once, padded on the left, then of the longest in pieces, with a cache, the last five tokens one by one.
+    """
     length = max(map(len, documents))
     padding = [length - len(document) for document in documents]
     mask = torch.tensor([[0] * pads + [1] * (length - pads) for pads in padding])
@@ -429,7 +443,9 @@ def common_tokens(jam_tokenizer, image_tokenizer):
         return token.replace("\u2581", " ").replace("\u0120", " ")
 
     ours = {letters(token): index for token, index in jam_tokenizer.get_vocab().items()}
-    theirs = [token for token in sorted(image_tokenizer.get_vocab()) if len(token) > 1 and letters(token).strip().isalpha()]
+    theirs = [
+        token for token in sorted(image_tokenizer.get_vocab()) if len(token) > 1 and letters(token).strip().isalpha()
+    ]
     both = [token for token in theirs if letters(token) in ours][:6]
     assert len(both) == 6
     return [ours[letters(token)] for token in both], both

@@ -27,7 +27,9 @@ def main() -> int:
             needless.discard(finding.rule_id)
             if finding.rule_id not in SWITCHED_OFF:
                 found.append(f"{path}:{finding.line_number}: {finding.message}")
-    found += [f"{rule} is switched off and finds nothing any more: remove it from SWITCHED_OFF" for rule in sorted(needless)]
+    found += [
+        f"{rule} is switched off and finds nothing any more: remove it from SWITCHED_OFF" for rule in sorted(needless)
+    ]
     print("\n".join(found) or f"transformers-mlinter {mlinter.__version__}: nothing to say")
     return bool(found)
 

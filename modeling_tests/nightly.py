@@ -1,10 +1,11 @@
-"""A pytest plugin: which cases run every day and which with `--nightly` alone (`make test-all`). It knows no test by name.
+"""A pytest plugin: which cases run every day and which with `--nightly` alone (`make test-all`). It knows no test by
+name.
 
 `@pytest.mark.nightly` on a test or a case: only then. `every_day(cases, *chosen)` marks all but the chosen.
 
-`@pytest.mark.sampled(*names)` on a test of many cases: of the parameters named, by default of all, every value is in a case
-that runs every day; the other cases are nightly. `pairs=True`: every pair of values of two of them is. The choice is made
-among the cases collected, always the same one; a case that is asked for by its whole name runs.
+`@pytest.mark.sampled(*names)` on a test of many cases: of the parameters named, by default of all, every value is in a
+case that runs every day; the other cases are nightly. `pairs=True`: every pair of values of two of them is. The choice
+is made among the cases collected, always the same one; a case that is asked for by its whole name runs.
 """
 
 from __future__ import annotations

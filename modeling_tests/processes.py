@@ -1,8 +1,8 @@
 """Several gloo processes on this machine, for the tests of what runs in more than one. It knows no model.
 
-`run(worker, processes, *arguments)` starts them; the worker is a top-level function of an importable module, because a new
-process imports it by name. Each process has one thread, and what it returns comes back. They are forked from a server that has
-imported what they need, so that a test pays for its processes but not for their imports.
+`run(worker, processes, *arguments)` starts them; the worker is a top-level function of an importable module, because a
+new process imports it by name. Each process has one thread, and what it returns comes back. They are forked from a
+server that has imported what they need, so that a test pays for its processes but not for their imports.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _child(channel: Connection, worker: Callable, rank: int, processes: int, port: int, limit: float, arguments: tuple) -> None:
+def _child(
+    channel: Connection, worker: Callable, rank: int, processes: int, port: int, limit: float, arguments: tuple
+) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -69,7 +71,9 @@ def run(worker: Callable, processes: int, *arguments: Any, limit: float = PATIEN
     children, channels = [], []
     for rank in range(processes):
         receiver, sender = context.Pipe(duplex=False)
-        child = context.Process(target=_child, args=(sender, worker, rank, processes, port, limit, arguments), daemon=True)
+        child = context.Process(
+            target=_child, args=(sender, worker, rank, processes, port, limit, arguments), daemon=True
+        )
         child.start()
         sender.close()
         children.append(child)

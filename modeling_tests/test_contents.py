@@ -1,4 +1,6 @@
-"""What a folder may make us read, and what we write into one: no names that lead elsewhere, no pickles, no paths from here."""
+"""What a folder may make us read, and what we write into one: no names that lead elsewhere, no pickles, no
+paths from here.
+"""
 
 import ast
 import json
@@ -71,7 +73,9 @@ def test_shards_lie_beside_their_index(name, parents, vq, tmp_path):
         (folder / "model.safetensors").rename(tmp_path / "x.safetensors")
         index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(tmp_path / "x.safetensors"), name)}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json .*names .*not the name of a file in the folder"):
+        with pytest.raises(
+            ValueError, match=r"model\.safetensors\.index\.json .*names .*not the name of a file in the folder"
+        ):
             if folder == text:
                 Parent(text, "text parent")
             else:
@@ -200,7 +204,9 @@ def test_no_path_of_this_machine_is_in_an_adapter(parents, vq, tmp_path):
     from jam_hf.training.recipes import RecipeSettings, train_causal_lm
 
     jam = jam_hf.fuse(*parents("llama"), "cross", tmp_path / "jam", vq_model=vq)
-    model = peft.get_peft_model(JamForCausalLM.from_pretrained(jam, use_safetensors=True), lora_config_of(lora_config, jam))
+    model = peft.get_peft_model(
+        JamForCausalLM.from_pretrained(jam, use_safetensors=True), lora_config_of(lora_config, jam)
+    )
     data = Dataset.from_dict({"input_ids": [[1, 5, 6, 7]] * 8})
     settings = RecipeSettings(max_steps=1, batch_size=2, warmup_steps=0)
     train_causal_lm(model, data, tmp_path / "adapter", settings, JamDataCollator(0, model.config.vocab_size))

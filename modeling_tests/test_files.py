@@ -1,4 +1,6 @@
-"""What becomes of folders and files when others write there too, runs are killed, disks fill up and notes are damaged."""
+"""What becomes of folders and files when others write there too, runs are killed, disks fill up and notes are
+damaged.
+"""
 
 import errno
 import importlib
@@ -31,7 +33,7 @@ def resumed(output_dir, overwrite=False):
 MAKERS = pytest.mark.parametrize("make", [whole_folder, resumed])
 
 
-# ----- filled meanwhile -------------------------------------------------------------------------------------------------
+# ----- filled meanwhile -----------------------------------------------------------------------------------------------
 
 
 @MAKERS
@@ -41,7 +43,9 @@ def test_a_folder_filled_meanwhile_stays_and_what_was_made_is_kept(make, before,
     target = tmp_path / "jam"
     if before == "an empty folder":
         target.mkdir()
-    with pytest.raises(FileExistsError, match=f"'{target}' was filled while this run worked, .* lies in '(.*)'") as error:
+    with pytest.raises(
+        FileExistsError, match=f"'{target}' was filled while this run worked, .* lies in '(.*)'"
+    ) as error:
         with make(target) as folder:
             (folder / "ours").write_text("hours of work")
             if filled == "file":
@@ -118,7 +122,9 @@ def test_commands_do_not_delete_a_folder_filled_meanwhile(command, parents, toke
         late(importlib.import_module("jam_hf.retrieval.build"), "_write_faiss")
 
         def run():
-            jam_hf.retrieval.build_index(pairs(2), layout_jam(), processor_for(tokenizer), target, embedder=TableEmbedder())
+            jam_hf.retrieval.build_index(
+                pairs(2), layout_jam(), processor_for(tokenizer), target, embedder=TableEmbedder()
+            )
 
     with pytest.raises(FileExistsError, match="was filled while this run worked"):
         run()
@@ -126,7 +132,7 @@ def test_commands_do_not_delete_a_folder_filled_meanwhile(command, parents, toke
     assert any((path / "model.safetensors").is_file() or (path / "index.json").is_file() for path in tmp_path.iterdir())
 
 
-# ----- one run at a time ------------------------------------------------------------------------------------------------
+# ----- one run at a time ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("first", [whole_folder, resumed, lambda path, _: folder_lock(path)])
@@ -213,7 +219,7 @@ def test_of_many_runs_at_once_one_wins_and_nothing_is_lost(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["jam"]
 
 
-# ----- full disks -------------------------------------------------------------------------------------------------------
+# ----- full disks -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
@@ -314,13 +320,16 @@ def test_errors_that_are_not_the_disks_stay_what_they_are():
 def test_what_a_killed_run_left_of_a_file_is_gone_with_the_next(tmp_path):
     (tmp_path / ".card.md.partial").write_text("half of something much longer")
     write_whole(tmp_path / "card.md", "text\n")
-    assert (tmp_path / "card.md").read_bytes() == b"text\n" and [path.name for path in tmp_path.iterdir()] == ["card.md"]
+    assert (tmp_path / "card.md").read_bytes() == b"text\n" and [path.name for path in tmp_path.iterdir()] == [
+        "card.md"
+    ]
 
 
 def test_many_writers_of_one_file_leave_a_whole_one(tmp_path):
     texts = [str(number) * 100_000 for number in range(6)]
     threads = [
-        threading.Thread(target=lambda text=text: [write_whole(tmp_path / "x", text) for _ in range(5)]) for text in texts
+        threading.Thread(target=lambda text=text: [write_whole(tmp_path / "x", text) for _ in range(5)])
+        for text in texts
     ]
     for thread in threads:
         thread.start()
@@ -329,7 +338,7 @@ def test_many_writers_of_one_file_leave_a_whole_one(tmp_path):
     assert (tmp_path / "x").read_text() in texts and [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-# ----- notes ------------------------------------------------------------------------------------------------------------
+# ----- notes ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_damaged_note_names_itself_and_costs_nothing(tmp_path):

@@ -50,5 +50,7 @@ def test_cases_marked_are_skipped_unless_asked_for(pytester):
     )
     daily = ["-p", "nightly", "-p", "no:randomly", "-p", "no:cacheprovider"]
     pytester.runpytest(*daily).assert_outcomes(passed=3 + 2, skipped=3 + 1 + 1)
-    pytester.runpytest(*daily, "test_cases_marked_are_skipped_unless_asked_for.py::test_pairs[x-b]").assert_outcomes(passed=1)
+    pytester.runpytest(*daily, "test_cases_marked_are_skipped_unless_asked_for.py::test_pairs[x-b]").assert_outcomes(
+        passed=1
+    )
     pytester.runpytest(*daily, "--nightly").assert_outcomes(passed=10)

@@ -1,7 +1,7 @@
 """What has to work on other systems: no call of one system alone outside `portable`, and folders under Windows' rules.
 
-Windows itself is not at hand here. Its rules for files are put in place of ours (`windows`): what is open is neither removed
-nor renamed, a folder takes no name that is taken, and there is no reading or writing at a place.
+Windows itself is not at hand here. Its rules for files are put in place of ours (`windows`): what is open is neither
+removed nor renamed, a folder takes no name that is taken, and there is no reading or writing at a place.
 """
 
 import ast
@@ -66,13 +66,19 @@ def test_what_one_system_has_alone_is_asked_for_in_one_place():
 
 @pytest.mark.parametrize(
     "line",
-    ["import fcntl", "from resource import getrlimit", "os.fdatasync(1)", "from os import fork", "open('/proc/meminfo')"],
+    [
+        "import fcntl",
+        "from resource import getrlimit",
+        "os.fdatasync(1)",
+        "from os import fork",
+        "open('/proc/meminfo')",
+    ],
 )
 def test_the_search_finds_what_it_is_for(line):
     assert len(list(of_one_system(ast.parse(line)))) == 1
 
 
-# ----- Windows' rules -----------------------------------------------------------------------------------------------------
+# ----- Windows' rules -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +119,12 @@ def windows(monkeypatch):
 
         monkeypatch.setattr(os, name, call)
 
-    for name, *rules in (("rename", free, untaken), ("replace", free, over_files_only), ("unlink", free), ("rmdir", free)):
+    for name, *rules in (
+        ("rename", free, untaken),
+        ("replace", free, over_files_only),
+        ("unlink", free),
+        ("rmdir", free),
+    ):
         ruled(name, *rules)
 
 

@@ -197,7 +197,9 @@ def test_every_name_has_a_contract():
 
 
 def test_a_symbol_that_moved_is_named(monkeypatch):
-    get = carried.room((("transformers.nowhere", "Thing", "-", "A test."), ("transformers", "Nothing", "-", "A test.")), "room")
+    get = carried.room(
+        (("transformers.nowhere", "Thing", "-", "A test."), ("transformers", "Nothing", "-", "A test.")), "room"
+    )
     for name in ("Thing", "Nothing"):
         with pytest.raises(ImportError, match=rf"transformers.*\.{name} has moved"):
             get(name)
@@ -207,8 +209,9 @@ def test_a_symbol_that_moved_is_named(monkeypatch):
 
 def test_what_is_found():
     tree = ast.parse(
-        "from transformers.utils.generic import anything\nfrom transformers import LlamaModel, _x\nimport torch._dynamo\n"
-        "from torch._dynamo.testing import CompileCounter\ndef f(a):\n    return a._b, getattr(a, '_c'), a.d, a.__e__\n"
+        "from transformers.utils.generic import anything\nfrom transformers import LlamaModel, _x\nimport "
+        "torch._dynamo\nfrom torch._dynamo.testing import CompileCounter\ndef f(a):\n    return a._b, getattr(a, "
+        "'_c'), a.d, a.__e__\n"
     )
     assert set(private_imports(tree)) == {
         "transformers.utils.generic.anything",

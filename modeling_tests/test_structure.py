@@ -66,7 +66,9 @@ def circles(graph):
 
 
 def rooms():
-    """The rooms of the table in docs/architecture.md, from the lowest up: a folder, or files that stand side by side."""
+    """The rooms of the table in docs/architecture.md, from the lowest up: a folder, or files that stand side by
+    side.
+    """
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     table = text.split("## Direction of dependencies")[1].split("```")[1]
     return [re.findall(r"jam_hf/(\w+)", line) for line in table.splitlines() if line.startswith("jam_hf/")]
@@ -101,9 +103,13 @@ def test_the_model_imports_nothing_of_the_rest():
             assert {other.rsplit(".", 1)[0] for other in others} <= {"jam_hf.model"}, (module, others)
 
 
-@pytest.mark.parametrize("saved", ["configuration_jam", "configuration_jam_vq", "image_processing_jam", "processing_jam"])
+@pytest.mark.parametrize(
+    "saved", ["configuration_jam", "configuration_jam_vq", "image_processing_jam", "processing_jam"]
+)
 def test_transformers_copier_finds_every_file_of_the_model(saved):
-    """Whichever class is saved: what it reads is lines, of which remote_code_jam.py has a list without importing them."""
+    """Whichever class is saved: what it reads is lines, of which remote_code_jam.py has a list without importing
+    them.
+    """
     from transformers.dynamic_module_utils import get_relative_import_files
 
     path = PACKAGE / "model" / f"{saved}.py"
@@ -114,8 +120,14 @@ def test_transformers_copier_finds_every_file_of_the_model(saved):
 @pytest.mark.parametrize(
     ("planted", "found"),
     [
-        ({"a.py": "from . import b", "b.py": "from .c import x", "c.py": "import pack.a"}, [["pack.a", "pack.b", "pack.c"]]),
-        ({"a.py": "if TYPE_CHECKING:\n    from .sub.b import B", "sub/b.py": "from ..a import A"}, [["pack.a", "pack.sub.b"]]),
+        (
+            {"a.py": "from . import b", "b.py": "from .c import x", "c.py": "import pack.a"},
+            [["pack.a", "pack.b", "pack.c"]],
+        ),
+        (
+            {"a.py": "if TYPE_CHECKING:\n    from .sub.b import B", "sub/b.py": "from ..a import A"},
+            [["pack.a", "pack.sub.b"]],
+        ),
         ({"a.py": "def f():\n    from .b import x", "b.py": "from .a import y"}, [["pack.a", "pack.b"]]),
         ({"a.py": "from .b import x", "b.py": "from . import c", "c.py": "LINES = '''\nfrom .a import z\n'''"}, []),
     ],

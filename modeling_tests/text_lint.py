@@ -1,7 +1,7 @@
 """Files as text: lines of at most 120 columns, one line feed at the end, none larger than half a MiB: `make lint`.
 
-Python's columns are ruff's. A row of a Markdown table cannot be broken, nor can a word without blanks (a link); pages that
-are generated are as they are generated.
+Python's columns are ruff's. A row of a Markdown table cannot be broken, nor can a word without blanks (a link); pages
+that are generated are as they are generated.
 """
 
 import subprocess

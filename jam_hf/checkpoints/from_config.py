@@ -32,7 +32,8 @@ def specs_of(model: PreTrainedModel) -> dict[str, TensorSpec]:
 
 
 def specs_from_config(config: PreTrainedConfig, role: str) -> dict[str, TensorSpec]:
-    """Tensors of the checkpoint that transformers would save of a model of this config, in its `dtype` (float32 where none).
+    """Tensors of the checkpoint that transformers would save of a model of this config, in its `dtype` (float32 where
+    none).
 
     Raises:
         ValueError: if no stock class computes such a model.
@@ -56,14 +57,16 @@ def vq_model_from_config(source: str) -> JamVQModel:
 
 def has_tokenizer(folder: Path) -> bool:
     return any(
-        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+        (folder / name).is_file()
+        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     )
 
 
 def stand_in_tokenizer(config: PreTrainedConfig, rows: int, marks: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """As many tokens as the embedding has rows, none of which is known: for the sizes that a fusion will have.
 
-    Where the config names tokens (`vocabulary_map`), they have these names. marks: special tokens that it has all the same.
+    Where the config names tokens (`vocabulary_map`), they have these names. marks: special tokens that it has all the
+    same.
     """
     names = {index: token for token, index in (getattr(config, "vocabulary_map", None) or {}).items()}
     text = config.get_text_config()

@@ -1,4 +1,5 @@
-"""What a parent's own model card says of its licence. A card is free text by others: what is read here is data, one short line.
+"""What a parent's own model card says of its licence. A card is free text by others: what is read here is data, one
+short line.
 
 It knows cards; what follows from a licence is the reader's to judge.
 """

@@ -1,7 +1,9 @@
-"""The fact sheets of image parents that are more than a causal LM: multimodal classes of transformers that write pictures.
+"""The fact sheets of image parents that are more than a causal LM: multimodal classes of transformers that write
+pictures.
 
-An image parent that is a plain causal LM, whose vocabulary holds the codes, needs none: what is known of its decoder's family
-(model/families_jam.py) is enough, which every parent's decoder has a sheet of. An explicit registry: other classes are refused.
+An image parent that is a plain causal LM, whose vocabulary holds the codes, needs none: what is known of its decoder's
+family (model/families_jam.py) is enough, which every parent's decoder has a sheet of. An explicit registry: other
+classes are refused.
 
 A class is added by one entry in `MULTIMODAL` and its tests (docs/architecture.md, Families).
 """
@@ -20,16 +22,16 @@ class Multimodal:
 
     Args:
         model_type: of its config. prefix: of its classes. vq_type: `model_type` of its VQ model's config.
-        marks: its own tokens around a picture: "begin", "end", "prefix" (before the first code), "row_end", "suffix" (behind
-            the last row) -> the tokenizer's attribute that names it, and what it usually is.
+        marks: its own tokens around a picture: "begin", "end", "prefix" (before the first code), "row_end", "suffix"
+            (behind the last row) -> the tokenizer's attribute that names it, and what it usually is.
         size_form: how it writes the size of a picture, before its prefix; then its VQ model takes pictures of any size.
             `None`: it does not, and pictures have one size.
-        own_code_modules: codes are no ids, they have an embedding and a head of their own (Janus). Otherwise they are ids,
-            which its `vocabulary_map` names.
+        own_code_modules: codes are no ids, they have an embedding and a head of their own (Janus). Otherwise they are
+            ids, which its `vocabulary_map` names.
         forward_forbids_codes: its forward gives codes no probability, though its weights do.
         bos_by_processor: its tokenizer leaves the beginning of a document to the processor.
-        image_processor: file and class of what reads pictures, where all published checkpoints have the same; otherwise a
-            parent must bring its preprocessor_config.json to be read as it was trained.
+        image_processor: file and class of what reads pictures, where all published checkpoints have the same; otherwise
+            a parent must bring its preprocessor_config.json to be read as it was trained.
     """
 
     model_type: str

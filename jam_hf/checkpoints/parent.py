@@ -1,4 +1,6 @@
-"""`Parent`: a checkpoint, read row by row. It knows nothing of the maths and of key names. Only safetensors are read."""
+"""`Parent`: a checkpoint, read row by row. It knows nothing of the maths and of key names. Only safetensors are
+read.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ class Parent:
     Args:
         source: folder, Hub id (`revision` as in `from_pretrained`) or `PreTrainedModel`.
         role: "text parent", "image parent", ...: how messages call it.
-        headers_only: of a Hub repository, fetch no weights but the headers of their files; of a folder that has no weights,
-            believe its config. `read` gives tensors on the meta device.
+        headers_only: of a Hub repository, fetch no weights but the headers of their files; of a folder that has no
+            weights, believe its config. `read` gives tensors on the meta device.
     Raises:
         ValueError: if it is no checkpoint with safetensors, or one of its files is damaged.
     """
@@ -155,8 +157,8 @@ def _resolve_folder(source: str | os.PathLike, role: str, revision: str | None, 
         if not (path / "config.json").is_file():
             if (path / "adapter_config.json").is_file():
                 raise ValueError(
-                    f"The {role} '{path}' is an adapter (LoRA), not a model. Merge it into its base model and save that: "
-                    "peft's merge_and_unload(), then save_pretrained()."
+                    f"The {role} '{path}' is an adapter (LoRA), not a model. Merge it into its base model and save "
+                    "that: peft's merge_and_unload(), then save_pretrained()."
                 )
             raise ValueError(
                 f"The {role} '{path}' is a folder but no checkpoint: it has no config.json. Expected what "
@@ -174,7 +176,9 @@ def _resolve_folder(source: str | os.PathLike, role: str, revision: str | None, 
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     except Exception as error:  # the Hub's, the network's and the cache's errors have no common base class
-        raise ValueError(f"The {role} '{source}' is neither a folder nor a Hub repository that can be read: {error}") from error
+        raise ValueError(
+            f"The {role} '{source}' is neither a folder nor a Hub repository that can be read: {error}"
+        ) from error
 
 
 def _hub_headers(hub_id: str, role: str, revision: str | None) -> dict[str, TensorSpec]:
@@ -184,19 +188,29 @@ def _hub_headers(hub_id: str, role: str, revision: str | None) -> dict[str, Tens
     try:
         files = get_safetensors_metadata(hub_id, revision=revision).files_metadata
     except Exception as error:  # as above
-        raise ValueError(f"The {role} '{hub_id}' has no safetensors on the Hub whose headers can be read: {error}") from error
+        raise ValueError(
+            f"The {role} '{hub_id}' has no safetensors on the Hub whose headers can be read: {error}"
+        ) from error
     tensors = {key: tensor for file in files.values() for key, tensor in file.tensors.items()}
     unknown = sorted(key for key, tensor in tensors.items() if tensor.dtype not in DTYPES)
     if unknown:
         raise ValueError(
-            f"Tensor '{unknown[0]}' of the {role} '{hub_id}' has the dtype {tensors[unknown[0]].dtype}; expected one of "
-            f"{', '.join(DTYPES)}."
+            f"Tensor '{unknown[0]}' of the {role} '{hub_id}' has the dtype {tensors[unknown[0]].dtype}; expected one "
+            f"of {', '.join(DTYPES)}."
         )
     return {key: TensorSpec(tuple(tensor.shape), DTYPES[tensor.dtype]) for key, tensor in tensors.items()}
 
 
 # What a config says of the file, the code or the training rather than of the model.
-_INCIDENTAL = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache")
+_INCIDENTAL = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
 
 
 def _config(folder: Path, role: str) -> PreTrainedConfig:
@@ -213,25 +227,31 @@ def _refuse_quantised(config: PreTrainedConfig, name: str, role: str) -> None:
     if quantised:
         get = quantised.get if isinstance(quantised, dict) else partial(getattr, quantised)
         raise ValueError(
-            f"The {role} {name} is quantised ({get('quant_method', None)}). Fusion makes new weights out of the parents'; take "
-            "the unquantised model, or save what `model.dequantize()` gives."
+            f"The {role} {name} is quantised ({get('quant_method', None)}). Fusion makes new weights out of the "
+            "parents'; take the unquantised model, or save what `model.dequantize()` gives."
         )
 
 
 def _tensor_files(folder: Path, role: str) -> dict[str, TensorFile]:
-    """The open file of each tensor; where there are a single file and an index, the single one, as transformers has it."""
+    """The open file of each tensor; where there are a single file and an index, the single one, as transformers has
+    it.
+    """
     if (folder / SINGLE).is_file():
         file = TensorFile(folder / SINGLE)
         return dict.fromkeys(file.specs, file)
     if not (folder / INDEX).is_file():
-        others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.safetensors") for path in folder.glob(pattern))
+        others = sorted(
+            path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.safetensors") for path in folder.glob(pattern)
+        )
         raise ValueError(
             f"The {role} '{folder}' has no {SINGLE} and no {INDEX}"
-            f"{' (it has ' + ', '.join(others[:3]) + ')' if others else ''}. Only safetensors are read; convert other files "
-            "first: load the model with transformers, and save_pretrained."
+            f"{' (it has ' + ', '.join(others[:3]) + ')' if others else ''}. Only safetensors are read; convert other "
+            "files first: load the model with transformers, and save_pretrained."
         )
     try:
-        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)["weight_map"]
+        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)[
+            "weight_map"
+        ]
         if not all(isinstance(name, str) for name in weight_map.values()):
             raise TypeError("weight_map must map tensors to file names")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -240,21 +260,23 @@ def _tensor_files(folder: Path, role: str) -> dict[str, TensorFile]:
         beside(folder, name, f"{folder / INDEX} of the {role}")
     missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
     if missing:
-        raise ValueError(f"The {role} '{folder}' is incomplete: its index names {', '.join(missing)}, which is missing.")
+        raise ValueError(
+            f"The {role} '{folder}' is incomplete: its index names {', '.join(missing)}, which is missing."
+        )
     files = {name: TensorFile(folder / name) for name in sorted(set(weight_map.values()))}
     absent = sorted(key for key, name in weight_map.items() if key not in files[name].specs)
     if absent:
         raise ValueError(
-            f"The {role} '{folder}' is incomplete: by its index '{absent[0]}' lies in {weight_map[absent[0]]}, which has "
-            f"no such tensor ({len(absent)} of {len(weight_map)} are missing)."
+            f"The {role} '{folder}' is incomplete: by its index '{absent[0]}' lies in {weight_map[absent[0]]}, which "
+            f"has no such tensor ({len(absent)} of {len(weight_map)} are missing)."
         )
     found: dict[str, TensorFile] = {}  # also what the index does not list: transformers reads whole files
     for file in files.values():
         for key in file.specs:
             if key in found:
                 raise ValueError(
-                    f"The {role} '{folder}' has the tensor '{key}' twice, in {found[key].path.name} and {file.path.name}. "
-                    "Save it again."
+                    f"The {role} '{folder}' has the tensor '{key}' twice, in {found[key].path.name} and "
+                    f"{file.path.name}. Save it again."
                 )
             found[key] = file
     return found

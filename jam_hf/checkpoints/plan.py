@@ -1,4 +1,5 @@
-"""How tensors of a checkpoint will be made, before any is: bands of rows, the sources of a band, and the files they go to.
+"""How tensors of a checkpoint will be made, before any is: bands of rows, the sources of a band, and the files they go
+to.
 
 It knows no maths, no key names, and nothing of files but their names.
 """
@@ -64,7 +65,9 @@ def _make(band: Band, first: int, last: int) -> torch.Tensor:
     return band.make(*(source.read(first, last) for source in band.sources))
 
 
-def plan_shards(specs: dict[str, TensorSpec], max_shard_size: str) -> tuple[dict[str, list[str]], dict[str, Any] | None]:
+def plan_shards(
+    specs: dict[str, TensorSpec], max_shard_size: str
+) -> tuple[dict[str, list[str]], dict[str, Any] | None]:
     """Keys by file name, and the index (None where one file holds all)."""
     plan = split_state_dict_into_shards_factory(
         specs,

@@ -1,8 +1,9 @@
 """safetensors files read and written in blocks of rows, so that memory never holds a whole tensor, let alone a shard.
 
-The safetensors package reads through memory maps, which count as resident memory for as long as they are open, and writes only
-what is in memory as a whole. The format is small: 8 bytes of length, a JSON header, the bytes. This file knows nothing of what
-the tensors are for.
+The safetensors package reads through memory maps, which count as resident memory for as long as they are open, and
+writes only
+what is in memory as a whole. The format is small: 8 bytes of length, a JSON header, the bytes. This file knows nothing
+of what the tensors are for.
 
 "Rows" are slices along the first dimension; a scalar has one row.
 """
@@ -24,7 +25,9 @@ from .. import portable
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-BLOCK_BYTES = 1 << 20  # read or made at a time by each thread: small enough that sources and result stay in a core's cache
+BLOCK_BYTES = (
+    1 << 20
+)  # read or made at a time by each thread: small enough that sources and result stay in a core's cache
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -44,7 +47,9 @@ _LARGEST_TENSOR = 2**63 - 1  # bytes, as torch counts them
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype of a tensor. rows: size of the first dimension (1 for a scalar); row_numel: elements in one row."""
+    """Shape and dtype of a tensor. rows: size of the first dimension (1 for a scalar); row_numel: elements in one
+    row.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -66,8 +71,8 @@ class TensorFile:
     """A safetensors file, open for reading.
 
     Raises:
-        ValueError: if the safetensors package would refuse it as well (no such file, damaged, cut short), or a dtype is not in
-            `DTYPES`; the message names the file and the first tensor concerned.
+        ValueError: if the safetensors package would refuse it as well (no such file, damaged, cut short), or a dtype is
+            not in `DTYPES`; the message names the file and the first tensor concerned.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -96,13 +101,15 @@ class TensorFile:
             raise ValueError(f"{self.path}: {error}.") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{self.path} is no safetensors file, or is damaged: {what}. Fetch or save it again.") from error
+            raise ValueError(
+                f"{self.path} is no safetensors file, or is damaged: {what}. Fetch or save it again."
+            ) from error
         needed = max((self._end(key) for key in self.specs), default=8 + length)
         beyond = sorted((key for key in self.specs if self._end(key) > size), key=self._end)
         if beyond:
             raise ValueError(
-                f"{self.path} is cut short: it has {size} bytes, and needs {needed}. The first tensor that is not whole is "
-                f"'{beyond[0]}' ({len(beyond)} of {len(self.specs)}). Fetch or save it again."
+                f"{self.path} is cut short: it has {size} bytes, and needs {needed}. The first tensor that is not "
+                f"whole is '{beyond[0]}' ({len(beyond)} of {len(self.specs)}). Fetch or save it again."
             )
         if size > needed:
             raise ValueError(f"{self.path} is damaged: behind its {needed} bytes come others. Fetch or save it again.")
@@ -126,8 +133,8 @@ class TensorFile:
         for key, entry in entries.items():
             if entry["dtype"] not in DTYPES:
                 raise NotImplementedError(
-                    f"tensor '{key}' has the dtype {entry['dtype']}; read are {', '.join(DTYPES)}. If it is a quantised model, "
-                    "take the unquantised one"
+                    f"tensor '{key}' has the dtype {entry['dtype']}; read are {', '.join(DTYPES)}. If it is a "
+                    "quantised model, take the unquantised one"
                 )
             shape, offsets = entry["shape"], entry["data_offsets"]
             if len(offsets) != 2 or not all(type(number) is int and number >= 0 for number in (*shape, *offsets)):
@@ -138,8 +145,8 @@ class TensorFile:
             self._starts[key] = start + offsets[0]
             if offsets[1] - offsets[0] != self.specs[key].nbytes:
                 raise ValueError(
-                    f"tensor '{key}' of shape {shape} and dtype {entry['dtype']} takes {offsets[1] - offsets[0]} bytes, not "
-                    f"{self.specs[key].nbytes}"
+                    f"tensor '{key}' of shape {shape} and dtype {entry['dtype']} takes {offsets[1] - offsets[0]} "
+                    f"bytes, not {self.specs[key].nbytes}"
                 )
         end = start
         for key in sorted(self.specs, key=lambda key: (self._starts[key], self._end(key))):

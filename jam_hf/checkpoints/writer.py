@@ -29,11 +29,12 @@ _THREADS = min(4, os.cpu_count() or 1)
 def write_plans(folder: Path, plans: dict[str, TensorPlan], max_shard_size: str = "2GB") -> None:
     """Write planned tensors shard by shard, a few blocks of rows in memory at a time.
 
-    A shard gets its name when it is whole and on the disk; shards that are there already, from a run that was stopped, stay.
+    A shard gets its name when it is whole and on the disk; shards that are there already, from a run that was stopped,
+    stay.
 
     Raises:
-        ValueError: if a tensor made has another shape than planned, or does not fit its dtype. OSError: if the disk is full or
-            cannot be written; the message names file and tensor.
+        ValueError: if a tensor made has another shape than planned, or does not fit its dtype. OSError: if the disk is
+            full or cannot be written; the message names file and tensor.
     """
     shards, index = plan_shards({key: plan.spec for key, plan in plans.items()}, max_shard_size)
     total = sum(plan.spec.nbytes for plan in plans.values())
@@ -77,7 +78,9 @@ def _finish(writer: TensorFileWriter, path: Path) -> None:
         raise OSError(error.errno, f"cannot finish {path}: {error.strerror}") from error
 
 
-def _write_shard(writer: TensorFileWriter, plans: dict[str, TensorPlan], progress: tqdm, syncing: ThreadPoolExecutor) -> None:
+def _write_shard(
+    writer: TensorFileWriter, plans: dict[str, TensorPlan], progress: tqdm, syncing: ThreadPoolExecutor
+) -> None:
     room = threading.Semaphore(2 * _THREADS)
     failed, counting = threading.Event(), threading.Lock()
 
@@ -137,7 +140,9 @@ def _write_shard(writer: TensorFileWriter, plans: dict[str, TensorPlan], progres
                 if failed.is_set():
                     break
             _wait(futures)
-            _wait(flushes)  # the system tells of a lost page once: what a flush has told, the last one does not tell again
+            _wait(
+                flushes
+            )  # the system tells of a lost page once: what a flush has told, the last one does not tell again
         except BaseException:
             failed.set()
             raise

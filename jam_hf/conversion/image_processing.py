@@ -1,7 +1,7 @@
 """How an image parent makes pixels of pictures, as settings of [`JamImageProcessor`].
 
-It knows image processors of transformers, by what they do: resize a side, cut the centre (Chameleon), pad to a square (Janus),
-resize to an area (Emu3). What others do is not guessed at.
+It knows image processors of transformers, by what they do: resize a side, cut the centre (Chameleon), pad to a square
+(Janus), resize to an area (Emu3). What others do is not guessed at.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from ..model.image_processing_jam import JamImageProcessor
 _VALUES = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 
 
-def image_processing_of(parent: Parent, given: JamVQConfig | None, sample_size: int) -> tuple[dict[str, Any] | None, list[str]]:
+def image_processing_of(
+    parent: Parent, given: JamVQConfig | None, sample_size: int
+) -> tuple[dict[str, Any] | None, list[str]]:
     """`JamVQConfig.image_processing` for a JAM of this image parent, and what a user should know of it.
 
-    What the parent's own preprocessor_config.json (or processor_config.json) says. Without one, what the config of the VQ model
-    that was given says (`convert_vq` leaves it there). Without that, the
-    class that all published checkpoints of its kind have (Chameleon).
+    What the parent's own preprocessor_config.json (or processor_config.json) says. Without one, what the config of the
+    VQ model that was given says (`convert_vq` leaves it there). Without that, the class that all published checkpoints
+    of its kind have (Chameleon).
 
     Args:
         given: of a VQ model that is not the parent's own. sample_size: side of the JAM's pictures in pixels.
@@ -45,9 +47,9 @@ def image_processing_of(parent: Parent, given: JamVQConfig | None, sample_size: 
         own = stock_class(sheet.model_type, name, file)()
     elif own is None:
         warning = (
-            f"The {parent.role} brings no preprocessor_config.json: the JAM resizes the shorter side (BICUBIC), cuts a square "
-            "from the centre and scales to [-1, 1]. If the parent saw pictures otherwise, put that file into its folder, and "
-            "fuse again."
+            f"The {parent.role} brings no preprocessor_config.json: the JAM resizes the shorter side (BICUBIC), cuts a "
+            "square from the centre and scales to [-1, 1]. If the parent saw pictures otherwise, put that file into "
+            "its folder, and fuse again."
         )
         return None, [] if sheet is None else [warning]
     try:
@@ -67,7 +69,9 @@ def _processor(parent: Parent) -> Any:
     paths = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
     found = [path for path in paths if path.is_file()]
     try:
-        named = any("image_processor_type" in json.dumps(json.loads(path.read_text(encoding="utf-8"))) for path in found)
+        named = any(
+            "image_processor_type" in json.dumps(json.loads(path.read_text(encoding="utf-8"))) for path in found
+        )
         if not named and not (draws and paths[0] in found):  # without a name, transformers goes by the model
             return None
         return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
@@ -75,8 +79,8 @@ def _processor(parent: Parent) -> Any:
         if not draws:
             return None
         raise ValueError(
-            f"How the {parent.role} reads pictures, {found[0]}, cannot be read: {error}. Expected the image processor of a "
-            "class of transformers."
+            f"How the {parent.role} reads pictures, {found[0]}, cannot be read: {error}. Expected the image processor "
+            "of a class of transformers."
         ) from error
 
 
@@ -92,7 +96,9 @@ def _settings(own: Any, size: int, role: str) -> tuple[dict[str, Any] | None, li
     resample = own.resample
     found["resample"] = int(resample if resample is not None else 2)  # transformers' own default is BILINEAR
     warnings, sides = [], set()
-    square = f"The {role} takes pictures of any shape, a JAM's are squares of {size} pixels: it cuts the centre of others."
+    square = (
+        f"The {role} takes pictures of any shape, a JAM's are squares of {size} pixels: it cuts the centre of others."
+    )
     if isinstance(own, (JanusImageProcessorPil, JamImageProcessor)) and getattr(own, "letterbox", True):
         found |= {"letterbox": True, "min_size": own.min_size}
         side = _plain(own.size or {}).get("height") or _plain(own.crop_size or {}).get("height")
@@ -101,7 +107,10 @@ def _settings(own: Any, size: int, role: str) -> tuple[dict[str, Any] | None, li
             warnings.append(square)
     elif isinstance(own, Emu3ImageProcessor):
         warnings.append(square)
-    elif isinstance(own, PilBackend) and type(own)._preprocess in (PilBackend._preprocess, JamImageProcessor._preprocess):
+    elif isinstance(own, PilBackend) and type(own)._preprocess in (
+        PilBackend._preprocess,
+        JamImageProcessor._preprocess,
+    ):
         resized = _plain(own.size or {}) if own.do_resize else {}
         crop = {own.crop_size["height"], own.crop_size["width"]} if own.do_center_crop else set()
         if crop == {size}:  # the JAM's processor does the same before the cut
@@ -122,8 +131,8 @@ def _settings(own: Any, size: int, role: str) -> tuple[dict[str, Any] | None, li
         )
     if sides and sides != {size}:
         warnings.append(
-            f"The {role}'s image processor makes pictures of {' x '.join(map(str, sorted(sides)))} pixels; the JAM's have "
-            f"{size}, the VQ model's size."
+            f"The {role}'s image processor makes pictures of {' x '.join(map(str, sorted(sides)))} pixels; the JAM's "
+            f"have {size}, the VQ model's size."
         )
     plain = JamImageProcessor.from_size(size)
     kept = {name: value for name, value in found.items() if _plain(getattr(plain, name)) != value}

@@ -1,9 +1,9 @@
 """metaseq's OPT and CM3leon checkpoints (`.pt`) to an `OPTForCausalLM` folder of transformers, for whoever holds them.
 
 It knows metaseq's files and keys, and how a tensor is cut over model-parallel parts; it fuses nothing. Read in
-facebookresearch/metaseq: `distributed/stitch_fsdp_ckpt.py` (joining parts), `model_parallel/modules/multihead_attention.py`
-(the rows of `qkv_proj` are keys, values, queries, despite its name), `modules/positional_embedding.py` (positions begin at
-row 2).
+facebookresearch/metaseq: `distributed/stitch_fsdp_ckpt.py` (joining parts),
+`model_parallel/modules/multihead_attention.py` (the rows of `qkv_proj` are keys, values, queries, despite its name),
+`modules/positional_embedding.py` (positions begin at row 2).
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class MetaseqCheckpoint:
     Args:
         files: its parts, in order.
     Raises:
-        ValueError: if a file cannot be read as tensors and plain values, is an FSDP shard, or parts have different keys.
+        ValueError: if a file cannot be read as tensors and plain values, is an FSDP shard, or parts have different
+            keys.
     """
 
     def __init__(self, files: list[Path]):
@@ -81,7 +82,9 @@ class MetaseqCheckpoint:
         for file, part in zip(files[1:], self.parts[1:]):
             differing = sorted(part.keys() ^ self.parts[0].keys())
             if differing:
-                raise ValueError(f"{files[0]} and {file} are not parts of one model: only one of them has '{differing[0]}'.")
+                raise ValueError(
+                    f"{files[0]} and {file} are not parts of one model: only one of them has '{differing[0]}'."
+                )
 
     def keys(self) -> set[str]:
         return set(self.parts[0])
@@ -94,7 +97,9 @@ class MetaseqCheckpoint:
         shape = shapes[0]
         if source.third is not None:
             if shape[0] % 3:
-                raise ValueError(f"'{source.key}' of {self.files[0]} should have keys, values and queries, but is {shape}.")
+                raise ValueError(
+                    f"'{source.key}' of {self.files[0]} should have keys, values and queries, but is {shape}."
+                )
             shape = [shape[0] // 3, *shape[1:]]
         if source.join != SAME:
             shape["rows columns".split().index(source.join)] *= len(self.parts)
@@ -155,18 +160,22 @@ def convert_metaseq(
     Shapes, biases, LayerNorm parameters and tying follow from the tensors. The files are read with `weights_only=True`.
 
     Args:
-        source: folder, file or files: one consolidated `.pt`, or all of `...-model_part-0.pt`, `...-model_part-1.pt`, ...
-        output_dir: where the checkpoint appears, whole or not at all: config, generation config, safetensors. No tokenizer.
+        source: folder, file or files: one consolidated `.pt`, or all of `...-model_part-0.pt`, `...-model_part-1.pt`,
+            ...
+        output_dir: where the checkpoint appears, whole or not at all: config, generation config, safetensors. No
+            tokenizer.
         num_attention_heads, activation_function: where the files do not say (`cfg`); OPT: "relu".
-        post_norm: LayerNorm behind attention and FFN and none at the end, as in OPT-350m. CM3leon and other OPTs: False.
+        post_norm: LayerNorm behind attention and FFN and none at the end, as in OPT-350m. CM3leon and other OPTs:
+            False.
         vocab_size: rows of the embedding to keep; by default all, those included with which metaseq pads a vocabulary.
         dtype: of the output; that of the files where `None`.
-        max_shard_size: as in `save_pretrained`. overwrite: replace a non-empty `output_dir` once the new one is complete.
+        max_shard_size: as in `save_pretrained`. overwrite: replace a non-empty `output_dir` once the new one is
+            complete.
     Returns:
         the path of the checkpoint.
     Raises:
-        ValueError: if files, keys, shapes or settings do not fit; the message names them. FileExistsError: if `output_dir` is
-            in use.
+        ValueError: if files, keys, shapes or settings do not fit; the message names them. FileExistsError: if
+            `output_dir` is in use.
     """
     files = find_files(source)
     check_apart(output_dir, *files)
@@ -202,13 +211,17 @@ def find_files(source: str | os.PathLike | Iterable[str | os.PathLike]) -> list[
     files: list[Path] = []
     for path in given:
         if not path.exists():
-            raise ValueError(f"There is no '{path}'. Expected a folder of metaseq's .pt files, or the files of one checkpoint.")
+            raise ValueError(
+                f"There is no '{path}'. Expected a folder of metaseq's .pt files, or the files of one checkpoint."
+            )
         found = sorted(path.glob("*.pt")) if path.is_dir() else [path]
         if not found:
             raise ValueError(f"The folder '{path}' has no .pt files.")
         files += found
     if not files:
-        raise ValueError("No source is given. Expected a folder of metaseq's .pt files, or the files of one checkpoint.")
+        raise ValueError(
+            "No source is given. Expected a folder of metaseq's .pt files, or the files of one checkpoint."
+        )
     shards = [file for file in files if re.search(r"-shard\d+\.pt$", file.name)]
     if shards:
         raise ValueError(_fsdp_advice(shards))
@@ -233,9 +246,10 @@ def _fsdp_advice(files: list[Path]) -> str:
     name = re.sub(r"(-shard\d+)?\.pt$", "", files[0].name)
     pattern = f"{name}.pt" if files[0].name == f"{name}.pt" else f"{name}-shard*.pt"
     return (
-        f"{files[0]} is of FSDP: its parameters are flattened, and only metaseq's metadata say what they are. Unflatten each "
-        f"model part with metaseq first, then convert the results: python -m metaseq.scripts.reshard_fsdp --input '{pattern}' "
-        f"--output 'unflattened/{name}.pt' --num-output-shards 1 --skip-optimizer-state True --unflatten-weights True"
+        f"{files[0]} is of FSDP: its parameters are flattened, and only metaseq's metadata say what they are. "
+        "Unflatten each model part with metaseq first, then convert the results: python -m "
+        f"metaseq.scripts.reshard_fsdp --input '{pattern}' --output 'unflattened/{name}.pt' --num-output-shards 1 "
+        "--skip-optimizer-state True --unflatten-weights True"
     )
 
 
@@ -252,8 +266,8 @@ def _load(file: Path) -> Any:
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         raise ValueError(
-            f"Cannot read {file}: {_reason(error)}. It is damaged, cut short, or of torch before 1.6; the last: load it and "
-            "save it again with a newer torch."
+            f"Cannot read {file}: {_reason(error)}. It is damaged, cut short, or of torch before 1.6; the last: load "
+            "it and save it again with a newer torch."
         ) from error
 
 
@@ -287,8 +301,8 @@ def _config(
     missing = [key for key in needed if key not in keys]
     if missing:
         raise ValueError(
-            f"{checkpoint.files[0]} is no OPT-like decoder: it has no {', '.join(missing)}. (OPT has learned positions; models "
-            "with others are not converted.)"
+            f"{checkpoint.files[0]} is no OPT-like decoder: it has no {', '.join(missing)}. (OPT has learned "
+            "positions; models with others are not converted.)"
         )
     if settings.get("no_scale_embedding") is False:
         raise ValueError("This model scales its embeddings (no_scale_embedding is False), which OPT does not.")
@@ -332,7 +346,9 @@ def _setting(name: str, given: Any, found: Any, example: str) -> Any:
 
 def _is_tied(checkpoint: MetaseqCheckpoint) -> bool:
     """No output projection, or the embedding once more."""
-    return _OUTPUT not in checkpoint.keys() or all(torch.equal(part[_OUTPUT], part[_EMBED]) for part in checkpoint.parts)
+    return _OUTPUT not in checkpoint.keys() or all(
+        torch.equal(part[_OUTPUT], part[_EMBED]) for part in checkpoint.parts
+    )
 
 
 def _dtype(checkpoint: MetaseqCheckpoint, dtype: str | torch.dtype | None) -> torch.dtype:
@@ -342,8 +358,8 @@ def _dtype(checkpoint: MetaseqCheckpoint, dtype: str | torch.dtype | None) -> to
         for key, tensor in part.items():
             if named is None and key != _VERSION and tensor.dtype != expected:
                 raise ValueError(
-                    f"{file} mixes types: '{_EMBED}' is {expected}, '{key}' is {tensor.dtype}. Say which the output shall "
-                    "have: dtype=..."
+                    f"{file} mixes types: '{_EMBED}' is {expected}, '{key}' is {tensor.dtype}. Say which the output "
+                    "shall have: dtype=..."
                 )
     return named or expected
 
@@ -363,8 +379,8 @@ def _sources(checkpoint: MetaseqCheckpoint, specs: dict[str, TensorSpec], post_n
     left = sorted(keys - {source.key for source in sources.values()} - {_VERSION, _OUTPUT})
     if left:
         raise ValueError(
-            f"{checkpoint.files[0]} has tensors that OPT has no place for: {_some(left)}. The model is not a plain OPT; "
-            "leaving them out would give another model."
+            f"{checkpoint.files[0]} has tensors that OPT has no place for: {_some(left)}. The model is not a plain "
+            "OPT; leaving them out would give another model."
         )
     rows = checkpoint.shape(_Cut(_EMBED, ROWS))[0]
     for key, source in sources.items():
@@ -374,8 +390,8 @@ def _sources(checkpoint: MetaseqCheckpoint, specs: dict[str, TensorSpec], post_n
         found = checkpoint.shape(source)
         if found != expected:
             raise ValueError(
-                f"'{source.key}' of {checkpoint.files[0]} has the wrong shape: {len(checkpoint.parts)} part(s) make {found}, "
-                f"expected {expected} for '{key}'. Are all model parts there?"
+                f"'{source.key}' of {checkpoint.files[0]} has the wrong shape: {len(checkpoint.parts)} part(s) make "
+                f"{found}, expected {expected} for '{key}'. Are all model parts there?"
             )
     return sources
 

@@ -1,6 +1,7 @@
 """`convert_vq`: the VQ model of a public parent in, the folder of a [`JamVQModel`] out, with the same codes and pixels.
 
-It reads, lets the tables (vq_tables.py) say what is what, accounts for every tensor, and writes. It knows nothing of fusing.
+It reads, lets the tables (vq_tables.py) say what is what, accounts for every tensor, and writes. It knows nothing of
+fusing.
 """
 
 from __future__ import annotations
@@ -63,21 +64,23 @@ def convert_vq(
     """Convert the VQ model of a public image parent into a [`JamVQModel`] with the same codes and pixels, in float32.
 
     Args:
-        source: a checkpoint folder or Hub id of transformers' Chameleon, Janus or Emu3 (the whole model, or its VQ model
-            alone), or a file of weights: safetensors, and with `allow_pickle` what torch.save wrote.
+        source: a checkpoint folder or Hub id of transformers' Chameleon, Janus or Emu3 (the whole model, or its VQ
+            model alone), or a file of weights: safetensors, and with `allow_pickle` what torch.save wrote.
         output_dir: where the folder appears, whole or not at all.
-        layout: "taming", "chameleon", "llamagen", "janus" or "emu3"; found by the keys where `None`. transformers' Chameleon
-            has no decoder: what becomes of it can encode only. Convert Chameleon's own vqgan.ckpt ("taming") to have both.
+        layout: "taming", "chameleon", "llamagen", "janus" or "emu3"; found by the keys where `None`. transformers'
+            Chameleon has no decoder: what becomes of it can encode only. Convert Chameleon's own vqgan.ckpt ("taming")
+            to have both.
         sample_size: side of the pictures in pixels. Chameleon's and Janus' configs say it; all others take any size.
-        codebook_l2_norm: normalise latents and codebook before the search for the nearest code, as LlamaGen and DeepSeek's
-            own Janus do. transformers' Janus does not, and by default this follows the class that the weights come from.
+        codebook_l2_norm: normalise latents and codebook before the search for the nearest code, as LlamaGen and
+            DeepSeek's own Janus do. transformers' Janus does not, and by default this follows the class that the
+            weights come from.
         allow_pickle: read .ckpt, .pt, .pth and .bin files, with `torch.load(weights_only=True)`.
         overwrite: replace a non-empty `output_dir` once the new one is complete.
     Returns:
         the path of the folder, as `fuse(vq_model=...)` takes it.
     Raises:
-        ValueError: if the source cannot be read, is no VQ model, or one that no stock class computes; if a tensor is unknown,
-            missing, of another shape or not finite. FileExistsError: if `output_dir` is in use.
+        ValueError: if the source cannot be read, is no VQ model, or one that no stock class computes; if a tensor is
+            unknown, missing, of another shape or not finite. FileExistsError: if `output_dir` is in use.
     """
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}.")
@@ -104,7 +107,9 @@ def convert_vq(
 
 
 def vq_model_from(parent: Parent, sample_size: int | None = None, say: Callable[[str], None] = print) -> JamVQModel:
-    """The VQ model inside a checkpoint of transformers' Chameleon, Janus or Emu3; see [`convert_vq`]. `say` gets remarks."""
+    """The VQ model inside a checkpoint of transformers' Chameleon, Janus or Emu3; see [`convert_vq`]. `say` gets
+    remarks.
+    """
     return _converted(_inside(parent), None, sample_size, None, say)[0]
 
 
@@ -123,7 +128,9 @@ def _converted(
     if codebook_l2_norm is None:
         codebook_l2_norm = layout == "llamagen"
     elif not codebook_l2_norm and layout == "llamagen":
-        raise ValueError("LlamaGen's layout without codebook_l2_norm cannot be converted: JanusVQVAE's decoder normalises.")
+        raise ValueError(
+            "LlamaGen's layout without codebook_l2_norm cannot be converted: JanusVQVAE's decoder normalises."
+        )
     try:
         config, table = _config_and_table(layout, origin.config, tensors, sample_size, codebook_l2_norm)
     except ValueError as error:
@@ -133,14 +140,15 @@ def _converted(
         norms = tensors["quantize.embedding.weight"].norm(dim=1)
         if (norms - 1).abs().max() > 1e-3:
             say(
-                f"The vectors of the codebook have lengths from {norms.min():.3g} to {norms.max():.3g}. DeepSeek's own code "
-                "normalises them before it encodes a picture, transformers' class does not, so they find other codes for it. "
-                "Converted as transformers has it; codebook_l2_norm (--codebook-l2-norm) converts to DeepSeek's."
+                f"The vectors of the codebook have lengths from {norms.min():.3g} to {norms.max():.3g}. DeepSeek's own "
+                "code normalises them before it encodes a picture, transformers' class does not, so they find other "
+                "codes for it. Converted as transformers has it; codebook_l2_norm (--codebook-l2-norm) converts to "
+                "DeepSeek's."
             )
     return model, layout
 
 
-# ----- reading ----------------------------------------------------------------------------------------------------------
+# ----- reading --------------------------------------------------------------------------------------------------------
 
 
 def _open(source: str | os.PathLike, allow_pickle: bool) -> VQWeights:
@@ -148,11 +156,14 @@ def _open(source: str | os.PathLike, allow_pickle: bool) -> VQWeights:
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     if path.suffix not in OLD_FILES:
-        raise ValueError(f"'{path}': expected a checkpoint folder, a .safetensors file, or one of {', '.join(OLD_FILES)}.")
+        raise ValueError(
+            f"'{path}': expected a checkpoint folder, a .safetensors file, or one of {', '.join(OLD_FILES)}."
+        )
     if not allow_pickle:
         raise ValueError(
-            f"'{path}' may be a pickle, which can run code when it is read. If you trust where it comes from, allow it: "
-            "allow_pickle=True, or --allow-old-files on the command line (it is read with weights_only=True all the same)."
+            f"'{path}' may be a pickle, which can run code when it is read. If you trust where it comes from, allow "
+            "it: allow_pickle=True, or --allow-old-files on the command line (it is read with weights_only=True all "
+            "the same)."
         )
     return _open_pickle(path)
 
@@ -168,8 +179,8 @@ def _vq_config(parent: Parent) -> PreTrainedConfig:
         found = found.vq_config
     if found.model_type not in {sheet.vq_type for sheet in MULTIMODAL.values()}:
         raise ValueError(
-            f"'{parent.name}' is a '{found.model_type}' checkpoint; expected transformers' Chameleon, Janus or Emu3, whole or "
-            "its VQ model alone, or a file of weights in taming's or LlamaGen's layout."
+            f"'{parent.name}' is a '{found.model_type}' checkpoint; expected transformers' Chameleon, Janus or Emu3, "
+            "whole or its VQ model alone, or a file of weights in taming's or LlamaGen's layout."
         )
     return found
 
@@ -233,7 +244,7 @@ def _vq_tensors(origin: VQWeights, say: Callable[[str], None]) -> dict[str, torc
     return tensors
 
 
-# ----- architecture -----------------------------------------------------------------------------------------------------
+# ----- architecture ---------------------------------------------------------------------------------------------------
 
 
 def _config_and_table(
@@ -247,7 +258,9 @@ def _config_and_table(
     if layout in ("janus", "emu3") and config is not None:
         inner = config
     elif layout == "emu3":
-        raise ValueError("the weights alone do not say all of Emu3's architecture; convert a folder that has a config.json.")
+        raise ValueError(
+            "the weights alone do not say all of Emu3's architecture; convert a folder that has a config.json."
+        )
     else:
         shapes = {rename(key, table): tuple(tensor.shape) for key, tensor in tensors.items()}
         found = infer_architecture(shapes, smallest_first=layout in ("llamagen", "janus"))
@@ -271,12 +284,16 @@ def _config_and_table(
 
 def _said(sample_size: int | None) -> int:
     if sample_size is None:
-        raise ValueError("the weights do not say the size of the pictures; give it: sample_size=256 (--sample-size 256), say.")
+        raise ValueError(
+            "the weights do not say the size of the pictures; give it: sample_size=256 (--sample-size 256), say."
+        )
     return sample_size
 
 
 def _check_against(found: Architecture, config: PreTrainedConfig) -> None:
-    names = "in_channels base_channels channel_multiplier num_res_blocks latent_channels embed_dim num_embeddings".split()
+    names = (
+        "in_channels base_channels channel_multiplier num_res_blocks latent_channels embed_dim num_embeddings".split()
+    )
     for name in names:
         ours, theirs = getattr(found, name), getattr(config, name)
         if ours != (list(theirs) if isinstance(theirs, (list, tuple)) else theirs):
@@ -286,8 +303,9 @@ def _check_against(found: Architecture, config: PreTrainedConfig) -> None:
 def _diffusers_config(found: Architecture, sample_size: int) -> JamVQConfig:
     if found.base_channels != found.channels[0]:
         raise ValueError(
-            f"'encoder.conv_in.weight' makes {found.base_channels} channels and the first level has {found.channels[0]}; in "
-            "diffusers' VQModel they are the same (the first channel multiplier is 1), and transformers has no such class."
+            f"'encoder.conv_in.weight' makes {found.base_channels} channels and the first level has "
+            f"{found.channels[0]}; in diffusers' VQModel they are the same (the first channel multiplier is 1), and "
+            "transformers has no such class."
         )
     levels = range(len(found.channels))
     return JamVQConfig(
@@ -307,7 +325,9 @@ def _diffusers_config(found: Architecture, sample_size: int) -> JamVQConfig:
 
 
 def _janus_config(found: Architecture) -> JanusVQVAEConfig:
-    """JanusVQVAE has attention in the middle and at the smallest grid; where that differs, tensors are missing or unknown."""
+    """JanusVQVAE has attention in the middle and at the smallest grid; where that differs, tensors are missing or
+    unknown.
+    """
     return JanusVQVAEConfig(
         embed_dim=found.embed_dim,
         num_embeddings=found.num_embeddings,
@@ -320,11 +340,16 @@ def _janus_config(found: Architecture) -> JanusVQVAEConfig:
     )
 
 
-# ----- writing ----------------------------------------------------------------------------------------------------------
+# ----- writing --------------------------------------------------------------------------------------------------------
 
 
 def _fill(
-    config: JamVQConfig, table: Table, tensors: dict[str, torch.Tensor], name: str, layout: str, say: Callable[[str], None]
+    config: JamVQConfig,
+    table: Table,
+    tensors: dict[str, torch.Tensor],
+    name: str,
+    layout: str,
+    say: Callable[[str], None],
 ) -> JamVQModel:
     """The model with the weights in it, none left over and none missing."""
     with torch.device("meta"):
@@ -361,7 +386,9 @@ def _fill(
 
 
 def _check_saved(folder: Path, model: JamVQModel) -> None:
-    saved: dict[str, Any] = JamVQModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False).state_dict()
+    saved: dict[str, Any] = JamVQModel.from_pretrained(
+        folder, use_safetensors=True, trust_remote_code=False
+    ).state_dict()
     differing = [key for key, tensor in model.state_dict().items() if not torch.equal(saved[key], tensor)]
     if differing:
         raise ValueError(f"What was written reads back differently, e.g. '{differing[0]}'. Is the disk at fault?")

@@ -1,7 +1,8 @@
 """The layouts in which VQ models of public parents come: tables of keys, and the architecture that tensor shapes tell.
 
-They know key names and shapes; they read and write nothing. A row of a table is a piece of a key as the parent has it and as
-the stock class has it, `{}` standing for a number; rows apply in order and, backwards, in the reverse order. Layouts:
+They know key names and shapes; they read and write nothing. A row of a table is a piece of a key as the parent has it
+and as the stock class has it, `{}` standing for a number; rows apply in order and, backwards, in the reverse order.
+Layouts:
 
 - "taming": taming-transformers' VQModel (VQGAN, Make-A-Scene's kind, Chameleon's vqgan.ckpt);
 - "chameleon": transformers' ChameleonVQVAE, which is taming's encoder under taming's names;
@@ -98,7 +99,9 @@ def guess_layout(keys: Collection[str]) -> str | None:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the shapes of a model with taming's or Janus' names tell. Attention is a set of levels, 0 is the pictures' size."""
+    """What the shapes of a model with taming's or Janus' names tell. Attention is a set of levels, 0 is the
+    pictures' size.
+    """
 
     in_channels: int
     out_channels: int
@@ -136,7 +139,9 @@ def infer_architecture(shapes: Mapping[str, tuple[int, ...]], smallest_first: bo
         found = {int(match[1]) for key in shapes if (match := re.match(pattern, key))}
         return max(found, default=-1) + 1
 
-    def half(name: str, list_name: str, levels: int, reverse: bool) -> tuple[tuple[int, ...], list[int], frozenset[int]]:
+    def half(
+        name: str, list_name: str, levels: int, reverse: bool
+    ) -> tuple[tuple[int, ...], list[int], frozenset[int]]:
         """Channels and number of blocks by level, and the levels with attention."""
         order = [levels - 1 - level if reverse else level for level in range(levels)]
         places = [f"{name}.{list_name}.{index}" for index in order]
@@ -153,8 +158,8 @@ def infer_architecture(shapes: Mapping[str, tuple[int, ...]], smallest_first: bo
     latent, quantised = shape("encoder.conv_out.weight")[0], shape("quant_conv.weight")
     if latent == 2 * quantised[1]:
         raise ValueError(
-            f"'encoder.conv_out.weight' makes {latent} channels, 'quant_conv.weight' reads {quantised[1]}: the encoder draws "
-            "its latents from a distribution (double_z), which no nearest code is searched for."
+            f"'encoder.conv_out.weight' makes {latent} channels, 'quant_conv.weight' reads {quantised[1]}: the encoder "
+            "draws its latents from a distribution (double_z), which no nearest code is searched for."
         )
     mid_attention, decoder_attention = "encoder.mid.attn_1.q.weight" in shapes, encoder_attention
     if has_decoder:

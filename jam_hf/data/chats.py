@@ -1,8 +1,9 @@
-"""Chats whose messages are lists of parts: the pictures that they name, and whether a chat template writes the parts as text.
+"""Chats whose messages are lists of parts: the pictures that they name, and whether a chat template writes the parts as
+text.
 
-It renders by a function that it is given and opens no picture. A chat is a list of messages; a part is `{"type": "text",
-"text": ...}` or `{"type": "image"}`, with the picture under "image", "url", "path" or "base64" or, as OpenAI has it,
-under "image_url".
+It renders by a function that it is given and opens no picture. A chat is a list of messages; a part is `{"type":
+"text", "text": ...}` or `{"type": "image"}`, with the picture under "image", "url", "path" or "base64" or, as OpenAI
+has it, under "image_url".
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ _UNKNOWN_KEY, _SENTINEL = "jam_part", "a-part-that-no-template-reads"
 
 
 def prepared_chats(processor: Any, render: Callable[..., Any], call: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `ProcessorMixin.apply_chat_template` (`render`) in place of those of a call of the JAM's, see there.
+    """The arguments of `ProcessorMixin.apply_chat_template` (`render`) in place of those of a call of the JAM's, see
+    there.
 
     Raises:
-        ValueError: if the template would not write the parts as text or leaves out a picture; with `tokenize=True`, if a
-            picture part brings no picture, or more pictures came than places.
+        ValueError: if the template would not write the parts as text or leaves out a picture; with `tokenize=True`, if
+            a picture part brings no picture, or more pictures came than places.
     """
     conversation = call["conversation"]
     if not isinstance(conversation, (list, tuple)) or not conversation:
@@ -29,7 +31,14 @@ def prepared_chats(processor: Any, render: Callable[..., Any], call: dict[str, A
     batched = isinstance(conversation[0], (list, tuple))
     chats = [plain_chat(chat) for chat in (conversation if batched else [conversation])]
     # What the template itself reads, without what is about tokens.
-    others = {"conversation", "tokenize", "return_tensors", "return_dict", "processor_kwargs", "sanitize_control_tokens"}
+    others = {
+        "conversation",
+        "tokenize",
+        "return_tensors",
+        "return_dict",
+        "processor_kwargs",
+        "sanitize_control_tokens",
+    }
     others |= {"images", "return_assistant_tokens_mask", "continue_final_message", "load_audio_from_video"}
     reads = {name: value for name, value in call.items() if name not in others}
     for chat in chats:
@@ -38,7 +47,9 @@ def prepared_chats(processor: Any, render: Callable[..., Any], call: dict[str, A
     if call.get("tokenize"):
         settings = dict(call.get("processor_kwargs") or {})
         beside = call.pop("images", None) if "images" in call else settings.pop("images", None)
-        pictures = _pictures_of_chats(chats, processor.image_token, beside, typed=not call.get("sanitize_control_tokens"))
+        pictures = _pictures_of_chats(
+            chats, processor.image_token, beside, typed=not call.get("sanitize_control_tokens")
+        )
         if any(pictures):
             settings["images"] = pictures if batched else pictures[0]
         call["processor_kwargs"] = settings
@@ -46,29 +57,37 @@ def prepared_chats(processor: Any, render: Callable[..., Any], call: dict[str, A
 
 
 def _pictures_of_chats(chats: list[list[Any]], image_token: str, beside: Any, typed: bool) -> list[list[Any]]:
-    """The pictures of each chat in reading order; `beside` came in `images=`, see `JamProcessor.apply_chat_template`."""
+    """The pictures of each chat in reading order; `beside` came in `images=`, see
+    `JamProcessor.apply_chat_template`.
+    """
     if beside is not None and not isinstance(beside, (list, tuple)):
         beside = [beside]
     nested = beside is not None and any(entry is None or isinstance(entry, (list, tuple)) for entry in beside)
     if nested and len(beside) != len(chats):
-        raise ValueError(f"images has {len(beside)} list(s) of pictures for {len(chats)} chat(s); expected one for each.")
+        raise ValueError(
+            f"images has {len(beside)} list(s) of pictures for {len(chats)} chat(s); expected one for each."
+        )
     stocks: list[Any]
     if nested:
-        stocks = [list(entry) if isinstance(entry, (list, tuple)) else [entry] * (entry is not None) for entry in beside]
+        stocks = [
+            list(entry) if isinstance(entry, (list, tuple)) else [entry] * (entry is not None) for entry in beside
+        ]
     else:
         stocks = [None if beside is None else list(beside)] * len(chats)  # one list, which the chats use up in order
     pictures = [chat_pictures(chat, image_token, stock, typed) for chat, stock in zip(chats, stocks)]
     left = sum(map(len, stocks if nested else stocks[:1])) if beside is not None else 0
     if left:
         raise ValueError(
-            f"images has {left} picture(s) more than the chat(s) have places without one. Expected one for each image part "
-            f"that names none and each {image_token} in a text."
+            f"images has {left} picture(s) more than the chat(s) have places without one. Expected one for each image "
+            f"part that names none and each {image_token} in a text."
         )
     return pictures
 
 
 def plain_chat(messages: Sequence[Any]) -> list[Any]:
-    """The messages anew, in one form: keys whose value is None (`datasets` fills them in) left out, "image_url" as "url"."""
+    """The messages anew, in one form: keys whose value is None (`datasets` fills them in) left out, "image_url" as
+    "url".
+    """
     chat = []
     for message in messages:
         if not isinstance(message, dict):
@@ -101,11 +120,13 @@ def _parts(chat: Sequence[Any]) -> Iterator[tuple[int, Any]]:
 
 
 def chat_pictures(chat: Sequence[Any], image_token: str, beside: Any, typed: bool = True) -> list[Any]:
-    """The pictures of a chat in reading order: those that its parts name, and in the other places those passed beside it.
+    """The pictures of a chat in reading order: those that its parts name, and in the other places those passed beside
+    it.
 
     Args:
         chat: of `plain_chat`. image_token: the placeholder.
-        beside: pictures that came beside the chat, which are taken off the list as they find their places; None: none came.
+        beside: pictures that came beside the chat, which are taken off the list as they find their places; None: none
+            came.
         typed: whether a placeholder that stands in a text is the place of a picture, too (not if it is to be text).
     Raises:
         ValueError: if a part names no picture and none is left beside, or names several.
@@ -123,11 +144,13 @@ def chat_pictures(chat: Sequence[Any], image_token: str, beside: Any, typed: boo
                 continue
         if len(named) > 1:
             keys = " and ".join(repr(key) for key in PICTURE_KEYS if part.get(key) is not None)
-            raise ValueError(f"Message {index} has an image part that names a picture under {keys}; expected one of them.")
+            raise ValueError(
+                f"Message {index} has an image part that names a picture under {keys}; expected one of them."
+            )
         if not named and places > len(beside or ()):
             raise ValueError(
-                f"Message {index} has the place of a picture, but no picture: expected one under {', '.join(PICTURE_KEYS)} or "
-                "image_url in its part, or one for each such place in images=[...]."
+                f"Message {index} has the place of a picture, but no picture: expected one under "
+                f"{', '.join(PICTURE_KEYS)} or image_url in its part, or one for each such place in images=[...]."
             )
         found += named or [beside.pop(0) for _ in range(places)]
     return found
@@ -153,7 +176,8 @@ def _as_texts(chat: Sequence[Any], image_token: str) -> list[Any] | None:
 def check_that_parts_are_written(chat: Sequence[Any], render: Callable[[list[Any]], str], image_token: str) -> None:
     """Refuse a chat of which a template would not write the parts as text, or would leave out pictures.
 
-    Templates for text alone either fail at a list or write it as Python or JSON does (`[{'type': 'text', ...`). So the chat is
+    Templates for text alone either fail at a list or write it as Python or JSON does (`[{'type': 'text', ...`). So the
+    chat is
     rendered once with a key in each part that no template reads: where its value is written, the part was.
 
     Args:
@@ -166,8 +190,12 @@ def check_that_parts_are_written(chat: Sequence[Any], render: Callable[[list[Any
     marked = []
     for message in chat:
         content = message.get("content")
-        pictures = isinstance(content, list) and any(isinstance(part, dict) and part.get("type") == "image" for part in content)
-        if isinstance(content, list) and (pictures or message.get("role") != "tool"):  # what a tool returned may be any JSON
+        pictures = isinstance(content, list) and any(
+            isinstance(part, dict) and part.get("type") == "image" for part in content
+        )
+        if isinstance(content, list) and (
+            pictures or message.get("role") != "tool"
+        ):  # what a tool returned may be any JSON
             content = [{**part, _UNKNOWN_KEY: _SENTINEL} if isinstance(part, dict) else part for part in content]
             message = {**message, "content": content}
         marked.append(message)
@@ -198,10 +226,10 @@ def _text(part: str | dict[str, Any]) -> str:
 
 
 _REFUSAL = (
-    "The chat template cannot write messages that are lists of parts: {reason}. Expected one that writes texts as they are and "
-    "{token} for a picture. jam_hf.fusion.chat_templates.with_pictures(template) makes one of a template for text (put it into "
-    "processor.chat_template and processor.tokenizer.chat_template). Or write messages as texts, {token} in the place of each "
-    "picture."
+    "The chat template cannot write messages that are lists of parts: {reason}. Expected one that writes texts as they "
+    "are and {token} for a picture. jam_hf.fusion.chat_templates.with_pictures(template) makes one of a template for "
+    "text (put it into processor.chat_template and processor.tokenizer.chat_template). Or write messages as texts, "
+    "{token} in the place of each picture."
 )
 
 

@@ -1,7 +1,7 @@
 """The CM3 objective: a document as it is, or with masked spans moved to its end (arXiv 2309.15564, 2309.02591).
 
-Pure functions on one document of token ids and an explicit random generator; nothing here knows a model, a tokenizer or a
-batch. `unmask` is the exact inverse of `apply_spans`.
+Pure functions on one document of token ids and an explicit random generator; nothing here knows a model, a tokenizer or
+a batch. `unmask` is the exact inverse of `apply_spans`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ class CM3Settings:
     """Ids and probabilities of the objective.
 
     mask_token_id, num_mask_tokens: sentinels `mask_token_id + i` (paper [M]: 512). mask_end_token_id: end of a span.
-    boundary_token_ids: `<break>`, a closing token of its own, bos, eos: no span holds one, so none crosses from one segment
-        into another [C].
+    boundary_token_ids: `<break>`, a closing token of its own, bos, eos: no span holds one, so none crosses from one
+        segment into another [C].
     mean_spans: mean of the Poisson that says how many spans are masked [M]: 1, so that e^-1 = 37 % stay causal.
     whole_segment_probability: instead of random spans, mask exactly one whole segment, all of a text or all of an image
         [M]; this trains the unconditional branch of guidance. The value is our reconstruction.
     text_segments_only: whether those whole segments are only texts. image_token_range: `[first, last)` of image codes.
     picture_structure_token_ids: what a picture's layout has beside the codes; it is part of the image's segment.
-    keep_first_token: whether the first token of a document, its bos [M], is never masked. Not so for a tokenizer without bos:
-        it is text there, and guidance's branch begins with `<mask>`.
+    keep_first_token: whether the first token of a document, its bos [M], is never masked. Not so for a tokenizer
+        without bos: it is text there, and guidance's branch begins with `<mask>`.
     """
 
     mask_token_id: int
@@ -46,7 +46,9 @@ class CM3Settings:
         if self.mean_spans < 0:
             raise ValueError(f"CM3Settings: mean_spans must not be negative, got {self.mean_spans}.")
         if not 0 <= self.whole_segment_probability <= 1:
-            raise ValueError(f"CM3Settings: whole_segment_probability must be in 0..1, got {self.whole_segment_probability}.")
+            raise ValueError(
+                f"CM3Settings: whole_segment_probability must be in 0..1, got {self.whole_segment_probability}."
+            )
         if self.text_segments_only and self.image_token_range[0] >= self.image_token_range[1]:
             raise ValueError(
                 "CM3Settings: text_segments_only needs image_token_range, to know which segments are images; got "
@@ -82,7 +84,8 @@ def segments(ids: np.ndarray, settings: CM3Settings) -> list[tuple[int, int]]:
 def draw_spans(ids: np.ndarray, settings: CM3Settings, rng: np.random.Generator) -> list[tuple[int, int]]:
     """Disjoint spans `[start, end)` to mask, in order; empty for a document that stays causal.
 
-    With `whole_segment_probability`, one segment drawn uniformly. Otherwise Poisson(`mean_spans`) spans [M], clamped to the
+    With `whole_segment_probability`, one segment drawn uniformly. Otherwise Poisson(`mean_spans`) spans [M], clamped to
+    the
     sentinels: two points drawn uniformly behind the first token make a span [R], which is clipped to the segment of the
     first point drawn; a span that would be empty or touch an earlier one is not masked [R].
     """
@@ -117,9 +120,9 @@ def apply_spans(
 ) -> np.ndarray:
     """Leave sentinel i in place of span i, and append `<sentinel_i> span <end of span>` in order.
 
-    The infills come at the end of the whole block [M], so behind eos where the document ends in one: an eos says that the
-    document is over, and nothing but infills follows it [R]. Where the result exceeds `max_length`, the end of the causal
-    part is cut, not the infills [M]; a cut may remove a sentinel whose infill stays.
+    The infills come at the end of the whole block [M], so behind eos where the document ends in one: an eos says that
+    the document is over, and nothing but infills follows it [R]. Where the result exceeds `max_length`, the end of the
+    causal part is cut, not the infills [M]; a cut may remove a sentinel whose infill stays.
 
     Raises:
         ValueError: if the infills alone exceed `max_length`, or there are more spans than sentinels.
@@ -140,7 +143,8 @@ def apply_spans(
     if max_length is not None and len(front) + len(back) > max_length:
         if len(back) >= max_length:
             raise ValueError(
-                f"CM3: the masked spans need {len(back)} tokens, max_length is {max_length}. Raise max_length, or mask less."
+                f"CM3: the masked spans need {len(back)} tokens, max_length is {max_length}. Raise max_length, or mask "
+                "less."
             )
         front = front[: max_length - len(back)]
     return np.concatenate((front, back))
@@ -167,7 +171,9 @@ def unmask(ids: np.ndarray, settings: CM3Settings) -> np.ndarray:
         where = positions[index]
         start, end = openings[index], openings[index + 1]
         if ids[where] != back[start] or back[end - 1] != settings.mask_end_token_id:
-            raise ValueError(f"CM3: infill {index} does not begin with its sentinel or does not end with the end of span.")
+            raise ValueError(
+                f"CM3: infill {index} does not begin with its sentinel or does not end with the end of span."
+            )
         pieces += [front[position:where], back[start + 1 : end - 1]]
         position = where + 1
     return np.concatenate([*pieces, front[position:]])
@@ -176,7 +182,8 @@ def unmask(ids: np.ndarray, settings: CM3Settings) -> np.ndarray:
 def cm3(ids: np.ndarray, settings: CM3Settings, rng: np.random.Generator, max_length: int | None = None) -> np.ndarray:
     """A document, masked or as it is: `draw_spans`, then `apply_spans` (loss: -log p of every token [P]).
 
-    An infill is never cut [M], so a span whose infill leaves no room for the document is not masked, the longest first [R].
+    An infill is never cut [M], so a span whose infill leaves no room for the document is not masked, the longest first
+    [R].
 
     Raises:
         ValueError: if the document has a sentinel or an end of span already: masked again, it could not be read back.

@@ -40,9 +40,10 @@ def name_codes(tokenizer: Any, first: int, count: int) -> str | None:
         return None
     if taken:
         raise ValueError(
-            f"The ids {first}..{first + count - 1} are image codes, but the tokenizer has the token {by_id[taken[0]]!r} with "
-            f"the id {taken[0]} ({len(taken)} such tokens): it was added before the codes had names. Take the tokenizer as it "
-            "was fused, load it with JamProcessor.from_pretrained, which names the codes, and add the token then."
+            f"The ids {first}..{first + count - 1} are image codes, but the tokenizer has the token "
+            f"{by_id[taken[0]]!r} with the id {taken[0]} ({len(taken)} such tokens): it was added before the codes had "
+            "names. Take the tokenizer as it was fused, load it with JamProcessor.from_pretrained, which names the "
+            "codes, and add the token then."
         )
     known = set(by_id.values())
     for form in (CODE_NAME, *OTHER_CODE_NAMES):
@@ -50,14 +51,16 @@ def name_codes(tokenizer: Any, first: int, count: int) -> str | None:
         if known.isdisjoint(names):
             break
     else:
-        raise ValueError(f"The tokenizer has other tokens of all the names that codes could have: {CODE_NAME.format(0)}, ...")
+        raise ValueError(
+            f"The tokenizer has other tokens of all the names that codes could have: {CODE_NAME.format(0)}, ..."
+        )
     end = max(by_id, default=-1) + 1
     names = [*(UNUSED_NAME.format(index) for index in range(end, first)), *names]
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
     if tokenizer.convert_tokens_to_ids(names) != list(range(end, first + count)):
         raise ValueError(
-            f"The tokenizer has {len(by_id)} tokens and ids up to {end - 1}; new ones do not get the ids from {end} on. Give "
-            "each id below a token that no text has, in the vocabulary of its tokenizer.json."
+            f"The tokenizer has {len(by_id)} tokens and ids up to {end - 1}; new ones do not get the ids from {end} "
+            "on. Give each id below a token that no text has, in the vocabulary of its tokenizer.json."
         )
     return form
 
@@ -81,7 +84,9 @@ def name_codes_of(loaded: Any, folder: str | os.PathLike, arguments: dict[str, A
     """
     processor = loaded[0] if isinstance(loaded, tuple) else loaded
     try:
-        values, _ = JamConfig.get_config_dict(folder, **{name: arguments[name] for name in _FROM_WHERE if name in arguments})
+        values, _ = JamConfig.get_config_dict(
+            folder, **{name: arguments[name] for name in _FROM_WHERE if name in arguments}
+        )
     except OSError:  # a processor by itself
         return
     if values.get("model_type") != JamConfig.model_type or values.get("image_token_offset") is None:
@@ -91,8 +96,8 @@ def name_codes_of(loaded: Any, folder: str | os.PathLike, arguments: dict[str, A
     if form is not None:
         processor.image_code_token = form
         logger.warning_once(
-            f"{folder} was fused before image codes had names in the tokenizer: they got the names {form.format(0)}, ... now. "
-            "Save the processor to keep them."
+            f"{folder} was fused before image codes had names in the tokenizer: they got the names {form.format(0)}, "
+            "... now. Save the processor to keep them."
         )
 
 

@@ -1,4 +1,5 @@
-"""Batches for training: the CM3 objective on the fly, padding or packing, and labels - the one path by which labels are made.
+"""Batches for training: the CM3 objective on the fly, padding or packing, and labels - the one path by which labels are
+made.
 
 It knows ids, not models. Every token but padding is a label, image codes included.
 """
@@ -20,12 +21,13 @@ from .cm3 import CM3Settings, cm3
 
 @dataclass
 class JamDataCollator:
-    """Collate `{"input_ids": [...]}` into `input_ids`, `attention_mask` and `labels`, int64 `[B, T]`, padded on the right.
+    """Collate `{"input_ids": [...]}` into `input_ids`, `attention_mask` and `labels`, int64 `[B, T]`, padded on the
+    right.
 
-    With `packing`, short documents share rows as long as the longest document: `[R, T]`, R <= B, and `position_ids` that
-    begin anew with each document (and with the padding) instead of `attention_mask`. transformers keeps documents that are
-    packed so apart, in Llama's decoder and in every cross JAM, so the loss is that of the same documents in rows of their
-    own. The stock OPT decoder does not; see `supports_packing`.
+    With `packing`, short documents share rows as long as the longest document: `[R, T]`, R <= B, and `position_ids`
+    that begin anew with each document (and with the padding) instead of `attention_mask`. transformers keeps documents
+    that are packed so apart, in Llama's decoder and in every cross JAM, so the loss is that of the same documents in
+    rows of their own. The stock OPT decoder does not; see `supports_packing`.
 
     Args:
         pad_token_id: id of the padding; its labels are -100.
@@ -33,9 +35,9 @@ class JamDataCollator:
         cm3: settings of the CM3 objective; `None`: plain causal documents.
         max_length: longer documents raise a `ValueError` (they are never cut in silence); CM3 cuts as [M] says.
         pad_to_multiple_of: of the batch's length.
-        seed: documents are masked anew each time they are seen; the order of calls and the seed decide how. In dataloader
-            workers, which start afresh each epoch, the seed that torch gives the worker decides as well. Processes that
-            share the batches (data parallelism) mask each in its own way.
+        seed: documents are masked anew each time they are seen; the order of calls and the seed decide how. In
+            dataloader workers, which start afresh each epoch, the seed that torch gives the worker decides as well.
+            Processes that share the batches (data parallelism) mask each in its own way.
         cm3_probability: share of documents that go through `cm3`; the others stay plain.
         packing: several documents a row; less padding where lengths differ, without batches of one kind of document.
     """
@@ -73,8 +75,8 @@ class JamDataCollator:
                 raise ValueError(f"Row {index} of the batch: expected a non-empty list of ids, got shape {ids.shape}.")
             if self.max_length is not None and len(ids) > self.max_length:
                 raise ValueError(
-                    f"Row {index} of the batch has {len(ids)} tokens, max_length is {self.max_length}. Split or drop long "
-                    "documents when encoding them."
+                    f"Row {index} of the batch has {len(ids)} tokens, max_length is {self.max_length}. Split or drop "
+                    "long documents when encoding them."
                 )
             rows.append(ids)
         self._check_vocabulary(rows)
@@ -144,7 +146,9 @@ def _rank() -> int:
 
 
 def supports_packing(config: PreTrainedConfig) -> bool:
-    """Whether a model with this config keeps packed documents apart, as all stock decoders but OPT's do, or a JAM of such."""
+    """Whether a model with this config keeps packed documents apart, as all stock decoders but OPT's do, or a JAM
+    of such.
+    """
     if config.model_type == MODEL_TYPE:
         return config.fusion_mode == "cross" or supports_packing(config.text_config)
     return config.model_type in FAMILIES and FAMILIES[config.model_type].keeps_documents_apart

@@ -34,8 +34,8 @@ def _lines(path: str | os.PathLike) -> Iterator[str]:
                 line.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(
-                    f"'{path}' is not UTF-8: line {number} holds the byte 0x{ord(line[error.start]) & 0xFF:02X} at character "
-                    f"{error.start + 1}. Save it as UTF-8."
+                    f"'{path}' is not UTF-8: line {number} holds the byte 0x{ord(line[error.start]) & 0xFF:02X} at "
+                    f"character {error.start + 1}. Save it as UTF-8."
                 ) from error
             yield line.rstrip("\n")
 
@@ -53,10 +53,12 @@ def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
 
 
 def read_pairs(folder: str | os.PathLike, max_documents: int | None = None) -> Sequence[dict[str, Any]]:
-    """Pictures and captions, `{"image": path or PIL picture, "text": caption}` each; pictures are opened when they are needed.
+    """Pictures and captions, `{"image": path or PIL picture, "text": caption}` each; pictures are opened when they are
+    needed.
 
     Raises:
-        ValueError: if the folder is neither of the two kinds that `certify` names, is empty, or lacks pictures or captions.
+        ValueError: if the folder is neither of the two kinds that `certify` names, is empty, or lacks pictures or
+            captions.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -70,7 +72,9 @@ def read_pairs(folder: str | os.PathLike, max_documents: int | None = None) -> S
         try:
             dataset = load_saved_dataset(folder)
         except Exception as error:  # a damaged one; one without rows is an IndexError
-            raise ValueError(f"The dataset '{folder}' is empty or damaged ({type(error).__name__}: {error}).") from error
+            raise ValueError(
+                f"The dataset '{folder}' is empty or damaged ({type(error).__name__}: {error})."
+            ) from error
         lacking = {"image", "text"} - set(dataset.column_names)
         if lacking:
             raise ValueError(
@@ -85,8 +89,8 @@ def read_pairs(folder: str | os.PathLike, max_documents: int | None = None) -> S
             raise ValueError(f"Row {bad} of the dataset '{folder}' has no text. Expected a caption for each picture.")
     else:
         raise ValueError(
-            f"'{folder}' holds no pairs: expected a folder with pictures and a metadata.jsonl ('file_name' and 'text' in each "
-            "line), or one that datasets' save_to_disk wrote, with the columns image and text."
+            f"'{folder}' holds no pairs: expected a folder with pictures and a metadata.jsonl ('file_name' and 'text' "
+            "in each line), or one that datasets' save_to_disk wrote, with the columns image and text."
         )
     if not len(pairs):
         raise ValueError(f"'{folder}' is empty. Expected pictures and captions.")
@@ -107,8 +111,8 @@ def _check_pictures(dataset: Any, folder: Path) -> None:
     named = [chunk.field("bytes").null_count for chunk in column.chunks if pyarrow.types.is_struct(chunk.type)]
     if sum(named):
         raise ValueError(
-            f"{sum(named)} pictures of the dataset '{folder}' are names of files elsewhere, or are missing. Save it again "
-            "where these files are."
+            f"{sum(named)} pictures of the dataset '{folder}' are names of files elsewhere, or are missing. Save it "
+            "again where these files are."
         )
 
 
@@ -131,10 +135,14 @@ def _metadata_pairs(folder: Path, metadata: Path, max_documents: int | None) -> 
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("file_name", "text")):
             raise ValueError(f"{metadata}, line {number}: expected the strings 'file_name' and 'text', got {line:.80}")
         if any("\ud800" <= letter <= "\udfff" for letter in row["text"]):
-            raise ValueError(f"{metadata}, line {number}: the caption has half of a UTF-16 pair (\\uD800 to \\uDFFF) alone.")
+            raise ValueError(
+                f"{metadata}, line {number}: the caption has half of a UTF-16 pair (\\uD800 to \\uDFFF) alone."
+            )
         picture = beside(folder, row["file_name"], f"{metadata}, line {number}")
         pairs.append({"image": str(picture), "text": row["text"]})
     missing = [pair["image"] for pair in pairs if not Path(pair["image"]).is_file()]
     if missing:
-        raise ValueError(f"{metadata} names files that are not there: {len(missing)} of {len(pairs)}, e.g. {missing[0]}.")
+        raise ValueError(
+            f"{metadata} names files that are not there: {len(missing)} of {len(pairs)}, e.g. {missing[0]}."
+        )
     return pairs

@@ -46,21 +46,22 @@ def encode_documents(
     """Encode documents for training.
 
     Args:
-        dataset: rows with `text` (with `<image>` placeholders) and `images`; or `caption` and `image` (a pair: the caption,
-            then its picture [C]); or `messages` (chat format, or its JSON), whose parts name their pictures or leave them to
-            `images`, in order. No pictures: `text` alone.
+        dataset: rows with `text` (with `<image>` placeholders) and `images`; or `caption` and `image` (a pair: the
+            caption, then its picture [C]); or `messages` (chat format, or its JSON), whose parts name their pictures or
+            leave them to `images`, in order. No pictures: `text` alone.
         encode_images: pictures to raw codes, int64 `[P, N]`; needed where there are pictures.
         image_token_offset: id of image code 0; the tokenizer's `<img:0>` where `None`.
         config: of the JAM that the documents are for: its ids, ends, and what stands in its pictures. Where `None`, a
             picture is `<break> codes <break>`, by the tokenizer's ids.
         layout: instead of these two, how another model writes pictures (an image parent, say).
-        max_length, too_long: documents with more tokens raise ("error") or are left out with a warning ("drop"); none is cut.
+        max_length, too_long: documents with more tokens raise ("error") or are left out with a warning ("drop"); none
+            is cut.
     Returns:
         a dataset with `input_ids`: `<s> text <break> codes <break> text ... </s>` [A].
     Raises:
         ValueError: if placeholders and pictures do not match (the row is named), a document is too long, a text has
-            `<break>`, image codes or another token of pictures of its own, the codes are not what `encode_images` must return
-            or not as many as the config says, or the tokenizer lacks a token.
+            `<break>`, image codes or another token of pictures of its own, the codes are not what `encode_images` must
+            return or not as many as the config says, or the tokenizer lacks a token.
     """
     if too_long not in ("error", "drop"):
         raise ValueError(f"too_long must be 'error' or 'drop', got {too_long!r}.")
@@ -71,14 +72,18 @@ def encode_documents(
     ends = [] if config is None else config.eos_token_ids
     end = tokenizer.eos_token_id if config is None else config.document_end(tokenizer.eos_token_id)
     if end is None:
-        raise ValueError("encode_documents: the tokenizer has no eos_token to end a document in. Pass the JAM's config.")
+        raise ValueError(
+            "encode_documents: the tokenizer has no eos_token to end a document in. Pass the JAM's config."
+        )
     placeholder = "" if layout.placeholder is None else tokenizer.convert_ids_to_tokens(layout.placeholder)
     reserved = (layout.begin, layout.end, *layout.structure)
     documents: list[np.ndarray] = []
     dropped = 0
     for start in tqdm(range(0, len(dataset), batch_size), desc=description, unit="batch"):
         rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        texts, pictures = zip(*(_text_and_images(row, tokenizer, placeholder, start + index) for index, row in enumerate(rows)))
+        texts, pictures = zip(
+            *(_text_and_images(row, tokenizer, placeholder, start + index) for index, row in enumerate(rows))
+        )
         flat = [picture for row in pictures for picture in row]
         codes: Iterator[np.ndarray] = iter(())
         if flat:
@@ -96,8 +101,8 @@ def encode_documents(
             places = np.flatnonzero(ids == layout.placeholder) if placeholder else np.array([], dtype=np.int64)
             if len(places) != len(row):
                 raise ValueError(
-                    f"Document {start + index} has {len(places)} placeholder(s) <image> and {len(row)} picture(s); each "
-                    "placeholder needs its picture, in order."
+                    f"Document {start + index} has {len(places)} placeholder(s) <image> and {len(row)} picture(s); "
+                    "each placeholder needs its picture, in order."
                 )
             parts, position = [], 0
             for place in places:
@@ -110,14 +115,16 @@ def encode_documents(
             if max_length is not None and len(document) > max_length:
                 if too_long == "error":
                     raise ValueError(
-                        f"Document {start + index} has {len(document)} tokens, max_length is {max_length}. Split it, raise "
-                        "max_length, or pass too_long='drop'."
+                        f"Document {start + index} has {len(document)} tokens, max_length is {max_length}. Split it, "
+                        "raise max_length, or pass too_long='drop'."
                     )
                 dropped += 1
                 continue
             documents.append(document)
     if dropped:
-        logger.warning("%d of %d documents are longer than %d tokens and were left out.", dropped, len(dataset), max_length)
+        logger.warning(
+            "%d of %d documents are longer than %d tokens and were left out.", dropped, len(dataset), max_length
+        )
     features = Features({"input_ids": List(Value("int32"))})
     return Dataset.from_dict({"input_ids": documents}, features=features)
 
@@ -151,11 +158,13 @@ def _picture_layout(tokenizer: PreTrainedTokenizerBase, offset: int | None, conf
         first = _token_id(tokenizer, "<img:0>") if offset is None else offset
         mark, image = (_token_id(tokenizer, token) for token in ("<break>", "<image>"))
         count = num_named_codes(tokenizer) if offset is None else None
-        return PictureLayout(mark, mark, range(first, sys.maxsize if count is None else first + count), placeholder=image)
+        return PictureLayout(
+            mark, mark, range(first, sys.maxsize if count is None else first + count), placeholder=image
+        )
     if offset not in (None, config.image_token_offset):
         raise ValueError(
-            f"encode_documents: image_token_offset is {offset}, but {config.image_token_offset} in the config. Leave it out "
-            "where you pass the config."
+            f"encode_documents: image_token_offset is {offset}, but {config.image_token_offset} in the config. Leave "
+            "it out where you pass the config."
         )
     return config.picture_layout
 
@@ -184,7 +193,10 @@ def _text_and_images(
             pictures = chat_pictures(chat, placeholder, beside)
         except ValueError as error:
             raise ValueError(f"Document {index}: {error}") from None
-        opened = [picture if isinstance(picture, (np.ndarray, torch.Tensor)) else open_picture(picture) for picture in pictures]
+        opened = [
+            picture if isinstance(picture, (np.ndarray, torch.Tensor)) else open_picture(picture)
+            for picture in pictures
+        ]
         text = render(chat).removeprefix(tokenizer.bos_token or "")
         return text, opened + (beside or [])  # the tokenizer puts the <s> first, as for all documents
     if "caption" in row:
@@ -195,8 +207,8 @@ def _text_and_images(
 
 
 def document_end(config: JamConfig, tokenizer_eos_token_id: int | None) -> int:
-    """`JamConfig.document_end`: the id in which documents for training end: the tokenizer's eos where `generate()` stops there,
-    else the first of `eos_token_ids`.
+    """`JamConfig.document_end`: the id in which documents for training end: the tokenizer's eos where `generate()`
+    stops there, else the first of `eos_token_ids`.
 
     Raises:
         ValueError: if neither says one.
@@ -219,7 +231,9 @@ def mix_datasets(datasets: dict[str, Dataset], weights: dict[str, float], num_do
         ValueError: if names differ, a weight is negative or a dataset is empty.
     """
     if set(datasets) != set(weights):
-        raise ValueError(f"mix_datasets: datasets {sorted(datasets)} and weights {sorted(weights)} must have the same names.")
+        raise ValueError(
+            f"mix_datasets: datasets {sorted(datasets)} and weights {sorted(weights)} must have the same names."
+        )
     if any(w < 0 for w in weights.values()) or sum(weights.values()) <= 0:
         raise ValueError(f"mix_datasets: weights must not be negative, and not all zero, got {weights}.")
     from datasets import concatenate_datasets

@@ -37,7 +37,9 @@ def draw(
     description: str = "drawing",
     **generation_kwargs: Any,
 ) -> list[Image.Image]:
-    """One picture for each caption, by `generate(generation_mode="image")`; greedy unless `do_sample=True` is passed."""
+    """One picture for each caption, by `generate(generation_mode="image")`; greedy unless `do_sample=True` is
+    passed.
+    """
     model.eval()
     torch.manual_seed(seed)
     images: list[Image.Image] = []
@@ -64,9 +66,13 @@ def drawing_accuracy(
     score: Callable[[Image.Image, Any], Any],
     **kwargs: Any,
 ) -> DrawingResult:
-    """Draw `captions` and score each picture against `expected`; `score(image, expected)` has `.correct` and `.exact`."""
+    """Draw `captions` and score each picture against `expected`; `score(image, expected)` has `.correct` and
+    `.exact`.
+    """
     if len(captions) != len(expected) or not captions:
-        raise ValueError(f"drawing_accuracy: {len(captions)} captions and {len(expected)} expected pictures; need as many.")
+        raise ValueError(
+            f"drawing_accuracy: {len(captions)} captions and {len(expected)} expected pictures; need as many."
+        )
     images = draw(model, processor, captions, **kwargs)
     scores = [score(image, picture) for image, picture in zip(images, expected)]
     right = [bool(s.correct) for s in scores]

@@ -27,8 +27,9 @@ def harness_model(model: Any, tokenizer: Any, softmax: str = "text", **kwargs: A
     """A [`JamForCausalLM`] as lm_eval's `HFLM`; `kwargs` are `HFLM`'s.
 
     Args:
-        softmax: "text": probabilities among the ids of text, image codes having none, as `certify` counts and as documents are
-            written in `generation_mode="text"`. "all": among all ids, as lm_eval's own `model="hf"` has it.
+        softmax: "text": probabilities among the ids of text, image codes having none, as `certify` counts and as
+            documents are written in `generation_mode="text"`. "all": among all ids, as lm_eval's own `model="hf"` has
+            it.
     """
     from lm_eval.models.huggingface import HFLM
 

@@ -22,9 +22,10 @@ from ..model.rotation_jam import rotated_alone, rotation
 class PerplexityResult:
     """Mean negative log-likelihoods, in nats per token, and counts, of text tokens and of image tokens.
 
-    Text tokens are all that are no image codes, marks such as `<break>` and eos included. The first token of a document is
-    not predicted and does not count. Nor does what a layout of pictures puts beside the codes (size, row ends): where it
-    stands is given, and counted as text it would make the text look easy.
+    Text tokens are all that are no image codes, marks such as `<break>` and eos included. The first token of a document
+    is
+    not predicted and does not count. Nor does what a layout of pictures puts beside the codes (size, row ends): where
+    it stands is given, and counted as text it would make the text look easy.
     """
 
     text_nll: float
@@ -66,8 +67,8 @@ def batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Documents as `padded` batches, sorted by length so that little is padding, with a progress bar.
 
-    `config`: of the model that reads them. Documents that it would rotate differently alone (`longrope`, `dynamic`) are not in
-    one batch.
+    `config`: of the model that reads them. Documents that it would rotate differently alone (`longrope`, `dynamic`) are
+    not in one batch.
     """
     decoders = getattr(config, "decoder_configs", None) or [config.get_text_config()]
     starts: list[int] = []
@@ -96,8 +97,8 @@ def compare_logits(
 ) -> torch.Tensor:
     """Sums of KL(parent || fusion) and of both negative log-likelihoods, in nats: float64 `[3]`, on the CPU.
 
-    Both distributions are renormalised over `columns` unless `renormalised` says otherwise. Logits are taken from their tensors
-    a chunk at a time, so that nothing of their size is copied.
+    Both distributions are renormalised over `columns` unless `renormalised` says otherwise. Logits are taken from their
+    tensors a chunk at a time, so that nothing of their size is copied.
 
     Args:
         parent_logits, fusion_logits: `[B, T, V]`, any float type; V and T may differ between the two.
@@ -136,8 +137,8 @@ def perplexity(
 
     Args:
         image_token_range: ids of image codes (`JamConfig.image_token_range`), or `[first, last)`.
-        picture_structure_token_ids: ids that count neither as text nor as image; where `None`, those of a JAM's config, and
-            none for another model. Compare a JAM with its parents by passing the JAM's for all.
+        picture_structure_token_ids: ids that count neither as text nor as image; where `None`, those of a JAM's config,
+            and none for another model. Compare a JAM with its parents by passing the JAM's for all.
     Raises:
         ValueError: if the dataset is empty, or no document has a second token.
     """
@@ -151,7 +152,9 @@ def perplexity(
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.int64)
-    for ids, mask in batches(dataset["input_ids"], batch_size, model.config.pad_token_id or 0, description, model.config):
+    for ids, mask in batches(
+        dataset["input_ids"], batch_size, model.config.pad_token_id or 0, description, model.config
+    ):
         ids, mask = ids.to(model.device), mask.to(model.device)
         with rotated_alone(model):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
@@ -180,14 +183,17 @@ def divergence(
 ) -> float:
     """KL(parent || fusion) in nats per token, over the ids `[first, last)` that the parent is there for.
 
-    Both distributions are renormalised over those ids, so that a fusion may give mass to the other modality without being
+    Both distributions are renormalised over those ids, so that a fusion may give mass to the other modality without
+    being
     charged for it. Positions counted: those whose target lies in the range, padding and the first token excluded.
     """
     parent.eval()
     fusion.eval()
     first, last = ids_of_interest
     total, count = 0.0, 0
-    for ids, mask in batches(dataset["input_ids"], batch_size, parent.config.pad_token_id or 0, "divergence", fusion.config):
+    for ids, mask in batches(
+        dataset["input_ids"], batch_size, parent.config.pad_token_id or 0, "divergence", fusion.config
+    ):
         targets = ids[:, 1:]
         places = (mask[:, 1:].bool() & (targets >= first) & (targets < last)).nonzero(as_tuple=True)
         with rotated_alone(parent), rotated_alone(fusion):

@@ -27,8 +27,8 @@ class PictureView:
 
     Args:
         model: the model. caption: its ids, up to and with what announces the picture.
-        layout: of the picture; its `codes` are the ids that stand for them, and where codes have embeddings of their own
-            (Janus), numbers behind the vocabulary.
+        layout: of the picture; its `codes` are the ids that stand for them, and where codes have embeddings of their
+            own (Janus), numbers behind the vocabulary.
         code_logits: ids and attention mask, int64 `[B, T]` -> logits over the codes, `[B, T, K]`.
     """
 
@@ -47,7 +47,9 @@ class PictureView:
             )
 
     def document(self, caption: str, codes: torch.Tensor) -> tuple[list[int], list[int]]:
-        """Ids of the caption and its picture of `codes` (int64 `[N]`, 0..K-1), and the places of the codes among them."""
+        """Ids of the caption and its picture of `codes` (int64 `[N]`, 0..K-1), and the places of the codes among
+        them.
+        """
         ids = list(self.caption(caption))
         picture = self.layout.inside(self.layout.ids_of(codes.numpy()))
         return [*ids, *picture.tolist()], [len(ids) + position for position in self.layout.positions]
@@ -126,22 +128,22 @@ def _plain_view(
         codes = code_ids(parent.config, size, count, tokenizer, first if offset is None else offset, name)
         if int(codes[0]) != first:
             raise ValueError(
-                f"The image parent {name} has the JAM's vocabulary, in which code 0 is id {first}, not {int(codes[0])}. Leave "
-                "image_token_offset out."
+                f"The image parent {name} has the JAM's vocabulary, in which code 0 is id {first}, not "
+                f"{int(codes[0])}. Leave image_token_offset out."
             )
         caption = _caption(tokenizer or jam_tokenizer, layout.begin)
         return PictureView(parent, caption, replace(layout, codes=codes.tolist()), _plain_logits(parent, codes))
     if tokenizer is None:
         raise ValueError(
-            f"The image parent {name} has a vocabulary of {size} ids, the JAM one of {config.vocab_size}, and it brings no "
-            "tokenizer to say what they mean. Pass image_tokenizer=..."
+            f"The image parent {name} has a vocabulary of {size} ids, the JAM one of {config.vocab_size}, and it "
+            "brings no tokenizer to say what they mean. Pass image_tokenizer=..."
         )
     known = tokenizer.get_vocab()
     if offset is None and not code_names(tokenizer):
         if recipe is None:
             raise ValueError(
-                f"Where the image codes of the image parent {name} are is not known: its tokenizer names no <img:0>, and the "
-                "JAM's folder has no recipe (fusion.yaml). Say what its code 0 is: image_token_offset=..."
+                f"Where the image codes of the image parent {name} are is not known: its tokenizer names no <img:0>, "
+                "and the JAM's folder has no recipe (fusion.yaml). Say what its code 0 is: image_token_offset=..."
             )
         offset = recipe.image_token_offset
     codes = code_ids(parent.config, size, count, tokenizer, offset, name)

@@ -1,6 +1,7 @@
 """What a fusion keeps of its parents: KL and perplexity, parent against JAM, on texts and pictures that the user gives.
 
-It knows models, tokenizers, files of documents, and the section of the model card that it writes. It trains and fuses nothing.
+It knows models, tokenizers, files of documents, and the section of the model card that it writes. It trains and fuses
+nothing.
 Shape suffixes: B documents, T tokens, V ids of a model, K image codes, N codes of a picture.
 """
 
@@ -52,8 +53,8 @@ class Retained:
 
     Args:
         parent: its name (no path). measured_on: the file or folder (no path). documents, tokens: what was counted.
-        choices: ids that are compared; both distributions are renormalised over them, or with `softmax="all"` each is over all
-            of its own model's ids. max_tokens: where documents were cut; None: nowhere.
+        choices: ids that are compared; both distributions are renormalised over them, or with `softmax="all"` each is
+            over all of its own model's ids. max_tokens: where documents were cut; None: nowhere.
         kl: KL(parent || JAM). parent_nll, fusion_nll: negative log-likelihoods of the same tokens.
     """
 
@@ -121,14 +122,14 @@ class Retention:
             notes.append(f"Text: {among}; documents are cut at {self.text.max_tokens:,} tokens.")
         if self.image is not None:
             notes.append(
-                f"Image codes: the next code among all {self.image.choices:,}, in a picture that follows its caption; each "
-                "model reads the caption in its own tokens and the picture in its own layout."
+                f"Image codes: the next code among all {self.image.choices:,}, in a picture that follows its caption; "
+                "each model reads the caption in its own tokens and the picture in its own layout."
             )
         return (
             f"{SECTION_START}\n## Retention\n\nWhat this fusion keeps of its parents, measured by `jam-hf certify` "
-            f"(jam_hf {__version__}): both models read the same documents. KL is 0 where the fusion predicts exactly what its "
-            f"parent predicts.\n\n{self.table()}\n\n{' '.join(notes)} Distributions are normalised over those ids.\n"
-            f"{SECTION_END}"
+            f"(jam_hf {__version__}): both models read the same documents. KL is 0 where the fusion predicts exactly "
+            f"what its parent predicts.\n\n{self.table()}\n\n{' '.join(notes)} Distributions are normalised over those "
+            f"ids.\n{SECTION_END}"
         )
 
 
@@ -162,21 +163,25 @@ def certify(
     Args:
         model: folder of the JAM (with `write=False` also a Hub id).
         text_parent: folder or Hub id of a causal LM whose ids the JAM's vocabulary begins with. Needs `texts`.
-        image_parent: folder or Hub id of the image parent: Chameleon, Emu3 or Janus (their `...ForConditionalGeneration`), or a
-            causal LM over the JAM's vocabulary or with a tokenizer that names the JAM's marks. Needs `pairs`.
+        image_parent: folder or Hub id of the image parent: Chameleon, Emu3 or Janus (their
+            `...ForConditionalGeneration`), or a causal LM over the JAM's vocabulary or with a tokenizer that names the
+            JAM's marks. Needs `pairs`.
         texts: text file, UTF-8; documents are paragraphs, with blank lines between them.
-        pairs: pictures and captions: a folder with `metadata.jsonl` (`file_name` and `text` in each line), or a folder that
-            `datasets.Dataset.save_to_disk` wrote, with the columns `image` and `text`. The JAM's VQ model makes the codes.
+        pairs: pictures and captions: a folder with `metadata.jsonl` (`file_name` and `text` in each line), or a folder
+            that `datasets.Dataset.save_to_disk` wrote, with the columns `image` and `text`. The JAM's VQ model makes
+            the codes.
         image_tokenizer: folder or Hub id of the image parent's tokenizer, where its folder has none.
-        image_token_offset: id of code 0 in an image parent that is a plain causal LM; by default its tokenizer's `<img:0>`,
-            else what the recipe in the JAM's folder (fusion.yaml) says.
+        image_token_offset: id of code 0 in an image parent that is a plain causal LM; by default its tokenizer's
+            `<img:0>`, else what the recipe in the JAM's folder (fusion.yaml) says.
         batch_size: documents at a time: memory holds both models' logits of one batch, `[B, T, V]`.
-        max_tokens: where texts are cut; by default 1024, or the positions of the models if those are fewer. No picture is cut.
+        max_tokens: where texts are cut; by default 1024, or the positions of the models if those are fewer. No picture
+            is cut.
         max_documents: read no more than the first so many texts, and pairs.
         device: by default a GPU where there is one.
-        softmax: of texts: "text" leaves image codes out of it, as `generation_mode="text"` writes; "all" counts them, as
-            lm_eval's own `model="hf"` does (`evaluation.lm_eval_model` has both for lm_eval).
-        write: put the section "Retention" into README.md of the folder, in place of an earlier one. All else there stays.
+        softmax: of texts: "text" leaves image codes out of it, as `generation_mode="text"` writes; "all" counts them,
+            as lm_eval's own `model="hf"` does (`evaluation.lm_eval_model` has both for lm_eval).
+        write: put the section "Retention" into README.md of the folder, in place of an earlier one. All else there
+            stays.
     Raises:
         ValueError: if there is nothing to measure, a file is not what it should be, or a parent does not fit the JAM.
     """
@@ -193,7 +198,9 @@ def certify(
     text = image = None
     if text_parent is not None:
         names = public_name(text_parent), public_name(str(texts))
-        text = _measure_texts(jam, processor.tokenizer, text_parent, documents, names, batch_size, max_tokens, device, softmax)
+        text = _measure_texts(
+            jam, processor.tokenizer, text_parent, documents, names, batch_size, max_tokens, device, softmax
+        )
     if image_parent is not None:
         names = public_name(image_parent), public_name(str(pairs))
         parent = _load_parent(image_parent, "image parent").to(device)
@@ -239,15 +246,17 @@ def _measure_texts(
         unknown = next((token for token in ids if token not in known), None)
         if unknown is not None:
             raise ValueError(
-                f"Document {number} of {names[1]} holds {tokenizer.convert_ids_to_tokens(unknown)!r} (id {unknown}), which "
-                f"is no text of the text parent {names[0]}. Take it out of the text."
+                f"Document {number} of {names[1]} holds {tokenizer.convert_ids_to_tokens(unknown)!r} (id {unknown}), "
+                f"which is no text of the text parent {names[0]}. Take it out of the text."
             )
         if len(ids) > 1:
             documents.append(ids)
     if not documents:
         raise ValueError(f"No document of {names[1]} has more than one token, so none is predicted.")
     if softmax == "all":
-        columns = torch.arange(parent.config.get_text_config().vocab_size)  # with codes that it may have: else no divergence
+        columns = torch.arange(
+            parent.config.get_text_config().vocab_size
+        )  # with codes that it may have: else no divergence
     place = torch.full((jam.config.vocab_size,), -1)  # id -> index into columns
     place[columns] = torch.arange(len(columns))
     sums, count = torch.zeros(3, dtype=torch.float64), 0
@@ -317,20 +326,23 @@ def _retained(
     kl, parent, fusion = (sums / tokens).tolist()
     for what, value in ((names[0], parent), ("the JAM", fusion), ("their divergence", kl)):
         if not torch.isfinite(torch.tensor(value)):
-            raise ValueError(f"The likelihoods of {what} on {names[1]} are {value}: a weight or a logit is NaN or infinite.")
+            raise ValueError(
+                f"The likelihoods of {what} on {names[1]} are {value}: a weight or a logit is NaN or infinite."
+            )
     return Retained(*names, documents, tokens, choices, max_tokens, kl, parent, fusion)
 
 
 def shared_ids(config: JamConfig, vocabulary: int, name: str) -> torch.Tensor:
-    """Ids of text that the JAM shares with a text parent of `vocabulary` ids: all of the parent's but image codes, int64 `[V]`.
+    """Ids of text that the JAM shares with a text parent of `vocabulary` ids: all of the parent's but image codes,
+    int64 `[V]`.
 
     Raises:
         ValueError: if the parent has more ids than the JAM.
     """
     if vocabulary > config.vocab_size:
         raise ValueError(
-            f"{name} has a vocabulary of {vocabulary} ids, the JAM one of {config.vocab_size}. The ids of a JAM's text parent "
-            "come first in the JAM's vocabulary; this is not its text parent."
+            f"{name} has a vocabulary of {vocabulary} ids, the JAM one of {config.vocab_size}. The ids of a JAM's text "
+            "parent come first in the JAM's vocabulary; this is not its text parent."
         )
     ids = torch.arange(vocabulary)
     return ids[(ids < config.image_token_range.start) | (ids >= config.image_token_range.stop)]
@@ -362,7 +374,9 @@ def _load_parent(source: str | os.PathLike, role: str) -> PreTrainedModel:
 
 def _config(source: str | os.PathLike, role: str) -> Any:
     if not Path(source).is_dir() and not may_be_hub_id(source, with_owner=True):
-        raise ValueError(f"The {role} '{source}' is not a folder. Expected a checkpoint folder or a Hub id such as 'a/b'.")
+        raise ValueError(
+            f"The {role} '{source}' is not a folder. Expected a checkpoint folder or a Hub id such as 'a/b'."
+        )
     try:
         return read_config(source)
     except (OSError, ValueError) as error:
@@ -373,12 +387,14 @@ def _config(source: str | os.PathLike, role: str) -> Any:
 def _whole(model_class: Any, source: str | os.PathLike, role: str) -> PreTrainedModel:
     """The model, in evaluation mode; one with weights missing would be measured with noise in their place."""
     check_shards(source, role)
-    model, info = model_class.from_pretrained(source, output_loading_info=True, use_safetensors=True, trust_remote_code=False)
+    model, info = model_class.from_pretrained(
+        source, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+    )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
-            f"The {role} '{source}' lacks {len(missing)} weights of a {type(model).__name__}, e.g. '{missing[0]}'. Give the "
-            "whole checkpoint, of the class that it was trained as."
+            f"The {role} '{source}' lacks {len(missing)} weights of a {type(model).__name__}, e.g. '{missing[0]}'. "
+            "Give the whole checkpoint, of the class that it was trained as."
         )
     return model.eval()
 
@@ -434,7 +450,9 @@ def _check_arguments(
                 f"certify: {given} is given, {lacking} is not; a parent is measured on documents, so it needs both."
             )
     if text_parent is None and image_parent is None:
-        raise ValueError("certify: nothing to measure. Give text_parent and texts, image_parent and pairs, or all four.")
+        raise ValueError(
+            "certify: nothing to measure. Give text_parent and texts, image_parent and pairs, or all four."
+        )
     for name, value, least in (
         ("batch_size", batch_size, 1),
         ("max_tokens", max_tokens, 2),
@@ -444,7 +462,8 @@ def _check_arguments(
             raise ValueError(f"certify: {name} must be at least {least}, got {value}.")
     if write and not Path(model).is_dir():
         raise ValueError(
-            f"certify: '{model}' is not a folder, so there is no model card to write to. Give the folder, or write=False."
+            f"certify: '{model}' is not a folder, so there is no model card to write to. Give the folder, or "
+            "write=False."
         )
 
 
@@ -475,8 +494,8 @@ def _find_section(text: str, card: Path) -> tuple[int, int] | None:
     first, last = text.find(SECTION_START), text.find(SECTION_END)
     if counts != (1, 1) or last < first:
         raise ValueError(
-            f"{card}: the marks of the section Retention do not pair up ({SECTION_START} {counts[0]} times, {SECTION_END} "
-            f"{counts[1]} times). Remove the old section and its marks by hand."
+            f"{card}: the marks of the section Retention do not pair up ({SECTION_START} {counts[0]} times, "
+            f"{SECTION_END} {counts[1]} times). Remove the old section and its marks by hand."
         )
     return first, last + len(SECTION_END)
 

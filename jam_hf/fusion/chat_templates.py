@@ -1,7 +1,7 @@
 """Chat templates of text parents, made to take pictures: a preamble turns lists of parts into texts for the template.
 
-It knows Jinja and the placeholder of a picture, no tokens and no model. The template itself stays as it is behind the preamble,
-tools and marks of what the assistant writes (`{% generation %}`) included.
+It knows Jinja and the placeholder of a picture, no tokens and no model. The template itself stays as it is behind the
+preamble, tools and marks of what the assistant writes (`{% generation %}`) included.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ _TEXT, _PICTURE = {"type": "text", "text": "What is this?"}, {"type": "image"}
 # Templates refuse some orders of roles, so several chats are tried; each should be written as if it came as texts.
 _CHATS = (
     [{"role": "user", "content": [_PICTURE, _TEXT]}],
-    [{"role": "user", "content": [_TEXT]}, {"role": "assistant", "content": [{"type": "text", "text": "A hat."}, _PICTURE]}],
+    [
+        {"role": "user", "content": [_TEXT]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A hat."}, _PICTURE]},
+    ],
     [
         {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
         {"role": "user", "content": [_TEXT, _PICTURE, {"type": "text", "text": "And this?"}, _PICTURE]},
@@ -68,7 +71,8 @@ _SURROUNDINGS: tuple[dict[str, Any], ...] = (
 
 
 def with_pictures(template: Any, image_token: str = "<image>") -> Any:
-    """A template for text alone as one that takes parts and pictures; named templates (a `dict` or list of them) likewise.
+    """A template for text alone as one that takes parts and pictures; named templates (a `dict` or list of them)
+    likewise.
 
     A template that has the preamble already is returned as it is.
     """
@@ -83,8 +87,8 @@ def with_pictures(template: Any, image_token: str = "<image>") -> Any:
 def fitted(tokenizer: PreTrainedTokenizerBase, image_token: str) -> tuple[Any, list[str]]:
     """The tokenizer's chat template or templates as the JAM needs them, and warnings.
 
-    Each is tried with parts and pictures. One that writes them as it writes texts with placeholders stays; any other gets the
-    preamble and is tried again.
+    Each is tried with parts and pictures. One that writes them as it writes texts with placeholders stays; any other
+    gets the preamble and is tried again.
     """
     template = tokenizer.chat_template
     if template is None:
@@ -109,7 +113,9 @@ def _fitted(template: str, image_token: str, tokenizer: PreTrainedTokenizerBase)
     return template, f"takes no pictures and cannot be made to ({trouble}); chats with pictures will be refused"
 
 
-_UNTRIED = "could not be tried with pictures: it refuses every plain chat. It got the preamble that turns parts into texts"
+_UNTRIED = (
+    "could not be tried with pictures: it refuses every plain chat. It got the preamble that turns parts into texts"
+)
 
 
 def _trouble(template: str, image_token: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -138,5 +144,7 @@ def _as_texts(chat: list[dict[str, Any]], image_token: str) -> list[dict[str, An
     return [{**message, "content": text(message["content"])} for message in chat]
 
 
-def _render(chat: list[dict[str, Any]], template: str, tokenizer: PreTrainedTokenizerBase, surroundings: dict[str, Any]) -> str:
+def _render(
+    chat: list[dict[str, Any]], template: str, tokenizer: PreTrainedTokenizerBase, surroundings: dict[str, Any]
+) -> str:
     return render_jinja_template([chat], chat_template=template, **surroundings, **tokenizer.special_tokens_map)[0][0]

@@ -1,7 +1,8 @@
-"""Whether the parts of a [`JamConfig`] fit together: asked by the config itself, whenever one is built, through its door.
+"""Whether the parts of a [`JamConfig`] fit together: asked by the config itself, whenever one is built, through its
+door.
 
-A saved JAM was checked when it was put together, so a checkpoint does not carry this. Ids and shapes of pictures are checked in
-the config, which derives them.
+A saved JAM was checked when it was put together, so a checkpoint does not carry this. Ids and shapes of pictures are
+checked in the config, which derives them.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ def check_parts(config: JamConfig) -> None:
     _check_layer_types(config, "text_config")
     if config.fusion_mode != "cross" and family_of(config.text_config).decoder is None:
         raise ValueError(
-            f"JamConfig: a JAM of fusion_mode='{config.fusion_mode}' is one stock decoder, and transformers has that of the "
-            f"family '{config.text_config.model_type}' only together with a VQ model. Use fusion_mode='cross', where it can "
-            "be either stream."
+            f"JamConfig: a JAM of fusion_mode='{config.fusion_mode}' is one stock decoder, and transformers has that "
+            f"of the family '{config.text_config.model_type}' only together with a VQ model. Use fusion_mode='cross', "
+            "where it can be either stream."
         )
     if config.image_config is not None:
         _check_layer_types(config, "image_config")
         _check_streams(config)
     if config.fusion_mode != "cross" and config.layer_pairing is not None:
         raise ValueError(
-            f"JamConfig: `layer_pairing` is for fusion_mode='cross'; a JAM of fusion_mode='{config.fusion_mode}' is one "
-            "decoder. Leave it out."
+            f"JamConfig: `layer_pairing` is for fusion_mode='cross'; a JAM of fusion_mode='{config.fusion_mode}' is "
+            "one decoder. Leave it out."
         )
     if config.layer_pairing is not None:
         check_pairing(config)
@@ -43,7 +44,9 @@ def check_parts(config: JamConfig) -> None:
 
 
 def _check_layer_types(config: JamConfig, name: str) -> None:
-    """`layer_types` may say what the stock decoder does not do; a cache, which goes by it, would then hold too little."""
+    """`layer_types` may say what the stock decoder does not do; a cache, which goes by it, would then hold too
+    little.
+    """
     decoder = getattr(config, name)
     stated = getattr(decoder, "layer_types", None)
     known = ("full_attention", "sliding_attention")
@@ -56,8 +59,9 @@ def _check_layer_types(config: JamConfig, name: str) -> None:
         )
     if "sliding_attention" in does and not decoder.sliding_window:
         raise ValueError(
-            f"JamConfig: {name} has layers of the kind 'sliding_attention' but sliding_window={decoder.sliding_window}. Set "
-            "the window's size (in Qwen2 and Qwen3 with use_sliding_window=True), or make the layers 'full_attention'."
+            f"JamConfig: {name} has layers of the kind 'sliding_attention' but "
+            f"sliding_window={decoder.sliding_window}. Set the window's size (in Qwen2 and Qwen3 with "
+            "use_sliding_window=True), or make the layers 'full_attention'."
         )
 
 
@@ -65,23 +69,23 @@ def _check_streams(config: JamConfig) -> None:
     text, image = config.text_config, config.image_config
     if text.vocab_size != image.vocab_size:
         raise ValueError(
-            f"JamConfig: in cross mode both streams need the same `vocab_size`, got {text.vocab_size} in text_config and "
-            f"{image.vocab_size} in image_config."
+            f"JamConfig: in cross mode both streams need the same `vocab_size`, got {text.vocab_size} in text_config "
+            f"and {image.vocab_size} in image_config."
         )
     for size in (embedding_size_of, lambda decoder: decoder.hidden_size):  # OPT's may differ
         if config.cross_form == "paper" and size(text) != size(image):
             raise ValueError(
-                "JamConfig: cross_form='paper' feeds both streams from one embedding, so both need the same hidden size, "
-                f"got {size(text)} in text_config and {size(image)} in image_config. "
+                "JamConfig: cross_form='paper' feeds both streams from one embedding, so both need the same hidden "
+                f"size, got {size(text)} in text_config and {size(image)} in image_config. "
                 "Use cross_form='preserving' for streams of different widths."
             )
     learned = [family_of(decoder).learned_positions for decoder in (text, image)]
     if config.cross_form == "paper" and learned[0] != learned[1]:
         kinds = ["learned" if is_learned else "rotary" for is_learned in learned]
         raise ValueError(
-            "JamConfig: cross_form='paper' feeds the text stream's embedding and positions to both streams, so both need "
-            f"positions of the same kind, got {kinds[0]} ones in text_config ('{text.model_type}') and {kinds[1]} ones in "
-            f"image_config ('{image.model_type}'). Use cross_form='preserving' for such a pair."
+            "JamConfig: cross_form='paper' feeds the text stream's embedding and positions to both streams, so both "
+            f"need positions of the same kind, got {kinds[0]} ones in text_config ('{text.model_type}') and {kinds[1]} "
+            f"ones in image_config ('{image.model_type}'). Use cross_form='preserving' for such a pair."
         )
     for name, decoder in (("text_config", text), ("image_config", image)):
         if getattr(decoder, "layerdrop", 0.0):
@@ -106,9 +110,9 @@ def check_pairing(config: JamConfig) -> None:
         problem = f"does not go up in both streams from {crossed[0][0]} to {crossed[0][1]}"
     if problem is not None:
         raise ValueError(
-            f"JamConfig: `layer_pairing` {problem}. With {text} layers in text_config and {image} in image_config it needs "
-            f"{count} pairs [text layer, image layer], going up in both streams, one for each layer of the shallower one. "
-            f"Leave it out for pairs by relative position: {pairs_by_position(text, image)}."
+            f"JamConfig: `layer_pairing` {problem}. With {text} layers in text_config and {image} in image_config it "
+            f"needs {count} pairs [text layer, image layer], going up in both streams, one for each layer of the "
+            f"shallower one. Leave it out for pairs by relative position: {pairs_by_position(text, image)}."
         )
 
 
@@ -118,8 +122,8 @@ def _check_image_head(config: JamConfig) -> None:
         raise ValueError(f"JamConfig: `image_head_hidden_size` must be at least 1, got {size}.")
     if size is None and config.image_head_act != "gelu":
         raise ValueError(
-            f"JamConfig: `image_head_act` is {config.image_head_act!r}, but without `image_head_hidden_size` the image head "
-            "is a linear layer. Set `image_head_hidden_size`, or leave `image_head_act` out."
+            f"JamConfig: `image_head_act` is {config.image_head_act!r}, but without `image_head_hidden_size` the image "
+            "head is a linear layer. Set `image_head_hidden_size`, or leave `image_head_act` out."
         )
 
 

@@ -1,6 +1,7 @@
 """What the parents' generation configs say, as a JAM has it: where documents end, and how text is sampled.
 
-It knows configs and ids only. Ids of the text parent are the JAM's own: the text parent's vocabulary comes first in both forms.
+It knows configs and ids only. Ids of the text parent are the JAM's own: the text parent's vocabulary comes first in
+both forms.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def as_ids(value: int | Collection[int] | None) -> list[int]:
 
 
 def said_stop_ids(parent: Parent) -> list[int]:
-    """Where the parent's generation_config.json, or else its config.json, says that documents end; may be no tokens of its."""
+    """Where the parent's generation_config.json, or else its config.json, says that documents end; may be no tokens
+    of its.
+    """
     said = as_ids(generation_config_of(parent).eos_token_id)
     return said or as_ids(getattr(parent.config, "eos_token_id", None))
 
@@ -60,8 +63,8 @@ def stop_ids(
 ) -> tuple[list[int], list[str]]:
     """Where a document of the JAM ends, and what a user should know of it.
 
-    The ids of the text parent's generation_config.json, in its order; where that says none, those of its config.json; where
-    that says none, the tokenizer's eos token.
+    The ids of the text parent's generation_config.json, in its order; where that says none, those of its config.json;
+    where that says none, the tokenizer's eos token.
 
     Args:
         vocab_size: rows of the parent's embedding. tokenizer: the JAM's. added: tokens that it got, by their text.
@@ -72,24 +75,25 @@ def stop_ids(
     warnings = []
     if never := [i for i in found if i not in ids]:
         warnings.append(
-            f"The {parent.role} ends documents at {found}; {never} are no tokens of its vocabulary of {vocab_size}, so it "
-            "never wrote them. They are left out."
+            f"The {parent.role} ends documents at {found}; {never} are no tokens of its vocabulary of {vocab_size}, so "
+            "it never wrote them. They are left out."
         )
         ids = ids or as_ids(tokenizer.eos_token_id)
     if unnamed := [i for i in ids if tokenizer.convert_ids_to_tokens(i) == UNUSED_NAME.format(i)]:
         warnings.append(
-            f"The {parent.role} ends documents at {unnamed}, for which its tokenizer has no token. The JAM ends there too and "
-            f"calls it {UNUSED_NAME.format(unnamed[0])!r}."
+            f"The {parent.role} ends documents at {unnamed}, for which its tokenizer has no token. The JAM ends there "
+            f"too and calls it {UNUSED_NAME.format(unnamed[0])!r}."
         )
     if not ids:
         warnings.append(
-            f"Neither the {parent.role} nor its tokenizer says where a document ends: the JAM writes until its budget is used "
-            "up. Set eos_token_id in both config.json and generation_config.json before training."
+            f"Neither the {parent.role} nor its tokenizer says where a document ends: the JAM writes until its budget "
+            "is used up. Set eos_token_id in both config.json and generation_config.json before training."
         )
     elif tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
         warnings.append(
-            f"The tokenizer's eos token {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}) is none of the ids at which the "
-            f"{parent.role} stops, {ids}; the JAM stops where the parent does, and documents for training end in id {ids[0]}."
+            f"The tokenizer's eos token {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}) is none of the ids at "
+            f"which the {parent.role} stops, {ids}; the JAM stops where the parent does, and documents for training "
+            f"end in id {ids[0]}."
         )
     return ids, warnings
 
@@ -102,14 +106,21 @@ def one_or_list(ids: list[int]) -> int | list[int] | None:
 def text_sampling(text: Parent, image: Parent) -> tuple[dict[str, Any], list[str]]:
     """The text parent's sampling defaults as settings of a JAM, and what a user should know of them.
 
-    Codes keep the image parent's where it samples, else transformers' defaults. What cannot be saved (a temperature of a
-    parent that does not sample, which has no effect there) is left out, and so is all that is no sampling; both are said.
+    Codes keep the image parent's where it samples, else transformers' defaults. What cannot be saved (a temperature of
+    a parent that does not sample, which has no effect there) is left out, and so is all that is no sampling; both are
+    said.
     """
     defaults = GenerationConfig._get_default_generation_params()
 
     def said(config: GenerationConfig) -> dict[str, Any]:
-        values = {name: value for name, value in config.to_diff_dict().items() if name not in _OF_THE_JAM and value is not None}
-        return {name: value for name, value in values.items() if not name.startswith("_") and value != defaults.get(name)}
+        values = {
+            name: value
+            for name, value in config.to_diff_dict().items()
+            if name not in _OF_THE_JAM and value is not None
+        }
+        return {
+            name: value for name, value in values.items() if not name.startswith("_") and value != defaults.get(name)
+        }
 
     own, pictures = said(generation_config_of(text)), said(generation_config_of(image))
     if not pictures.get("do_sample"):
@@ -124,5 +135,7 @@ def text_sampling(text: Parent, image: Parent) -> tuple[dict[str, Any], list[str
     if not own:
         return settings, []
     listing = ", ".join(f"{name}={value!r:.60}" for name, value in sorted(own.items()))
-    why = "" if settings.get("do_sample") else " (without do_sample=True a parent passes over what sampling alone reads)"
+    why = (
+        "" if settings.get("do_sample") else " (without do_sample=True a parent passes over what sampling alone reads)"
+    )
     return settings, [f"Of the text parent's generation config these are not carried over{why}: {listing}."]

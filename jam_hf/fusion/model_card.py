@@ -91,7 +91,9 @@ pipe(text="A small red circle:", generation_mode="image", max_new_tokens={room})
 
 
 def model_card(plan: FusionPlan) -> str:
-    """The text of README.md. A parent that lies in a folder or in memory is not named: its path is nobody's business."""
+    """The text of README.md. A parent that lies in a folder or in memory is not named: its path is nobody's
+    business.
+    """
     config = plan.config
     names = [decoder.parent.hub_id for decoder in (plan.text, plan.image) if decoder.parent.hub_id]
     licences = {decoder.parent.license for decoder in (plan.text, plan.image)}

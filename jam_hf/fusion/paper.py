@@ -11,7 +11,8 @@ from ..model.configuration_jam import JamConfig
 
 
 def paper(config_class: type[JamConfig], fusion_mode: str = "cross", **kwargs: Any) -> JamConfig:
-    """`JamConfig.paper`: the paper's 7B parents, fused: about 7B ("uniform"), 26B ("width") or 19B ("cross") parameters.
+    """`JamConfig.paper`: the paper's 7B parents, fused: about 7B ("uniform"), 26B ("width") or 19B ("cross")
+    parameters.
 
     Parents: 32 layers, hidden size 4096, 32 heads, FFN 4 x 4096, 4096 learned positions, no biases, no LayerNorm
     parameters, no dropout (CM3leon, arXiv 2309.02591); vocabulary 56,320 + 8,192 image codes. Width doubles hidden

@@ -1,9 +1,11 @@
-"""A parent's tokenizer, read so that the JAM's saved folder encodes and decodes as the parent does, and what its files ask for.
+"""A parent's tokenizer, read so that the JAM's saved folder encodes and decodes as the parent does, and what its files
+ask for.
 
-The rule: a JAM's tokenizer does what transformers makes of the parent's files, to the last id. It is saved as the one class
-that reads tokenizer.json as it stands, since others make themselves anew from the vocabulary and settings that are not saved.
-Where the files ask for something else than transformers makes of them, a warning says so, and `tokenizer_reading="files"` takes
-the files at their word. What cannot be saved and read back equal is refused. It knows tokenizers; it reads no tensor.
+The rule: a JAM's tokenizer does what transformers makes of the parent's files, to the last id. It is saved as the one
+class that reads tokenizer.json as it stands, since others make themselves anew from the vocabulary and settings that
+are not saved. Where the files ask for something else than transformers makes of them, a warning says so, and
+`tokenizer_reading="files"` takes the files at their word. What cannot be saved and read back equal is refused. It knows
+tokenizers; it reads no tensor.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from ..reading import read_tokenizer
 READINGS = ("transformers", "files")
 _NO_ERRORS = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
 
-# Where tokenizers of one vocabulary differ: blanks, line feeds, numbers, apostrophes, unknown letters, forms of one letter.
+# Where tokenizers of one vocabulary differ: blanks, line feeds, numbers, apostrophes, unknown letters, forms of one
+# letter.
 _LINES = (
     "",
     " ",
@@ -64,13 +67,14 @@ def read_parent_tokenizer(source: Any, argument: str, reading: str = "transforme
         return portable(_by_files(source) if reading == "files" else read_tokenizer(source))
     except Exception as error:  # of the file system, the Hub, tokenizers or json
         raise ValueError(
-            f"No tokenizer can be read from '{source}' ({error}). Pass {argument}=..., or, where its tokenizer.json says all, "
-            "tokenizer_reading='files' (--tokenizer-reading files)."
+            f"No tokenizer can be read from '{source}' ({error}). Pass {argument}=..., or, where its tokenizer.json "
+            "says all, tokenizer_reading='files' (--tokenizer-reading files)."
         ) from error
 
 
 def portable(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The same as a `PreTrainedTokenizerFast`, which is read as its tokenizer.json stands; itself where that would differ.
+    """The same as a `PreTrainedTokenizerFast`, which is read as its tokenizer.json stands; itself where that would
+    differ.
 
     `LlamaTokenizer` and others build themselves anew when they are read, by settings (`legacy`) that they do not save.
     Code of its own that it names (`auto_map`) is not carried on.
@@ -113,12 +117,15 @@ def check_saved(tokenizer: PreTrainedTokenizerBase, parents: PreTrainedTokenizer
             )
     if back.model_max_length != tokenizer.model_max_length:
         raise ValueError(
-            f"The JAM's tokenizer reads back model_max_length {back.model_max_length}, it was {tokenizer.model_max_length}."
+            f"The JAM's tokenizer reads back model_max_length {back.model_max_length}, it was "
+            f"{tokenizer.model_max_length}."
         )
 
 
 def limit_length(tokenizer: PreTrainedTokenizerBase, positions: int) -> None:
-    """`model_max_length` is the parent's, or the JAM's positions where those are fewer; one that says no limit stays so."""
+    """`model_max_length` is the parent's, or the JAM's positions where those are fewer; one that says no limit
+    stays so.
+    """
     if positions < tokenizer.model_max_length < 10**20:
         tokenizer.model_max_length = tokenizer.init_kwargs["model_max_length"] = positions
 
@@ -126,8 +133,9 @@ def limit_length(tokenizer: PreTrainedTokenizerBase, positions: int) -> None:
 def asks_otherwise(tokenizer: PreTrainedTokenizerBase | None, role: str, argument: str) -> list[str]:
     """Warnings where the files of a parent ask for something else than transformers makes of them.
 
-    For some families it makes the tokenizer anew, by the model's type, and takes only the vocabulary from tokenizer.json; and
-    it passes `add_bos_token` and `add_eos_token` of tokenizer_config.json over wherever there is a tokenizer.json.
+    For some families it makes the tokenizer anew, by the model's type, and takes only the vocabulary from
+    tokenizer.json; and it passes `add_bos_token` and `add_eos_token` of tokenizer_config.json over wherever there is a
+    tokenizer.json.
     """
     name = getattr(tokenizer, "name_or_path", None)
     path = name and cached_file(
@@ -150,8 +158,8 @@ def asks_otherwise(tokenizer: PreTrainedTokenizerBase | None, role: str, argumen
             token = getattr(files, f"{name}_token")
             found.append(
                 f"The files of the {role}'s tokenizer ask for {wanted} {token!r} at the {word} of every "
-                f"document (add_{name}_token: {str(asked).lower()}); as transformers reads them, and in the JAM, there is "
-                f"{there}. {cure}"
+                f"document (add_{name}_token: {str(asked).lower()}); as transformers reads them, and in the JAM, there "
+                f"is {there}. {cure}"
             )
     split = difference(files, tokenizer, special=False)
     if split:
@@ -170,7 +178,9 @@ def _class_named(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _by_files(source: str | os.PathLike) -> PreTrainedTokenizerBase:
-    """As tokenizer.json says, with `add_bos_token` and `add_eos_token` of tokenizer_config.json where they stand there."""
+    """As tokenizer.json says, with `add_bos_token` and `add_eos_token` of tokenizer_config.json where they stand
+    there.
+    """
     tokenizer = read_tokenizer(source, from_file=True)
     asked = get_tokenizer_config(source)
     ids = tokenizer("a").input_ids
@@ -193,8 +203,8 @@ def difference(
 ) -> str | None:
     """A text that two tokenizers do not treat alike, with what each makes of it; None where all of the probe is equal.
 
-    The probe is _LINES, then every special and every added token that both have: alone, at the begin and the end of words and
-    of lines, and inside a word. Encoded with and without special tokens, and decoded with and without them.
+    The probe is _LINES, then every special and every added token that both have: alone, at the begin and the end of
+    words and of lines, and inside a word. Encoded with and without special tokens, and decoded with and without them.
 
     Args:
         but: tokens whose text is left out. special: compare what is put before and behind a text too.
@@ -205,7 +215,9 @@ def difference(
     tokens = [token for token in tokens if not any(name in token for name in but)]
     for first in range(0, len(tokens), _TOKENS_A_LINE):
         some = tokens[first : first + _TOKENS_A_LINE]
-        if found is None and _first_difference(one, other, _around(some), special):  # then of one token, where it is one's
+        if found is None and _first_difference(
+            one, other, _around(some), special
+        ):  # then of one token, where it is one's
             singly = (_first_difference(one, other, [token, *_around([token])], special) for token in some)
             found = next(filter(None, singly), None) or _first_difference(one, other, _around(some), special)
     return found
@@ -217,7 +229,12 @@ def _own_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 def _around(tokens: list[str]) -> list[str]:
     """Lines in which each token stands alone, in a word, before and behind blanks, at the begin and end of a line."""
-    return ["".join(tokens), "a".join(("", *tokens, "")), " \n ".join(("", *tokens, "")), "  b ".join(("", *tokens, ""))]
+    return [
+        "".join(tokens),
+        "a".join(("", *tokens, "")),
+        " \n ".join(("", *tokens, "")),
+        "  b ".join(("", *tokens, "")),
+    ]
 
 
 def _first_difference(

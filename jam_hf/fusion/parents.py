@@ -1,8 +1,9 @@
-"""The classes of parents that can be fused: where each keeps its decoder, its vocabulary, its image codes and its VQ model.
+"""The classes of parents that can be fused: where each keeps its decoder, its vocabulary, its image codes and its VQ
+model.
 
-What is known of each is on its fact sheet (model/families_jam.py, checkpoints/multimodal.py); what has none is refused by
-name. This module knows checkpoints' keys and configs, not what is made of them. `code_ids` and `picture_layout` need no
-weights, so that they serve loaded models too.
+What is known of each is on its fact sheet (model/families_jam.py, checkpoints/multimodal.py); what has none is refused
+by name. This module knows checkpoints' keys and configs, not what is made of them. `code_ids` and `picture_layout` need
+no weights, so that they serve loaded models too.
 """
 
 from __future__ import annotations
@@ -48,15 +49,16 @@ class Decoder:
         self.multimodal: Multimodal | None = MULTIMODAL.get(self.kind)
         if self.kind not in supported:
             raise ValueError(
-                f"The {parent.role} {parent.name} is of the family '{self.kind}', which is not supported here. Supported: "
-                f"{', '.join(supported)}. (Others may scale embeddings, slide windows or cap logits; fused unseen they would "
-                "give a wrong model, not an error.)"
+                f"The {parent.role} {parent.name} is of the family '{self.kind}', which is not supported here. "
+                f"Supported: {', '.join(supported)}. (Others may scale embeddings, slide windows or cap logits; fused "
+                "unseen they would give a wrong model, not an error.)"
             )
         self.config: PreTrainedConfig = getattr(parent.config, "text_config", parent.config)
         found = [key for key in parent.specs if key.endswith("embed_tokens.weight") and not _OTHER_PARTS.fullmatch(key)]
         if len(found) != 1:
             raise ValueError(
-                f"The {parent.role} {parent.name} has {len(found)} tensors '...embed_tokens.weight'; expected its decoder's."
+                f"The {parent.role} {parent.name} has {len(found)} tensors '...embed_tokens.weight'; expected its "
+                "decoder's."
             )
         self.embedding_key = found[0]
         self.prefix = found[0].removesuffix("embed_tokens.weight")
@@ -69,13 +71,13 @@ class Decoder:
             spec = parent.specs[key]
             if not spec.dtype.is_floating_point or spec.rows != parent.specs[self.embedding_key].rows:
                 raise ValueError(
-                    f"Tensor '{key}' of the {parent.role} {parent.name} is {list(spec.shape)} in {spec.dtype}; expected floats "
-                    f"and {parent.specs[self.embedding_key].rows} rows, as many as the embedding has."
+                    f"Tensor '{key}' of the {parent.role} {parent.name} is {list(spec.shape)} in {spec.dtype}; "
+                    f"expected floats and {parent.specs[self.embedding_key].rows} rows, as many as the embedding has."
                 )
         if not heads and not self.tied:
             raise ValueError(
-                f"The {parent.role} {parent.name} has no tensor 'lm_head.weight', and its config does not tie it to the "
-                "embedding. Expected a causal LM with its head."
+                f"The {parent.role} {parent.name} has no tensor 'lm_head.weight', and its config does not tie it to "
+                "the embedding. Expected a causal LM with its head."
             )
 
     @property
@@ -106,7 +108,9 @@ def _equal(parent: Parent, one: str, other: str) -> bool:
         return False
     if parent.headers_only:  # headers do not tell; a config that ties them is believed
         return True
-    return all(torch.equal(parent.read(one, *block), parent.read(other, *block)) for block in row_blocks(spec, spec.rows))
+    return all(
+        torch.equal(parent.read(one, *block), parent.read(other, *block)) for block in row_blocks(spec, spec.rows)
+    )
 
 
 @dataclass(frozen=True)
@@ -115,9 +119,11 @@ class ImageCodes:
 
     rows: int64 `[K]`, rows of its embedding and head; where `folded` is given, rows past the end of its embedding.
     folded: float `[K, d]`: embeddings of the codes made of other modules (Janus), or None.
-    head: keys of a head of its own for codes, by their names in `JanusVQVAEHead`; empty where codes are rows of `lm_head`.
+    head: keys of a head of its own for codes, by their names in `JanusVQVAEHead`; empty where codes are rows of
+    `lm_head`.
     head_config: `image_head_hidden_size` and `image_head_act` of [`JamConfig`].
-    said_by: what says where the codes are, in words. form: of the names of their tokens, in a plain causal LM that has any.
+    said_by: what says where the codes are, in words. form: of the names of their tokens, in a plain causal LM that has
+    any.
     """
 
     rows: torch.LongTensor
@@ -132,7 +138,9 @@ class ImageCodes:
         return len(self.rows)
 
 
-def image_codes(decoder: Decoder, num_codes: int, offset: int | None, tokenizer: PreTrainedTokenizerBase | None) -> ImageCodes:
+def image_codes(
+    decoder: Decoder, num_codes: int, offset: int | None, tokenizer: PreTrainedTokenizerBase | None
+) -> ImageCodes:
     """The codes of an image parent, and what else belongs to them; arguments, errors: see [`code_ids`]."""
     parent = decoder.parent
     if decoder.multimodal is None:
@@ -150,10 +158,12 @@ def code_ids(
     offset: int | None,
     name: str,
 ) -> torch.LongTensor:
-    """What stands for code 0, 1, ... in an image parent: its ids, or numbers behind them where codes are no ids (Janus).
+    """What stands for code 0, 1, ... in an image parent: its ids, or numbers behind them where codes are no ids
+    (Janus).
 
     Args:
-        config: the parent's. vocab_size: rows of its embedding. num_codes: K of the VQ model. name: how messages call it.
+        config: the parent's. vocab_size: rows of its embedding. num_codes: K of the VQ model. name: how messages call
+            it.
         offset: id of code 0 in a plain causal LM; by default number 0 of its tokenizer's K numbered
             tokens (`<img:0>`, `<|image_00000|>`).
     Returns:
@@ -166,8 +176,8 @@ def code_ids(
         return plain_codes(vocab_size, num_codes, tokenizer, offset, name)[0]
     if offset is not None:
         raise ValueError(
-            f"image_token_offset is for plain causal LMs; {name} is a '{config.model_type}', which says itself where its codes "
-            "are. Leave it out."
+            f"image_token_offset is for plain causal LMs; {name} is a '{config.model_type}', which says itself where "
+            "its codes are. Leave it out."
         )
     if sheet.own_code_modules:
         ids = torch.arange(vocab_size, vocab_size + config.vq_config.num_embeddings)
@@ -175,8 +185,8 @@ def code_ids(
         ids = _mapped_ids(config, sheet, name)
     if len(ids) != num_codes:
         raise ValueError(
-            f"The image parent {name} has {len(ids)} image codes, the VQ model {num_codes}. Code k must mean the same to both: "
-            "use the VQ model that the parent was trained with."
+            f"The image parent {name} has {len(ids)} image codes, the VQ model {num_codes}. Code k must mean the same "
+            "to both: use the VQ model that the parent was trained with."
         )
     if not sheet.own_code_modules:
         _check_inside(ids, vocab_size, name)
@@ -229,7 +239,8 @@ def plain_codes(
 ) -> tuple[torch.LongTensor, str, str | None]:
     """The codes of a plain causal LM: their ids, int64 `[K]`; what says so, in words; the form of their names, if any.
 
-    Args, errors: see [`code_ids`]. Nothing is assumed: not that codes are the last rows, for a vocabulary may be padded.
+    Args, errors: see [`code_ids`]. Nothing is assumed: not that codes are the last rows, for a vocabulary may be
+    padded.
     """
     families = code_names(tokenizer)
     fitting = [names for names in families if names.count == num_codes and names.in_order]
@@ -249,16 +260,16 @@ def plain_codes(
         return ids, f"its tokens {names}", names.form
     if fitting:
         raise ValueError(
-            f"The image codes of the tokenizer of {name} do not fit: {fitting[0]} have the ids from {fitting[0].first} on, "
-            f"image_token_offset is {offset}. Leave it out."
+            f"The image codes of the tokenizer of {name} do not fit: {fitting[0]} have the ids from {fitting[0].first} "
+            f"on, image_token_offset is {offset}. Leave it out."
         )
     near = [names for names in families if names.first < offset + num_codes and offset < names.first + names.count]
     near += [names for names in families if names.form == "<img:{}>"]
     if near:
         raise ValueError(
             f"The image codes of the tokenizer of {name} do not fit: with {num_codes} codes (by the VQ model) from id "
-            f"{offset}, it should have as many numbered tokens from there on, in order; {near[0]} are {near[0].count} from id "
-            f"{near[0].first} on."
+            f"{offset}, it should have as many numbered tokens from there on, in order; {near[0]} are {near[0].count} "
+            f"from id {near[0].first} on."
         )
     _check_names_of_codes(ids, tokenizer, name)
     return ids, "image_token_offset", None
@@ -274,27 +285,31 @@ def _check_names_of_codes(ids: torch.LongTensor, tokenizer: PreTrainedTokenizerB
     wrong = next((index for index in taken if len(taken) < len(ids) or index in marks), None)
     if wrong is not None:
         raise ValueError(
-            f"By image_token_offset the image codes of {name} are the ids {int(ids[0])}..{int(ids[-1])}, and {wrong} of these "
-            f"is the token {by_id[wrong]!r}, no code. Code 0 has another id."
+            f"By image_token_offset the image codes of {name} are the ids {int(ids[0])}..{int(ids[-1])}, and {wrong} "
+            f"of these is the token {by_id[wrong]!r}, no code. Code 0 has another id."
         )
 
 
 def _check_inside(ids: torch.LongTensor, vocab_size: int, name: str) -> None:
     if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         raise ValueError(
-            f"The image codes of {name} would be the rows {int(ids.min())}..{int(ids.max())} of its vocabulary, which has "
-            f"{vocab_size}. Say where they begin: image_token_offset=..."
+            f"The image codes of {name} would be the rows {int(ids.min())}..{int(ids.max())} of its vocabulary, which "
+            f"has {vocab_size}. Say where they begin: image_token_offset=..."
         )
 
 
 def _mapped_ids(config: PreTrainedConfig, sheet: Multimodal, name: str) -> torch.LongTensor:
     """The codes by their names in `vocabulary_map`, as transformers reads them (Chameleon, Emu3)."""
     if not config.vocabulary_map:
-        raise ValueError(f"The config of the image parent {name} has no vocabulary_map, which says what its image codes are.")
+        raise ValueError(
+            f"The config of the image parent {name} has no vocabulary_map, which says what its image codes are."
+        )
     ids: dict[int, int] = sheet.class_of("ImageVocabularyMapping")(config.vocabulary_map).img2bpe
     if sorted(ids) != list(range(len(ids))):
         missing = sorted(set(range(max(ids, default=-1) + 1)) - set(ids))
-        raise ValueError(f"The vocabulary_map of the image parent {name} lacks {len(missing)} codes, e.g. {missing[:3]}.")
+        raise ValueError(
+            f"The vocabulary_map of the image parent {name} lacks {len(missing)} codes, e.g. {missing[:3]}."
+        )
     return torch.tensor([ids[code] for code in range(len(ids))], dtype=torch.long)
 
 
@@ -310,8 +325,8 @@ def _own_codes(decoder: Decoder, rows: torch.LongTensor) -> ImageCodes:
     embedding_key = _only(parent, "generation_embeddings.weight")
     if parent.require(embedding_key).rows != len(rows):
         raise ValueError(
-            f"Tensor '{embedding_key}' of the image parent {parent.name} has {parent.require(embedding_key).rows} rows; its "
-            f"config says {len(rows)} codes."
+            f"Tensor '{embedding_key}' of the image parent {parent.name} has {parent.require(embedding_key).rows} "
+            f"rows; its config says {len(rows)} codes."
         )
     with torch.device("meta"):
         aligner = JanusVQVAEAlignerMLP(config)
@@ -347,7 +362,8 @@ def picture_layout(
     grid_size: int,
     name: str,
 ) -> PictureLayout | None:
-    """How an image parent writes a picture of `grid_size` x `grid_size` codes, in its ids; `None` where it has no marks.
+    """How an image parent writes a picture of `grid_size` x `grid_size` codes, in its ids; `None` where it has no
+    marks.
 
     Args:
         config: the parent's. tokenizer: the parent's; None where it brings none. codes: int64 `[K]`, see [`code_ids`].
@@ -370,16 +386,16 @@ def picture_layout(
             if token in ids:
                 return ids[token]
         raise ValueError(
-            f"The image parent {name} ('{sheet.model_type}') marks pictures by a token ({attribute}, usually {usual}) that "
-            "its tokenizer does not have. Pass its own tokenizer: image_tokenizer=..."
+            f"The image parent {name} ('{sheet.model_type}') marks pictures by a token ({attribute}, usually {usual}) "
+            "that its tokenizer does not have. Pass its own tokenizer: image_tokenizer=..."
         )
 
     size: list[int] = []
     if sheet.size_form is not None:
         if tokenizer is None:
             raise ValueError(
-                f"The image parent {name} writes the size of a picture in tokens before it, and brings no tokenizer to say "
-                "which. Pass image_tokenizer=..."
+                f"The image parent {name} writes the size of a picture in tokens before it, and brings no tokenizer to "
+                "say which. Pass image_tokenizer=..."
             )
         size = tokenizer.encode(sheet.size_form.format(grid_size, grid_size), add_special_tokens=False)
     found = {role: find(*token) for role, token in sheet.marks.items()}

@@ -60,7 +60,9 @@ def size(num_bytes: int) -> str:
 
 
 def peak_memory(plan: FusionPlan) -> int:
-    """An estimate, in bytes: what is always there, the largest table of rows that is kept whole, and the names of codes."""
+    """An estimate, in bytes: what is always there, the largest table of rows that is kept whole, and the names of
+    codes.
+    """
     names = _NAME_BYTES * len(plan.vocabulary.tokenizer.added_tokens_decoder)
     vq = sum(t.spec.nbytes for key, t in plan.tensors.items() if key.startswith("model.vq_model."))
     return _BASE_BYTES + names + vq + max((t.loads for t in plan.tensors.values()), default=0)
@@ -70,8 +72,8 @@ def preserved(mode: str, init: str) -> str:
     """What a fusion keeps of its parents, in one sentence."""
     if mode == "cross" and init == "preserving":
         return (
-            "Both parents: text logits equal the text parent's and the logits of image codes the image parent's, on sequences "
-            "that both can read. The cross blocks add nothing yet."
+            "Both parents: text logits equal the text parent's and the logits of image codes the image parent's, on "
+            "sequences that both can read. The cross blocks add nothing yet."
         )
     if mode == "cross":
         return "Neither parent's logits: cross blocks and output projection are drawn at random, as in the paper; train it."
@@ -147,18 +149,24 @@ def describe(plan: FusionPlan, tensors: bool = True) -> str:
             )
         ),
         *(
-            f"  {d.parent.role}: {d.parent.name} ({d.kind}; {d.config.num_hidden_layers} layers, hidden size {d.hidden_size}, "
-            f"{d.config.num_attention_heads} heads, vocabulary {d.vocab_size})"
+            f"  {d.parent.role}: {d.parent.name} ({d.kind}; {d.config.num_hidden_layers} layers, hidden size "
+            f"{d.hidden_size}, {d.config.num_attention_heads} heads, vocabulary {d.vocab_size})"
             for d in (plan.text, plan.image)
         ),
         f"  vocabulary: {config.vocab_size}, image codes {config.image_token_range[0]}..{config.image_token_range[-1]}",
         f"  image codes of the image parent: {plan.vocabulary.codes_from}",
         f"  CM3 sentinels: {config.num_mask_tokens} from "
         f"{plan.vocabulary.tokenizer.convert_ids_to_tokens(config.mask_token_id)} on",
-        f"  picture: {config.vq_config.sample_size}x{config.vq_config.sample_size} pixels, {config.image_seq_length} codes",
+        f"  picture: {config.vq_config.sample_size}x{config.vq_config.sample_size} pixels, {config.image_seq_length} "
+        "codes",
         f"  parameters: {parameters:,} ({config.dtype}; VQ model float32)",
-        *(f"    {name}: {count:,} parameters, {size(number)}" for name, (count, number) in parts(plan).items() if tensors),
-        f"  disk: {size(plan.num_bytes)} in {len(shards)} file(s)" + (f", {weight_bytes(plan):,} bytes" if tensors else ""),
+        *(
+            f"    {name}: {count:,} parameters, {size(number)}"
+            for name, (count, number) in parts(plan).items()
+            if tensors
+        ),
+        f"  disk: {size(plan.num_bytes)} in {len(shards)} file(s)"
+        + (f", {weight_bytes(plan):,} bytes" if tensors else ""),
         f"  peak memory: about {size(peak_memory(plan))}",
         *([f"  time: {duration(plan)}"] if tensors else []),
     ]

@@ -1,4 +1,5 @@
-"""`plan_fusion`: configs, headers and tokenizers of the parents in, a [`FusionPlan`] out: how every tensor will be made.
+"""`plan_fusion`: configs, headers and tokenizers of the parents in, a [`FusionPlan`] out: how every tensor will be
+made.
 
 It writes nothing. The steps stand in `plan_fusion` in their order; what each knows is in the file of its name.
 """
@@ -31,7 +32,15 @@ from .parents import Decoder, image_codes, image_parents, picture_layout, text_p
 from .plan import FusionPlan, preserved
 from .recipe import FusionRecipe
 from .shapes import check_parents, jam_config
-from .vocabulary import NONE, TokenNames, Vocabulary, check_added_ids, differing_tokens, joined_vocabulary, shared_vocabulary
+from .vocabulary import (
+    NONE,
+    TokenNames,
+    Vocabulary,
+    check_added_ids,
+    differing_tokens,
+    joined_vocabulary,
+    shared_vocabulary,
+)
 from .vq_source import vq_model_of
 
 
@@ -53,8 +62,8 @@ def plan_fusion(
     """Everything about a fusion but the writing; arguments, errors: see [`fuse`].
 
     Args:
-        headers_only: fetch no weights of parents on the Hub, only the headers of their files; a folder without weights is
-            planned by its config.json. The plan can be described and explained, not run.
+        headers_only: fetch no weights of parents on the Hub, only the headers of their files; a folder without weights
+            is planned by its config.json. The plan can be described and explained, not run.
     """
     wanted = named_dtype(dtype)
     names = {
@@ -78,7 +87,9 @@ def plan_fusion(
         raise ValueError(f"mode must be one of {', '.join(map(repr, FUSION_MODES))}, got {mode!r}.")
     recipe.init = init = DEFAULT_INIT[mode] if init is None else init
     if init not in tables.INITS[mode]:
-        raise ValueError(f"init for mode {mode!r} must be one of {', '.join(map(repr, tables.INITS[mode]))}, got {init!r}.")
+        raise ValueError(
+            f"init for mode {mode!r} must be one of {', '.join(map(repr, tables.INITS[mode]))}, got {init!r}."
+        )
     try:
         plan_shards({}, recipe.max_shard_size)
     except ValueError as error:
@@ -136,11 +147,15 @@ def plan_fusion(
     limit_length(vocabulary.tokenizer, config.max_position_embeddings)
     check_saved(vocabulary.tokenizer, parents_tokenizer, vocabulary.added)
     vq_state = {key: tensor if tensor.is_meta else tensor.cpu() for key, tensor in vq.state_dict().items()}
-    parts = tables.Ingredients(config, text, image, codes, vocabulary.text_map, vocabulary.image_map, vq_state, recipe.seed)
+    parts = tables.Ingredients(
+        config, text, image, codes, vocabulary.text_map, vocabulary.image_map, vq_state, recipe.seed
+    )
     tensors = tables.plan_tensors(_specs(config), tables.table(mode, init, config), parts)
     tables.check_all_used(parts, mode)
     warnings += _warnings(text, image, config, vocabulary, mode, init)
-    vocabulary.tokenizer.chat_template, template_warnings = chat_templates.fitted(vocabulary.tokenizer, recipe.image_token)
+    vocabulary.tokenizer.chat_template, template_warnings = chat_templates.fitted(
+        vocabulary.tokenizer, recipe.image_token
+    )
     warnings += template_warnings
     plan = FusionPlan(recipe, config, vocabulary, text, image, tensors, warnings, None, None, sampling)
     if text.parent.headers_only or image.parent.headers_only or any(tensor.is_meta for tensor in vq_state.values()):
@@ -166,10 +181,14 @@ def plan_fusion(
 def plan_recipe(recipe: FusionRecipe, headers_only: bool = False) -> FusionPlan:
     """`plan_fusion` with the settings of a recipe."""
     settings = {key: value for key, value in vars(recipe).items() if key not in ("text", "image", "mode", "vq")}
-    return plan_fusion(recipe.text, recipe.image, recipe.mode, vq_model=recipe.vq, headers_only=headers_only, **settings)
+    return plan_fusion(
+        recipe.text, recipe.image, recipe.mode, vq_model=recipe.vq, headers_only=headers_only, **settings
+    )
 
 
-def _warnings(text: Decoder, image: Decoder, config: JamConfig, vocabulary: Vocabulary, mode: str, init: str) -> list[str]:
+def _warnings(
+    text: Decoder, image: Decoder, config: JamConfig, vocabulary: Vocabulary, mode: str, init: str
+) -> list[str]:
     """What may surprise a user."""
     found = []
     if (mode, init) != ("cross", "preserving"):
@@ -180,16 +199,16 @@ def _warnings(text: Decoder, image: Decoder, config: JamConfig, vocabulary: Voca
     if vocabulary.added:
         shown = ", ".join(vocabulary.added[:4]) + (" ..." if len(vocabulary.added) > 4 else "")
         found.append(
-            f"The tokenizer got {len(vocabulary.added)} special tokens ({shown}). What neither parent knows starts as the mean "
-            "of all rows, or as a row of the text parent's padding, and must be trained."
+            f"The tokenizer got {len(vocabulary.added)} special tokens ({shown}). What neither parent knows starts as "
+            "the mean of all rows, or as a row of the text parent's padding, and must be trained."
         )
     if vocabulary.coverage is not None:
         missing = vocabulary.coverage.counts[NONE]
         if missing > 0.02 * vocabulary.coverage.total:
             share = 100 * missing / vocabulary.coverage.total
             found.append(
-                f"{share:.1f} % of the text tokens have no counterpart in the image parent's vocabulary: its stream reads the "
-                "mean row for them."
+                f"{share:.1f} % of the text tokens have no counterpart in the image parent's vocabulary: its stream "
+                "reads the mean row for them."
             )
     licences = {d.parent.role: d.parent.license for d in (text, image) if d.parent.license}
     if len(set(licences.values())) > 1:
@@ -198,7 +217,9 @@ def _warnings(text: Decoder, image: Decoder, config: JamConfig, vocabulary: Voca
     limits = {d.parent.role: d.config.max_position_embeddings for d in (text, image)}
     if len(set(limits.values())) > 1:
         listing = ", ".join(f"{role}: {limit}" for role, limit in limits.items())
-        found.append(f"The parents read contexts of different lengths ({listing} positions); the JAM reads the shorter.")
+        found.append(
+            f"The parents read contexts of different lengths ({listing} positions); the JAM reads the shorter."
+        )
     return found
 
 
@@ -232,8 +253,8 @@ def _vocabulary(
     if image_tokenizer is None:
         raise ValueError(
             f"The text parent {text.parent.name} and the image parent {image.parent.name} have no common vocabulary "
-            f"(vocab_size: {text.vocab_size} and {image.vocab_size}), and the image parent brings no tokenizer to say what its "
-            "rows mean. Pass image_tokenizer=..."
+            f"(vocab_size: {text.vocab_size} and {image.vocab_size}), and the image parent brings no tokenizer to say "
+            "what its rows mean. Pass image_tokenizer=..."
         )
     pictures = picture_layout(image.parent.config, image_tokenizer, codes, vq.config.grid_size, image.parent.name)
     return joined_vocabulary(
@@ -255,8 +276,8 @@ def _written(source: Any) -> str | None:
 
 
 _STAND_IN = (
-    "The {} has no tokenizer files here: the size of the vocabulary is an estimate (unless the parents share one, no mark of "
-    "the JAM is taken to be in it), and coverage means nothing."
+    "The {} has no tokenizer files here: the size of the vocabulary is an estimate (unless the parents share one, no "
+    "mark of the JAM is taken to be in it), and coverage means nothing."
 )
 
 
@@ -284,8 +305,8 @@ def _dtype(text: Decoder, image: Decoder) -> torch.dtype:
     found = [decoder.parent.require(decoder.embedding_key).dtype for decoder in (text, image)]
     if found[0] != found[1]:
         raise ValueError(
-            f"The text parent {text.parent.name} is stored in {found[0]}, the image parent {image.parent.name} in {found[1]}. "
-            "Say which the JAM shall have: dtype=..."
+            f"The text parent {text.parent.name} is stored in {found[0]}, the image parent {image.parent.name} in "
+            f"{found[1]}. Say which the JAM shall have: dtype=..."
         )
     return found[0]
 

@@ -23,7 +23,8 @@ from ..version import __version__
 class FusionRecipe:
     """Settings of a fusion; see [`fuse`], whose arguments of the same names they are.
 
-    text, image, vq, tokenizer, image_tokenizer: folders or Hub ids; `vq` and the tokenizers are the parents' own where None.
+    text, image, vq, tokenizer, image_tokenizer: folders or Hub ids; `vq` and the tokenizers are the parents' own where
+    None.
     text_revision, image_revision: branch, tag or commit on the Hub.
     """
 
@@ -62,12 +63,18 @@ class FusionRecipe:
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ValueError(f"The recipe {path} cannot be read: {error}") from error
         if not isinstance(found, dict):
-            raise ValueError(f"The recipe {path} must be a YAML mapping such as 'text: a/b', got {type(found).__name__}.")
-        return cls.of({**found, **{key: value for key, value in changes.items() if value is not None}}, f"The recipe {path}")
+            raise ValueError(
+                f"The recipe {path} must be a YAML mapping such as 'text: a/b', got {type(found).__name__}."
+            )
+        return cls.of(
+            {**found, **{key: value for key, value in changes.items() if value is not None}}, f"The recipe {path}"
+        )
 
     @classmethod
     def of(cls, settings: dict[str, Any], where: str) -> FusionRecipe:
-        """From a mapping; `where` names it in messages. Raises `ValueError` on unknown, missing or ill-typed settings."""
+        """From a mapping; `where` names it in messages. Raises `ValueError` on unknown, missing or ill-typed
+        settings.
+        """
         fields = {f.name: f for f in dataclasses.fields(cls)}
         unknown = sorted(map(str, set(settings) - set(fields)))
         if unknown:
@@ -83,7 +90,9 @@ class FusionRecipe:
                 raise ValueError(f"{where}: {name} must be {fields[name].type}, got {value!r}.")
         recipe = cls(**settings)
         if not all(isinstance(text, str) for pair in recipe.special_tokens.items() for text in pair):
-            raise ValueError(f"{where}: special_tokens must be tokens by tokens, both text, got {recipe.special_tokens!r}.")
+            raise ValueError(
+                f"{where}: special_tokens must be tokens by tokens, both text, got {recipe.special_tokens!r}."
+            )
         return recipe
 
     def to_yaml(self) -> str:

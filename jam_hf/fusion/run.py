@@ -1,4 +1,6 @@
-"""A planned fusion done: the tensors written in blocks, then the small files, in a folder that appears whole or not at all."""
+"""A planned fusion done: the tensors written in blocks, then the small files, in a folder that appears whole or not
+at all.
+"""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ from ..model.families_jam import embedding_size_of, family_of, head_dim_of, key_
 from .parents import Decoder
 
 
-# Every field of a decoder's config is one of three. DECIDED: the JAM's own (ids, rows), or settled elsewhere with both parents
-# in view. IDLE: it changes no weights' arithmetic (training, outputs, the file). All others, also those that a later
-# transformers may add, are compared.
+# Every field of a decoder's config is one of three. DECIDED: the JAM's own (ids, rows), or settled elsewhere with both
+# parents in view. IDLE: it changes no weights' arithmetic (training, outputs, the file). All others, also those that a
+# later transformers may add, are compared.
 DECIDED = frozenset(
     {
         "vocab_size",  # vocabulary.py
@@ -26,7 +26,8 @@ DECIDED = frozenset(
         "bos_token_id",
         "eos_token_id",  # generation_defaults.py
         "tie_word_embeddings",  # parents.Decoder.tied
-        "max_position_embeddings",  # the smaller; compared where positions are learned, or rotations are reckoned from it
+        # the smaller; compared where positions are learned, or rotations are reckoned from it
+        "max_position_embeddings",
         "vq_config",  # vq_source.py
     }
 )
@@ -60,7 +61,9 @@ _ROTATIONS_OF_ANY_LENGTH = ("default", "linear", "llama3")
 
 
 def shape_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """All that must agree for one decoder to stand for both parents: every field of the config but `DECIDED` and `IDLE`."""
+    """All that must agree for one decoder to stand for both parents: every field of the config but `DECIDED` and
+    `IDLE`.
+    """
     family = family_of(config)
     found = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     found = {name: value for name, value in found.items() if name not in DECIDED | IDLE}
@@ -107,8 +110,8 @@ def check_parents(text: Decoder, image: Decoder, mode: str, init: str) -> None:
     if differing:
         listing = "; ".join(f"{name}: {ours.get(name)} and {theirs.get(name)}" for name in differing)
         raise ValueError(
-            f"The text parent {text.parent.name} and the image parent {image.parent.name} cannot be fused as '{mode}', they "
-            f"differ in {listing} (text parent first). {hint}"
+            f"The text parent {text.parent.name} and the image parent {image.parent.name} cannot be fused as '{mode}', "
+            f"they differ in {listing} (text parent first). {hint}"
         )
 
 
@@ -126,16 +129,18 @@ def _check_one_embedding(text: Decoder, image: Decoder) -> None:
     if differing:
         listing = "; ".join(f"{name}: {ours[name]} and {theirs[name]}" for name in differing)
         raise ValueError(
-            f"The text parent {text.parent.name} and the image parent {image.parent.name} cannot be fused as 'cross' with "
-            f"init='paper', which feeds both from one embedding with its positions; they differ in {listing} (text parent "
-            "first). init='preserving' takes any."
+            f"The text parent {text.parent.name} and the image parent {image.parent.name} cannot be fused as 'cross' "
+            f"with init='paper', which feeds both from one embedding with its positions; they differ in {listing} "
+            "(text parent first). init='preserving' takes any."
         )
 
 
 def jam_config(
     text: Decoder, image: Decoder, vq: JamVQConfig, mode: str, init: str, interval: int, settings: dict[str, Any]
 ) -> JamConfig:
-    """The config of the JAM that the parents become. `settings`: ids, vocabulary and head, as [`JamConfig`] takes them."""
+    """The config of the JAM that the parents become. `settings`: ids, vocabulary and head, as [`JamConfig`] takes
+    them.
+    """
     size = settings.pop("vocab_size")
     text_config, image_config = _own(text.config, size, settings), _own(image.config, size, settings)
     tied = text.tied and image.tied
@@ -157,11 +162,13 @@ def jam_config(
             text_config = _widened(text_config, image_config)
         except StrictDataclassError as error:  # a sum that the stock config does not take
             raise ValueError(
-                f"The text parent {text.parent.name} and the image parent {image.parent.name} cannot be fused as 'width', the "
-                f"decoder of both sizes together is none of the family '{text_config.model_type}': {error}"
+                f"The text parent {text.parent.name} and the image parent {image.parent.name} cannot be fused as "
+                f"'width', the decoder of both sizes together is none of the family '{text_config.model_type}': {error}"
             ) from error
     elif not family_of(text_config).learned_positions:
-        text_config.max_position_embeddings = min(text_config.max_position_embeddings, image_config.max_position_embeddings)
+        text_config.max_position_embeddings = min(
+            text_config.max_position_embeddings, image_config.max_position_embeddings
+        )
     return JamConfig(fusion_mode=mode, text_config=text_config, vq_config=vq, tie_word_embeddings=tied, **settings)
 
 

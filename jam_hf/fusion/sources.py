@@ -1,4 +1,5 @@
-"""Where rows of an output tensor come from: a parent's tensor, a parent's vocabulary seen through a row map, noise, constants.
+"""Where rows of an output tensor come from: a parent's tensor, a parent's vocabulary seen through a row map, noise,
+constants.
 
 It knows parents and row maps; which tensor needs which source is the business of tables.py.
 """
@@ -30,8 +31,8 @@ class ParentRows:
             self.spec = TensorSpec((last - first, *self.spec.shape[1:]), self.spec.dtype)
         if not self.spec.dtype.is_floating_point:
             raise ValueError(
-                f"Tensor '{key}' of the {parent.role}, in {parent.where(key)}, is {self.spec.dtype}; expected floats. If it is "
-                "a quantised model, take the unquantised one."
+                f"Tensor '{key}' of the {parent.role}, in {parent.where(key)}, is {self.spec.dtype}; expected floats. "
+                "If it is a quantised model, take the unquantised one."
             )
         self.inputs = ((parent, key),)
         self.loads = 0
@@ -46,9 +47,8 @@ class ParentRows:
 class VocabularyRows:
     """An embedding or a head of a parent, in the order of the JAM's vocabulary.
 
-    Rows that are the parent's own, one for one, are streamed. Where others are needed, the parent's tensor is kept until
-    `release`.
-    Tokens of which the parent knows nothing get the mean of its rows.
+    Rows that are the parent's own, one for one, are streamed. Where others are needed, the parent's tensor is kept
+    until `release`. Tokens of which the parent knows nothing get the mean of its rows.
     """
 
     def __init__(self, decoder: Decoder, key: str, row_map: RowMap, codes: ImageCodes | None = None):
@@ -92,7 +92,9 @@ class VocabularyRows:
         return made
 
     def table(self) -> torch.Tensor:
-        """The parent's rows, and behind them those that other modules fold into; filled in blocks, so that it is held once."""
+        """The parent's rows, and behind them those that other modules fold into; filled in blocks, so that it is
+        held once.
+        """
         with self._lock:
             if self._table is None:
                 folded = self.folded if self.folded is not None else torch.empty(0, self.spec.row_numel)

@@ -1,7 +1,8 @@
 """Which tensor of a JAM comes from which tensors of its parents, by which function: declarative tables of keys.
 
-A row is a regular expression on the JAM's key, words for people, and a function that names sources; the first row that matches
-rules. `{rest}` is the part of the key inside a decoder, which both parents have. Nothing is read or written here.
+A row is a regular expression on the JAM's key, words for people, and a function that names sources; the first row that
+matches rules. `{rest}` is the part of the key inside a decoder, which both parents have. Nothing is read or written
+here.
 """
 
 from __future__ import annotations
@@ -108,7 +109,9 @@ def _image_head(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec)
 
 _VQ = Rule(r"model\.vq_model\.(?P<rest>.*)", "the VQ model, as it is", _vq)
 _OWN_HEAD = Rule(
-    r"image_head\.(?P<rest>(proj_out|vision_head)\..*)", "the image parent's own head for codes, kept as a module", _image_head
+    r"image_head\.(?P<rest>(proj_out|vision_head)\..*)",
+    "the image parent's own head for codes, kept as a module",
+    _image_head,
 )
 _DECODER = r"model\.language_model\."
 
@@ -142,7 +145,9 @@ def _uniform_table() -> list[Rule]:
 # ----- width ----------------------------------------------------------------------------------------------------------
 
 
-def _width_vocabulary(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec, head: bool = False) -> tuple[Band, ...]:
+def _width_vocabulary(
+    parts: Ingredients, key: str, match: re.Match, spec: TensorSpec, head: bool = False
+) -> tuple[Band, ...]:
     return (Band(spec.rows, (parts.text_vocabulary(head), parts.image_vocabulary(head)), inits.beside),)
 
 
@@ -156,7 +161,9 @@ def _width_behind(parts: Ingredients, key: str, match: re.Match, spec: TensorSpe
     return tuple(Band(source.spec.rows, (source,), _as_it_is) for source in sources)
 
 
-def _width_block(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec, init: str = "copy") -> tuple[Band, ...]:
+def _width_block(
+    parts: Ingredients, key: str, match: re.Match, spec: TensorSpec, init: str = "copy"
+) -> tuple[Band, ...]:
     text, image = parts.text_rows(match["rest"]), parts.image_rows(match["rest"])
     if init == "copy":
         return Band(text.spec.rows, (text,), inits.twice), Band(image.spec.rows, (image,), inits.twice)
@@ -187,7 +194,9 @@ def _width_table(init: str, config: JamConfig) -> list[Rule]:
         ),
         Rule(_DECODER + r"(?P<rest>.*norm\.weight)", "the parents one after the other", _width_behind),
         Rule(_DECODER + r"(?P<rest>.*\.bias)", "the parents one after the other", _width_behind),
-        Rule(_DECODER + r"(?P<rest>.*\.weight)", f"block rule '{init}' of the parents", partial(_width_block, init=init)),
+        Rule(
+            _DECODER + r"(?P<rest>.*\.weight)", f"block rule '{init}' of the parents", partial(_width_block, init=init)
+        ),
     ]
 
 
@@ -224,8 +233,12 @@ def _code_head(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec) 
     return _whole(VocabularyRows(parts.image, key, RowMap.of((row,) for row in rows.tolist())), spec)
 
 
-def _shared_vocabulary(parts: Ingredients, key: str, match: re.Match, spec: TensorSpec, head: bool = False) -> tuple[Band, ...]:
-    """The paper's one projection: codes from the image parent, text from the text parent, and what it lacks from the other."""
+def _shared_vocabulary(
+    parts: Ingredients, key: str, match: re.Match, spec: TensorSpec, head: bool = False
+) -> tuple[Band, ...]:
+    """The paper's one projection: codes from the image parent, text from the text parent, and what it lacks from
+    the other.
+    """
     text, image = parts.text_vocabulary(head), parts.image_vocabulary(head)
     use_image = ~text.present & image.present
     first_code = parts.config.image_token_offset
@@ -273,7 +286,11 @@ def _cross_table(init: str, config: JamConfig) -> list[Rule]:
         Rule(_DECODER + r"image_stem\.(?P<rest>.*)", "image parent", _image),
         Rule(layer + r"text_layer\.(?P<rest>.*)", "text parent", _text_layer),
         Rule(layer + r"image_layer\.(?P<rest>.*)", "image parent", _image_layer),
-        Rule(cross + r"(cross_attn\.o_proj|mlp\.down_proj)\.weight", ending, partial(_new, std=0.0 if preserving else std)),
+        Rule(
+            cross + r"(cross_attn\.o_proj|mlp\.down_proj)\.weight",
+            ending,
+            partial(_new, std=0.0 if preserving else std),
+        ),
         Rule(cross + r".*norm\.weight", "ones", _ones),
         Rule(cross + r".*norm\.bias", "zeros", partial(_new, std=0.0)),
         Rule(cross + r".*\.weight", f"normal, std {std}", partial(_new, std=std)),
@@ -298,12 +315,16 @@ def plan_tensors(specs: dict[str, TensorSpec], rules: list[Rule], parts: Ingredi
     """
     plans = {}
     for key, spec in specs.items():
-        rule, match = next(((rule, found) for rule in rules if (found := re.fullmatch(rule.pattern, key))), (None, None))
+        rule, match = next(
+            ((rule, found) for rule in rules if (found := re.fullmatch(rule.pattern, key))), (None, None)
+        )
         if rule is None:
             raise AssertionError(f"no row for '{key}' in the table")
         bands = rule.build(parts, key, match, spec)
         _check_shape(key, spec, bands)
-        sources: list[Any] = [source for band in bands for source in band.sources]  # of sources.py: they know their inputs
+        sources: list[Any] = [
+            source for band in bands for source in band.sources
+        ]  # of sources.py: they know their inputs
         inputs = tuple(dict.fromkeys(entry for source in sources for entry in source.inputs))
         for parent, name in inputs:
             parts.used[parent.role.split()[0]].add(name)
@@ -313,7 +334,9 @@ def plan_tensors(specs: dict[str, TensorSpec], rules: list[Rule], parts: Ingredi
 
 
 def _check_shape(key: str, spec: TensorSpec, bands: tuple[Band, ...]) -> None:
-    """Rows must add up, each source must have the rows of its band, and what is made of no rows must have the columns."""
+    """Rows must add up, each source must have the rows of its band, and what is made of no rows must have the
+    columns.
+    """
     known = [[source for source in band.sources if isinstance(source, (ParentRows, VocabularyRows))] for band in bands]
     fits = sum(band.rows for band in bands) == spec.rows
     for band, sources in zip(bands, known):
@@ -332,7 +355,9 @@ def _check_shape(key: str, spec: TensorSpec, bands: tuple[Band, ...]) -> None:
             f"'{s.key}' of the {_parent(s).role} {_parent(s).name} is {list(s.spec.shape)}"
             for s in dict.fromkeys(chain(*known))
         )
-        raise ValueError(f"Tensor '{key}' should be {list(spec.shape)}, but {listing or 'its sources have other shapes'}.")
+        raise ValueError(
+            f"Tensor '{key}' should be {list(spec.shape)}, but {listing or 'its sources have other shapes'}."
+        )
 
 
 def _parent(source: ParentRows | VocabularyRows) -> Parent:

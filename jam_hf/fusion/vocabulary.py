@@ -1,8 +1,8 @@
 """One vocabulary out of two: which rows of each parent's embedding make each row of the JAM's.
 
-The text parent's tokenizer rules: its ids stay what they are, new special tokens and the image codes come behind. Rows of the
-image parent are found by the text of a token, then by re-tokenising that text into the image parent's pieces (their mean). It
-knows tokenizers and ids; it reads no tensor.
+The text parent's tokenizer rules: its ids stay what they are, new special tokens and the image codes come behind. Rows
+of the image parent are found by the text of a token, then by re-tokenising that text into the image parent's pieces
+(their mean). It knows tokenizers and ids; it reads no tensor.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ class Coverage:
 
     def lines(self) -> list[str]:
         return [
-            f"{way}: {count} ({100 * count / max(1, self.total):.1f} %), e.g. {', '.join(map(repr, self.examples[way]))}"
+            f"{way}: {count} ({100 * count / max(1, self.total):.1f} %), e.g. "
+            f"{', '.join(map(repr, self.examples[way]))}"
             for way, count in self.counts.most_common()
         ]
 
@@ -108,8 +109,8 @@ _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 def surfaces(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     """The bytes that each id stands for, by id; None for special tokens and for ids that are no token.
 
-    Byte-level BPE writes bytes as letters, SentencePiece a space as U+2581 (in added tokens too: Gemma's runs of spaces) and
-    lone bytes as `<0x41>`, WordPiece "##" where no space stands before; all are undone here.
+    Byte-level BPE writes bytes as letters, SentencePiece a space as U+2581 (in added tokens too: Gemma's runs of
+    spaces) and lone bytes as `<0x41>`, WordPiece "##" where no space stands before; all are undone here.
     """
     vocabulary = tokenizer.get_vocab()
     found: list[bytes | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
@@ -143,7 +144,9 @@ def surfaces(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
 
 
 def _marked(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """The special and added tokens, by id: those that encoding finds by their names, whatever the model would make of them."""
+    """The special and added tokens, by id: those that encoding finds by their names, whatever the model would make
+    of them.
+    """
     specials = tokenizer.all_special_ids
     found = dict(zip(specials, tokenizer.convert_ids_to_tokens(specials)))
     return found | {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
@@ -158,14 +161,16 @@ def transplant(
 ) -> tuple[list[tuple[int, ...]], Coverage]:
     """For each of `num_rows` ids of the text tokenizer, the rows of the image parent whose mean stands for it.
 
-    Tokens match by what they spell. A character that the image parent has as an ordinary token and as a byte `<0x41>` is the
-    ordinary one, which is what its training read; a byte token of the text parent is the image parent's byte token, where it
-    has one. Special and added tokens match by name, and only special and added ones: an ordinary entry of that name may be
-    nothing that the other tokenizer ever yields. An added token without a counterpart is what that tokenizer makes of its text.
+    Tokens match by what they spell. A character that the image parent has as an ordinary token and as a byte `<0x41>`
+    is the ordinary one, which is what its training read; a byte token of the text parent is the image parent's byte
+    token, where it
+    has one. Special and added tokens match by name, and only special and added ones: an ordinary entry of that name may
+    be nothing that the other tokenizer ever yields. An added token without a counterpart is what that tokenizer makes
+    of its text.
 
     Args:
-        declared: image parent's id by text id, which wins over everything else. new: tokens that the text tokenizer has just
-            got; they are no part of the report, but for those that are declared.
+        declared: image parent's id by text id, which wins over everything else. new: tokens that the text tokenizer has
+            just got; they are no part of the report, but for those that are declared.
     """
     ours, theirs = surfaces(text), surfaces(image)
     by_text: dict[bytes, int] = {}
@@ -217,11 +222,13 @@ def transplant(
     return pieces, coverage
 
 
-def _tokenised(texts: list[bytes], tokenizer: PreTrainedTokenizerBase, known: list[bytes | None]) -> Iterable[tuple[int, ...]]:
+def _tokenised(
+    texts: list[bytes], tokenizer: PreTrainedTokenizerBase, known: list[bytes | None]
+) -> Iterable[tuple[int, ...]]:
     """The pieces of each text, or () where they do not spell exactly that text.
 
-    Some tokenizers put a space before a text; behind a line feed (or what they make of it), which is then taken off, they do
-    not.
+    Some tokenizers put a space before a text; behind a line feed (or what they make of it), which is then taken off,
+    they do not.
     """
 
     def spelled(ids: list[int]) -> bytes | None:
@@ -255,11 +262,12 @@ def _tokenised(texts: list[bytes], tokenizer: PreTrainedTokenizerBase, known: li
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> list[str]:
-    """Add what the tokenizer lacks, as special tokens, behind all others. Returns what was added, in the order of the ids.
+    """Add what the tokenizer lacks, as special tokens, behind all others. Returns what was added, in the order of the
+    ids.
 
     Raises:
-        ValueError: if a token is an ordinary one, or the new ones did not get the ids behind all that are in use: tokenizers
-            counts tokens, it does not look for the largest id.
+        ValueError: if a token is an ordinary one, or the new ones did not get the ids behind all that are in use:
+            tokenizers counts tokens, it does not look for the largest id.
     """
     vocabulary = tokenizer.get_vocab()
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -268,8 +276,9 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]
     ordinary = [token for token in tokens if token in vocabulary and token not in special]
     if ordinary:
         raise ValueError(
-            f"The tokenizer has {ordinary[0]!r} as an ordinary token (id {vocabulary[ordinary[0]]}), so it cannot be markup. "
-            "Name others for the JAM's markup: break_token=..., image_token=..., mask_token=..., mask_end_token=..."
+            f"The tokenizer has {ordinary[0]!r} as an ordinary token (id {vocabulary[ordinary[0]]}), so it cannot be "
+            "markup. Name others for the JAM's markup: break_token=..., image_token=..., mask_token=..., "
+            "mask_end_token=..."
         )
     missing = [token for token in tokens if token not in vocabulary]
     if not missing:
@@ -282,9 +291,9 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]
         holes = [index for index in range(first) if index not in used]
         raise ValueError(
             f"{len(missing)} new tokens ({missing[0]!r}, ...) should get the ids {first}..{first + len(missing) - 1}, "
-            f"behind all others; {count} got ids, {sorted(ids)[:3]}... The tokenizer has {len(used)} tokens and ids up to "
-            f"{first - 1}; {len(holes)} ids have no token, e.g. {holes[:3]}. Give each of them a token that no text has, in "
-            "the vocabulary of its tokenizer.json."
+            f"behind all others; {count} got ids, {sorted(ids)[:3]}... The tokenizer has {len(used)} tokens and ids up "
+            f"to {first - 1}; {len(holes)} ids have no token, e.g. {holes[:3]}. Give each of them a token that no text "
+            "has, in the vocabulary of its tokenizer.json."
         )
     return missing
 
@@ -307,9 +316,10 @@ def check_added_ids(tokenizer: PreTrainedTokenizerBase, role: str) -> None:
     moved = [token for token in written if read.get(token) != written[token]]
     if moved:
         raise ValueError(
-            f"The tokenizer of the {role}, '{folder}', puts its token {moved[0]!r} at the id {written[moved[0]]}; it is read "
-            f"as {read.get(moved[0])} ({len(moved)} such tokens), so that its rows would be another token's. A vocabulary with "
-            "unused ids before an added token cannot be read: give each of them a token that no text has."
+            f"The tokenizer of the {role}, '{folder}', puts its token {moved[0]!r} at the id {written[moved[0]]}; it "
+            f"is read as {read.get(moved[0])} ({len(moved)} such tokens), so that its rows would be another token's. A "
+            "vocabulary with unused ids before an added token cannot be read: give each of them a token that no text "
+            "has."
         )
 
 
@@ -342,7 +352,8 @@ class TokenNames:
         return f"{self.mask_token.removesuffix('>')}:{index}{closing}"
 
     def with_new_sentinels(self, tokenizer: PreTrainedTokenizerBase) -> TokenNames:
-        """These names, or `<jam:mask>` for `<mask>` where the tokenizer has some of the sentinels, but not all side by side.
+        """These names, or `<jam:mask>` for `<mask>` where the tokenizer has some of the sentinels, but not all side by
+        side.
 
         Raises:
             ValueError: if that is so of a `mask_token` that was asked for.
@@ -350,13 +361,16 @@ class TokenNames:
         known = tokenizer.get_vocab()
         for name in (self.mask_token, "<jam:mask>", "<jam:mask/2>"):
             names = replace(self, mask_token=name)
-            if not any(mask in known for mask in names.masks) or num_sentinels(tokenizer, names) >= self.num_mask_tokens:
+            if (
+                not any(mask in known for mask in names.masks)
+                or num_sentinels(tokenizer, names) >= self.num_mask_tokens
+            ):
                 return names
             if name == self.mask_token != TokenNames.mask_token:
                 break
         raise ValueError(
-            f"The tokenizer has some of the {self.num_mask_tokens} sentinels {self.mask_token!r}, {self.sentinel(1)!r}, ..., "
-            "but not all with one id behind the other. Name another: mask_token=..."
+            f"The tokenizer has some of the {self.num_mask_tokens} sentinels {self.mask_token!r}, "
+            f"{self.sentinel(1)!r}, ..., but not all with one id behind the other. Name another: mask_token=..."
         )
 
     def required(self) -> list[str]:
@@ -367,10 +381,11 @@ class TokenNames:
 class Vocabulary:
     """The JAM's vocabulary and where its rows come from.
 
-    size: text ids, new special tokens and image codes. ids: token ids for [`JamConfig`]. layout: tokens around a picture for
-    [`JamProcessor`]. code_name: form of the codes' names in the tokenizer; None where it is not known. codes_from: what says
-    which rows of the image parent are codes, in words. coverage: None where both parents have one vocabulary. added: special
-    tokens that the tokenizer got, codes left out.
+    size: text ids, new special tokens and image codes. ids: token ids for [`JamConfig`]. layout: tokens around a
+    picture for [`JamProcessor`]. code_name: form of the codes' names in the tokenizer; None where it is not known.
+    codes_from: what says
+    which rows of the image parent are codes, in words. coverage: None where both parents have one vocabulary. added:
+    special tokens that the tokenizer got, codes left out.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -385,7 +400,9 @@ class Vocabulary:
     added: list[str] = field(default_factory=list)
 
 
-def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, codes: torch.LongTensor, names: TokenNames) -> Vocabulary:
+def shared_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, size: int, codes: torch.LongTensor, names: TokenNames
+) -> Vocabulary:
     """Both parents have one vocabulary, image codes included: every row stands where it stood.
 
     Raises:
@@ -395,9 +412,9 @@ def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, codes: torc
     missing = [token for token in names.required() if token not in known]
     if missing:
         raise ValueError(
-            f"The tokenizer has no special token {', '.join(map(repr, missing))}. Add them as special tokens before fusing "
-            "(and give the parents' embeddings rows for them), or name the tokens that play their part: break_token=..., "
-            "image_token=..., mask_token=..., mask_end_token=..."
+            f"The tokenizer has no special token {', '.join(map(repr, missing))}. Add them as special tokens before "
+            "fusing (and give the parents' embeddings rows for them), or name the tokens that play their part: "
+            "break_token=..., image_token=..., mask_token=..., mask_end_token=..."
         )
     row_map = RowMap(torch.arange(size + 1), torch.arange(size), size)
     code_name = name_codes(tokenizer, int(codes[0]), len(codes))
@@ -420,13 +437,15 @@ def joined_vocabulary(
         tokenizer: the text parent's; it gets what it lacks. text_rows: rows of its embedding, padding included.
         codes: the image parent's row of each code. pictures: its own way to write one; `None`: it has none.
         special_tokens: the image parent's token (text) by the JAM's (text), beyond those that `pictures` says.
-        kept: ids that mean something to the text parent, though its tokenizer may have no tokens for them (where it stops):
-            they get names (`<unused:305>`), and so do those before them, so that no new token takes their rows.
+        kept: ids that mean something to the text parent, though its tokenizer may have no tokens for them (where it
+            stops): they get names (`<unused:305>`), and so do those before them, so that no new token takes their rows.
     Raises:
         ValueError: if `special_tokens` names a token that a tokenizer does not have.
     """
     end = max(tokenizer.get_vocab().values(), default=-1) + 1
-    add_special_tokens(tokenizer, map(UNUSED_NAME.format, range(end, max((i for i in kept if i < text_rows), default=-1) + 1)))
+    add_special_tokens(
+        tokenizer, map(UNUSED_NAME.format, range(end, max((i for i in kept if i < text_rows), default=-1) + 1))
+    )
     structure: dict[str, int] = {}  # the image parent's row by the JAM's token
     layout: dict[str, Any] = {}
     if pictures is not None:
@@ -462,9 +481,14 @@ def joined_vocabulary(
     ours, theirs = tokenizer.get_vocab(), image_tokenizer.get_vocab()
     declared = {ours[token]: row for token, row in structure.items()}
     for token, other in special_tokens.items():
-        for vocabulary, name, whose in ((ours, token, "the JAM's tokenizer"), (theirs, other, "the image parent's tokenizer")):
+        for vocabulary, name, whose in (
+            (ours, token, "the JAM's tokenizer"),
+            (theirs, other, "the image parent's tokenizer"),
+        ):
             if name not in vocabulary:
-                raise ValueError(f"special_tokens: {whose} has no token {name!r}. Expected {{JAM's token: image parent's}}.")
+                raise ValueError(
+                    f"special_tokens: {whose} has no token {name!r}. Expected {{JAM's token: image parent's}}."
+                )
         declared[ours[token]] = theirs[other]
     base = max(text_rows, max(ours.values()) + 1)
     pieces, coverage = transplant(tokenizer, image_tokenizer, base, declared, set(added))
@@ -482,7 +506,9 @@ def joined_vocabulary(
         if token_field in layout:
             token_ids[name] = tokenizer.convert_tokens_to_ids(layout[token_field])
     code_name = name_codes(tokenizer, base, len(codes))
-    return Vocabulary(tokenizer, size, text_map, image_map, token_ids, layout, code_name, coverage=coverage, added=added)
+    return Vocabulary(
+        tokenizer, size, text_map, image_map, token_ids, layout, code_name, coverage=coverage, added=added
+    )
 
 
 def num_sentinels(tokenizer: PreTrainedTokenizerBase, names: TokenNames) -> int:

@@ -14,7 +14,9 @@ from ..model.modeling_jam_vq import JamVQModel
 from .parents import Decoder
 
 
-def vq_model_of(source: Any, image: Decoder, image_size: int | None, config_only: bool = False) -> tuple[JamVQModel, list[str]]:
+def vq_model_of(
+    source: Any, image: Decoder, image_size: int | None, config_only: bool = False
+) -> tuple[JamVQModel, list[str]]:
     """The VQ model, and what a user should know about it.
 
     Raises:
@@ -23,7 +25,9 @@ def vq_model_of(source: Any, image: Decoder, image_size: int | None, config_only
     if source is None:
         return _parents_own(image, image_size)
     if image_size is not None:
-        raise ValueError("image_size is for the image parent's own VQ model; one that is given says its size. Leave it out.")
+        raise ValueError(
+            "image_size is for the image parent's own VQ model; one that is given says its size. Leave it out."
+        )
     if isinstance(source, JamVQModel):
         return source, _halves(source)
     if not isinstance(source, (str, os.PathLike)):
@@ -35,15 +39,17 @@ def vq_model_of(source: Any, image: Decoder, image_size: int | None, config_only
     if not may_be_hub_id(source):
         path = folder / "config.json"
         if not path.is_file():
-            raise ValueError(f"The VQ model '{source}' is no checkpoint: expected a folder with config.json and safetensors.")
+            raise ValueError(
+                f"The VQ model '{source}' is no checkpoint: expected a folder with config.json and safetensors."
+            )
         found = read_json(path)
         check_shards(folder, "VQ model")
         kind = found.get("model_type", found.get("_class_name"))
         if kind != JamVQConfig.model_type:
             raise ValueError(
-                f"The VQ model '{source}' is a '{kind}'; expected the folder of a JamVQModel ('{JamVQConfig.model_type}'). "
-                "Convert others with `jam-hf convert-vq`; a diffusers VQModel goes into the `.vq` of a JamVQModel made with "
-                "its arguments."
+                f"The VQ model '{source}' is a '{kind}'; expected the folder of a JamVQModel "
+                f"('{JamVQConfig.model_type}'). Convert others with `jam-hf convert-vq`; a diffusers VQModel goes into "
+                "the `.vq` of a JamVQModel made with its arguments."
             )
     if config_only and not any(folder.glob("*.safetensors*")):
         from ..checkpoints.from_config import vq_model_from_config
@@ -57,8 +63,9 @@ def vq_model_of(source: Any, image: Decoder, image_size: int | None, config_only
 def _parents_own(image: Decoder, image_size: int | None) -> tuple[JamVQModel, list[str]]:
     if image.multimodal is None:
         raise ValueError(
-            "vq_model is missing: a JAM carries the image tokenizer that made its image parent's codes, and this parent brings "
-            "none. Pass the folder of a JamVQModel (vq_model=..., --vq); `jam-hf convert-vq` makes one of others."
+            "vq_model is missing: a JAM carries the image tokenizer that made its image parent's codes, and this "
+            "parent brings none. Pass the folder of a JamVQModel (vq_model=..., --vq); `jam-hf convert-vq` makes one "
+            "of others."
         )
     if image.multimodal.size_form is not None and image_size is None:
         raise ValueError(
@@ -74,6 +81,7 @@ def _halves(model: JamVQModel) -> list[str]:
     if model.config.has_decoder:
         return []
     return [
-        "The VQ model has no decoder (transformers' Chameleon brings none): the JAM will read pictures and write their codes, "
-        "but cannot turn codes into pixels. Convert the original vqgan.ckpt with `jam-hf convert-vq`, and pass it: vq_model=..."
+        "The VQ model has no decoder (transformers' Chameleon brings none): the JAM will read pictures and write their "
+        "codes, but cannot turn codes into pixels. Convert the original vqgan.ckpt with `jam-hf convert-vq`, and pass "
+        "it: vq_model=..."
     ]

@@ -1,7 +1,9 @@
-"""N best: documents put together from segments, with several candidates for each picture, of which a reranker keeps one.
+"""N best: documents put together from segments, with several candidates for each picture, of which a reranker keeps
+one.
 
-A segment is a call like any other (`JamGenerationMixin.run_call`): text until a row opens a picture, then the candidates of all
-rows in one batch, and so on. How ids are chosen within a segment is unknown here, and how pictures are compared (rerankers.py).
+A segment is a call like any other (`JamGenerationMixin.run_call`): text until a row opens a picture, then the
+candidates of all rows in one batch, and so on. How ids are chosen within a segment is unknown here, and how pictures
+are compared (rerankers.py).
 
 Shapes: B rows, T positions, C candidates, N codes a picture.
 """
@@ -49,7 +51,8 @@ PREPARED = (
 class PictureSlot:
     """One picture of a document and what it was chosen from.
 
-    row (`int`), start (`int`): `sequences[row, start]` is its opening token. codes (int64 `[C, N]`): the candidates' image ids.
+    row (`int`), start (`int`): `sequences[row, start]` is its opening token. codes (int64 `[C, N]`): the candidates'
+    image ids.
     scores (float32 `[C]`): the reranker's. chosen (`int`): the candidate that the document has.
     """
 
@@ -62,7 +65,9 @@ class PictureSlot:
 
 @dataclass
 class JamRerankedOutput(GenerateDecoderOnlyOutput):
-    """`sequences` (int64 `[B, T]`), and `picture_slots` (`list[PictureSlot]`) in the order in which they were filled."""
+    """`sequences` (int64 `[B, T]`), and `picture_slots` (`list[PictureSlot]`) in the order in which they were
+    filled.
+    """
 
     picture_slots: list[PictureSlot] | None = None
 
@@ -70,10 +75,13 @@ class JamRerankedOutput(GenerateDecoderOnlyOutput):
 class _SegmentEnd(StoppingCriteria):
     """Ends rows where `ends` says so and where the user's criteria do.
 
-    lengths (int64 `[B]`): where each row ended, 0 where it did not. by_user (bool `[B]`): whether the user's criteria did it.
+    lengths (int64 `[B]`): where each row ended, 0 where it did not. by_user (bool `[B]`): whether the user's criteria
+    did it.
     """
 
-    def __init__(self, ends: Callable[[torch.LongTensor], torch.BoolTensor], users: list[StoppingCriteria] | None, rows: int):
+    def __init__(
+        self, ends: Callable[[torch.LongTensor], torch.BoolTensor], users: list[StoppingCriteria] | None, rows: int
+    ):
         self.ends, self.users = ends, StoppingCriteriaList(users or [])
         self.lengths, self.by_user = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.bool)
 
@@ -134,7 +142,12 @@ class _Documents:
         config.min_length, config.min_new_tokens = None, max(0, min(self.min_length - ids.shape[1], budget))
         config.num_return_sequences, config.return_dict_in_generate = 1, False
         end = _SegmentEnd(ends, self.criteria, len(ids))
-        arguments = {"input_ids": ids, "attention_mask": mask, "stopping_criteria": StoppingCriteriaList([end]), **self.shared}
+        arguments = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "stopping_criteria": StoppingCriteriaList([end]),
+            **self.shared,
+        }
         arguments |= {name: value[rows] for name, value in self.of_rows.items()}
         if self.allowed_fn is not None:
             arguments["prefix_allowed_tokens_fn"] = lambda place, row_ids: self.allowed_fn(rows[place], row_ids)
@@ -167,19 +180,25 @@ class _Documents:
     def write_text(self, rows: list[int]) -> None:
         """Each row to its next picture's opening token, or to its end.
 
-        Rows go together that have written equally much: what counts tokens (budgets, a least length) then holds for all.
+        Rows go together that have written equally much: what counts tokens (budgets, a least length) then holds for
+        all.
         """
         lengths = {row: len(self.rows[row]) for row in rows}
         for length in sorted(set(lengths.values())):
             group = [row for row in rows if lengths[row] == length]
-            ids, mask = torch.stack([self.rows[row] for row in group]), torch.stack([self._whole_mask(row) for row in group])
+            ids, mask = (
+                torch.stack([self.rows[row] for row in group]),
+                torch.stack([self._whole_mask(row) for row in group]),
+            )
             written, end = self._segment(group, ids, mask, self.max_length - length, self._opens_picture)
             for row, new, ended_at, by_user in zip(group, written, end.lengths.tolist(), end.by_user.tolist()):
                 self.ended[row] = by_user or not ended_at
                 self._append(row, new)
 
     def draw(self, rows: list[int], count: int, reranker: Reranker, tokenizer: Any) -> list[PictureSlot]:
-        """`count` candidates for the picture that each row stands in, of all rows in one batch; rows go on from the best."""
+        """`count` candidates for the picture that each row stands in, of all rows in one batch; rows go on from the
+        best.
+        """
         needed = [self.missing(row) for row in rows]
         longest = max(len(self.rows[row]) for row in rows)
         padding = [longest - len(self.rows[row]) for row in rows]
@@ -203,7 +222,9 @@ class _Documents:
             start = sequences.shape[1] - self.grammar.picture_length - 2
             kept = self._whole_mask(row)[: start + 1].bool()
             codes = self.grammar.last_pictures(sequences)
-            scores = checked_scores(reranker, PictureCandidates(self.model, sequences[0, : start + 1][kept], codes, tokenizer))
+            scores = checked_scores(
+                reranker, PictureCandidates(self.model, sequences[0, : start + 1][kept], codes, tokenizer)
+            )
             best = int(scores.argmax())
             self._append(row, drawn[best])
             self.ended[row] |= bool(end.by_user[of_row][best])
@@ -217,20 +238,20 @@ class BestOfN:
 
         model.generate(**inputs, custom_generate=BestOfN(4, reranker), do_sample=True)
 
-    or short `generate(..., num_candidates=4, reranker=...)`. The document goes on from the picture that is kept. Pictures
-    of all rows are drawn in one batch of B * C; rows that have written equally much write text together. A row writes what
-    it would write alone, and budgets hold over the whole document. Each segment reads the document so far anew.
-    `generate()` then returns int64 `[B, T]`, padded on the right, or with `return_dict_in_generate=True` a
-    [`JamRerankedOutput`]; where a `streamer` is given, it gets what is decided, a segment at a time. `tokenizer=` is for
-    rerankers that read the text before a picture, as CLIP does.
+    or short `generate(..., num_candidates=4, reranker=...)`. The document goes on from the picture that is kept.
+    Pictures of all rows are drawn in one batch of B * C; rows that have written equally much write text together. A row
+    writes what it would write alone, and budgets hold over the whole document. Each segment reads the document so far
+    anew. `generate()` then returns int64 `[B, T]`, padded on the right, or with `return_dict_in_generate=True` a
+    [`JamRerankedOutput`]; where a `streamer` is given, it gets what is decided, a segment at a time. `tokenizer=` is
+    for rerankers that read the text before a picture, as CLIP does.
 
     Args:
         num_candidates (`int`): C, at least 1; 1 is plain `generate()`.
-        reranker (*optional*): "likelihood" (the default), the folder or Hub id of a CLIP checkpoint (loaded at each call; a
-            [`CLIPReranker`] is loaded once), or a callable, see [`Reranker`].
+        reranker (*optional*): "likelihood" (the default), the folder or Hub id of a CLIP checkpoint (loaded at each
+            call; a [`CLIPReranker`] is loaded once), or a callable, see [`Reranker`].
     Raises:
-        ValueError: if `num_candidates` is no positive number; at the call, where candidates could not differ or the settings
-            have no meaning over segments, or the reranker does not return one number for each candidate.
+        ValueError: if `num_candidates` is no positive number; at the call, where candidates could not differ or the
+            settings have no meaning over segments, or the reranker does not return one number for each candidate.
     """
 
     num_candidates: int
@@ -249,7 +270,9 @@ class BestOfN:
             return model.run_call(replace(call, arguments={**call.arguments, "custom_generate": None}))
         for name in UNSUPPORTED_ARGUMENTS:
             if call.arguments.get(name) is not None:
-                raise ValueError(f"num_candidates={self.num_candidates} cannot be combined with {name}=... Leave it out.")
+                raise ValueError(
+                    f"num_candidates={self.num_candidates} cannot be combined with {name}=... Leave it out."
+                )
         if call.arguments.get("input_ids") is None:
             raise ValueError("num_candidates needs input_ids: pass the processor's output.")
 
@@ -262,7 +285,10 @@ class BestOfN:
         return model.run_call(replace(call, arguments={**call.arguments, "custom_generate": loop}, in_parts=True))
 
     def _check(self, config: GenerationConfig, call: JamCall) -> None:
-        asked, mode = f"num_candidates={self.num_candidates}", config.get_generation_mode(call.arguments.get("assistant_model"))
+        asked, mode = (
+            f"num_candidates={self.num_candidates}",
+            config.get_generation_mode(call.arguments.get("assistant_model")),
+        )
         if mode == GenerationMode.GREEDY_SEARCH:
             raise ValueError(f"{asked} needs do_sample=True: without it all candidates are equal.")
         if mode != GenerationMode.SAMPLE:
@@ -291,7 +317,9 @@ class BestOfN:
             drawing = [r for r in active if missing[r] and len(documents.rows[r]) + missing[r] <= documents.max_length]
             if drawing:
                 slots += documents.draw(drawing, self.num_candidates, reranker, arguments.get("tokenizer"))
-            if writing := [row for row in active if row not in drawing]:  # also what is left of a picture that has no room
+            if writing := [
+                row for row in active if row not in drawing
+            ]:  # also what is left of a picture that has no room
                 documents.write_text(writing)
             new = [row[length:] for row, length in zip(documents.rows, before)]
             if arguments.get("streamer") is not None:  # transformers has given it the prompt
@@ -312,7 +340,9 @@ def generate_best_pictures(
     **kwargs: Any,
 ) -> torch.LongTensor | JamRerankedOutput:
     """`model.generate(custom_generate=BestOfN(num_candidates, reranker), ...)`, by its older name."""
-    return model.generate(generation_config=generation_config, custom_generate=BestOfN(num_candidates, reranker), **kwargs)
+    return model.generate(
+        generation_config=generation_config, custom_generate=BestOfN(num_candidates, reranker), **kwargs
+    )
 
 
 __all__ = ["BestOfN", "JamRerankedOutput", "PictureSlot", "generate_best_pictures"]

@@ -1,8 +1,9 @@
 """A cache for `generate()` that grows in blocks, where `DynamicCache` copies all keys and values at every step.
 
-A layer's buffers have room for the next positions; a step writes its own and hands out views of what is filled. It holds what
-a `DynamicCache` holds: the numbers that attention sees are the same. For a while, columns of another sequence may stand in a
-lane behind that room (packed_columns.py); it knows nothing of pictures or of guidance.
+A layer's buffers have room for the next positions; a step writes its own and hands out views of what is filled. It
+holds what
+a `DynamicCache` holds: the numbers that attention sees are the same. For a while, columns of another sequence may stand
+in a lane behind that room (packed_columns.py); it knows nothing of pictures or of guidance.
 
 Shape suffixes: B rows, H key/value heads, S cached positions, C positions that a buffer has room for, D head size.
 """
@@ -21,11 +22,12 @@ def gather_columns(states: torch.Tensor, index: torch.LongTensor) -> torch.Tenso
 
 
 class JamBlockLayer(DynamicLayer):
-    """Keys and values of one attention: `DynamicLayer` whose `update` writes in place, with room for whole blocks (ours [R]).
+    """Keys and values of one attention: `DynamicLayer` whose `update` writes in place, with room for whole blocks (ours
+    [R]).
 
-    `keys` and `values` (`[B, H, S, D]`) are views of buffers `[B, H, C, D]`, C the next multiple of `block_size`. What puts
-    other tensors in their place (beam search reorders rows, `batch_select_indices` drops some) makes the next update start new
-    buffers, so that nobody else's tensor is written to.
+    `keys` and `values` (`[B, H, S, D]`) are views of buffers `[B, H, C, D]`, C the next multiple of `block_size`. What
+    puts other tensors in their place (beam search reorders rows, `batch_select_indices` drops some) makes the next
+    update start new buffers, so that nobody else's tensor is written to.
     """
 
     def __init__(self, block_size: int = 256, **kwargs: Any):
@@ -46,7 +48,8 @@ class JamBlockLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As in `DynamicLayer`: what is cached and the new states, both `[B, H, S, D]`; views that stay true until a crop.
+        """As in `DynamicLayer`: what is cached and the new states, both `[B, H, S, D]`; views that stay true until a
+        crop.
 
         Raises:
             ValueError: if the states need gradients, or do not fit those that are cached.
@@ -63,11 +66,13 @@ class JamBlockLayer(DynamicLayer):
     def _appended(
         self, held: torch.Tensor, buffer: torch.Tensor | None, states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`held` and behind it `states`, as a view of a buffer; the buffer, which is `buffer` as long as it has room."""
+        """`held` and behind it `states`, as a view of a buffer; the buffer, which is `buffer` as long as it has
+        room.
+        """
         if states.requires_grad:
             raise ValueError(
-                "JamBlockCache writes in place, which gradients do not survive. Call the model under torch.no_grad(), or give "
-                "it a DynamicCache(config=model.config)."
+                "JamBlockCache writes in place, which gradients do not survive. Call the model under torch.no_grad(), "
+                "or give it a DynamicCache(config=model.config)."
             )
         length = held.shape[-2] if held.numel() else 0
         end, places = length + states.shape[-2], [(length, states)]
@@ -75,10 +80,13 @@ class JamBlockLayer(DynamicLayer):
             first, _, count = self.lane
             end -= count
             places = [(first, states[:, :, :count]), (length, states[:, :, count:])]
-        if length and (held.shape[:2] != states.shape[:2] or held.shape[3] != states.shape[3] or held.dtype != states.dtype):
+        if length and (
+            held.shape[:2] != states.shape[:2] or held.shape[3] != states.shape[3] or held.dtype != states.dtype
+        ):
             raise ValueError(
-                f"JamBlockCache holds {held.dtype} {tuple(held.shape)}; {states.dtype} {tuple(states.shape)} came to be put "
-                "behind it. Expected the same numbers of rows and heads, head size and type. Use a new cache for other rows."
+                f"JamBlockCache holds {held.dtype} {tuple(held.shape)}; {states.dtype} {tuple(states.shape)} came to "
+                "be put behind it. Expected the same numbers of rows and heads, head size and type. Use a new cache "
+                "for other rows."
             )
         # A buffer made under torch.inference_mode() cannot be written to outside it.
         locked = buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled()
@@ -95,11 +103,13 @@ class JamBlockLayer(DynamicLayer):
         room = -(-end // self.block_size) * self.block_size
         return states.new_empty((*states.shape[:2], room, states.shape[3]))
 
-    # -- a lane for columns of another sequence -----------------------------------------------------------------------------
+    # -- a lane for columns of another sequence ------------------------------------------------------------------------
 
     def open_lane(self, length: int, start: int, count: int) -> None:
-        """Before each update while there is a lane: of its states, `count` go behind the `length` first columns, where there is
-        room up to `start`, and the others to the end of the lane, which begins at `start`. What it holds moves along."""
+        """Before each update while there is a lane: of its states, `count` go behind the `length` first columns, where
+        there is room up to `start`, and the others to the end of the lane, which begins at `start`. What it holds moves
+        along.
+        """
         if self.lane is None or self.lane[1] != start:
             old = self.keys.shape[2] if self.lane is None else self.lane[1]
             end = start + self.keys.shape[2] - old
@@ -107,7 +117,9 @@ class JamBlockLayer(DynamicLayer):
             for held in (self.keys, self.values):
                 buffer = self._buffer_like(held, end + 1)
                 buffer[:, :, :length] = held[:, :, :length]
-                buffer[:, :, length:start] = 0.0  # a mask takes their weight, which is of no use against what is no number
+                buffer[:, :, length:start] = (
+                    0.0  # a mask takes their weight, which is of no use against what is no number
+                )
                 buffer[:, :, start:end] = held[:, :, old:]
                 moved.append(buffer)
             self.key_buffer, self.value_buffer = moved
@@ -115,7 +127,9 @@ class JamBlockLayer(DynamicLayer):
         self.lane = (length, start, count)
 
     def keep_in_lane(self, index: torch.LongTensor) -> None:
-        """Of each row's columns in the lane, leave these, in this order; int64 `[B, S]`, counted from where the lane begins."""
+        """Of each row's columns in the lane, leave these, in this order; int64 `[B, S]`, counted from where the
+        lane begins.
+        """
         start = self.lane[1]
         for states in (self.keys, self.values):
             states[:, :, start : start + index.shape[1]] = gather_columns(states[:, :, start:], index)
@@ -135,7 +149,7 @@ class JamBlockLayer(DynamicLayer):
     def _shorten(self, length: int) -> None:
         self.crop(length - self.keys.shape[2])
 
-    # -- as in DynamicLayer -------------------------------------------------------------------------------------------------
+    # -- as in DynamicLayer --------------------------------------------------------------------------------------------
 
     def crop(self, tokens_to_remove: int) -> None:
         """As in `DynamicLayer`; the room stays, and the next update writes over what was removed."""

@@ -1,4 +1,6 @@
-"""What `generate(num_candidates=..., reranker=..., memory=...)` is short for: callables for `generate(custom_generate=...)`."""
+"""What `generate(num_candidates=..., reranker=..., memory=...)` is short for: callables for
+`generate(custom_generate=...)`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def custom_generate(
     """
     if num_candidates is not None or reranker is not None:
         if then is not None:
-            raise ValueError(f"num_candidates={num_candidates} cannot be combined with custom_generate=... Leave it out.")
+            raise ValueError(
+                f"num_candidates={num_candidates} cannot be combined with custom_generate=... Leave it out."
+            )
         then = BestOfN(num_candidates, reranker)
     return then if memory is None else WithRetrieval(memory, then)
 

@@ -1,7 +1,7 @@
 """From ids, as `generate()` writes them, to events: text as it comes, each picture when it is complete.
 
-It tells text from pictures as `JamProcessor.post_process_interleaved` does. When text is readable is decided by transformers'
-`TextStreamer`. It does not know how ids are chosen, nor how events reach their consumer (streaming.py).
+It tells text from pictures as `JamProcessor.post_process_interleaved` does. When text is readable is decided by
+transformers' `TextStreamer`. It does not know how ids are chosen, nor how events reach their consumer (streaming.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ Event = dict[str, Any]
 
 
 class _DecodedAfter:
-    """A tokenizer that decodes ids as they read behind `before`: some decoders strip the first space of all that they get."""
+    """A tokenizer that decodes ids as they read behind `before`: some decoders strip the first space of all that
+    they get.
+    """
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
@@ -33,7 +35,9 @@ class _DecodedAfter:
 
 
 class _TextRun(TextStreamer):
-    """One run of text, up to a picture or the end: the stock rule for readable pieces, and what of them was not sent yet."""
+    """One run of text, up to a picture or the end: the stock rule for readable pieces, and what of them was not
+    sent yet.
+    """
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool):
         super().__init__(_DecodedAfter(tokenizer), skip_special_tokens=skip_special_tokens)
@@ -87,7 +91,8 @@ class DocumentStreamer(BaseStreamer):
     ):
         if partial_every is not None and (not isinstance(partial_every, int) or partial_every < 1):
             raise ValueError(
-                f"partial_every must be a number of codes, at least 1, or None for no partial pictures; got {partial_every!r}."
+                "partial_every must be a number of codes, at least 1, or None for no partial pictures; got "
+                f"{partial_every!r}."
             )
         self.model, self.processor = model, processor
         self.skip_prompt, self.timeout = skip_prompt, timeout
@@ -104,7 +109,8 @@ class DocumentStreamer(BaseStreamer):
     # ----- what GenerationMixin calls ---------------------------------------------------------------------------------
 
     def put(self, value: torch.Tensor) -> None:
-        """Take ids: the prompt int64 `[B, T]` first, then int64 `[B]` for each step, or `[B, k]` where k are known at once.
+        """Take ids: the prompt int64 `[B, T]` first, then int64 `[B]` for each step, or `[B, k]` where k are known at
+        once.
 
         Raises:
             ValueError: if the number of rows changes on the way.
@@ -231,7 +237,9 @@ class DocumentStreamer(BaseStreamer):
             pixels = self.model.decode_image_tokens(torch.tensor(tokens)).cpu()
             vq = self.model.config.vq_config
             missing = (torch.arange(size) >= counts[:, None]).view(-1, 1, vq.grid_size, vq.grid_size)
-            missing = missing.repeat_interleave(vq.downsampling_factor, -1).repeat_interleave(vq.downsampling_factor, -2)
+            missing = missing.repeat_interleave(vq.downsampling_factor, -1).repeat_interleave(
+                vq.downsampling_factor, -2
+            )
             pixels = pixels.masked_fill(missing, 0.0)  # the middle of [-1, 1] is grey
             for (event, _), image in zip(drawn, self.processor.image_processor.postprocess(pixels)):
                 event["image"] = image

@@ -1,7 +1,7 @@
 """Documents as files: segments of text and pictures to HTML, to Markdown and to JSON, and from JSON back.
 
-It knows strings and PIL pictures only. A document is a list of segments, as `post_process_interleaved` makes them; a batch is a
-list of documents, and so is what is written into one file.
+It knows strings and PIL pictures only. A document is a list of segments, as `post_process_interleaved` makes them; a
+batch is a list of documents, and so is what is written into one file.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def html_page(
     """Documents as one page of HTML that needs no other file.
 
     Args:
-        documents: lists of segments, see `post_process_interleaved`. A segment may have a text of its own for its picture,
-            for those who do not see it, under "alt".
+        documents: lists of segments, see `post_process_interleaved`. A segment may have a text of its own for its
+            picture, for those who do not see it, under "alt".
         language: of the texts, as HTML's `lang` has it ("en", "pt-BR").
-        picture, unfinished: what stands for a picture without "alt", and in place of one that was not finished; `{number}`
-            counts the pictures of a document.
+        picture, unfinished: what stands for a picture without "alt", and in place of one that was not finished;
+            `{number}` counts the pictures of a document.
     Raises:
         ValueError: for what is no list of documents, and pictures of a mode that PNG would change.
     """
@@ -95,8 +95,9 @@ def save_markdown(
 ) -> Path:
     """Write documents as Markdown (CommonMark), with their pictures as PNG files beside it; returns the path.
 
-    Text stays text, whatever Markdown would make of it; its lines and paragraphs are kept. The pictures of `story.md` are
-    `story-<document>-<segment>-<digest>.png`, so that many documents may lie in one folder. Arguments as in `html_page`.
+    Text stays text, whatever Markdown would make of it; its lines and paragraphs are kept. The pictures of `story.md`
+    are `story-<document>-<segment>-<digest>.png`, so that many documents may lie in one folder. Arguments as in
+    `html_page`.
 
     Raises:
         FileExistsError: if the file is there and `overwrite` is False. ValueError: as `html_page`.
@@ -125,13 +126,13 @@ def save_json(
 ) -> Path:
     """Write documents as JSON that `load_json` reads back to equal segments; returns the path.
 
-    `{"jam_documents": 1, "documents": [[segment, ...], ...]}`; the segments are as they came, with the name of a PNG file
-    beside it in place of a picture, or, with `embed_pictures`, its data URI. An unfinished picture stays `null` and keeps its
-    codes. Further entries of a segment stay as well.
+    `{"jam_documents": 1, "documents": [[segment, ...], ...]}`; the segments are as they came, with the name of a PNG
+    file beside it in place of a picture, or, with `embed_pictures`, its data URI. An unfinished picture stays `null`
+    and keeps its codes. Further entries of a segment stay as well.
 
     Raises:
-        FileExistsError: if the file is there and `overwrite` is False. ValueError: as `html_page`, and for entries that JSON
-            does not have.
+        FileExistsError: if the file is there and `overwrite` is False. ValueError: as `html_page`, and for entries that
+            JSON does not have.
     """
 
     def render(add: Callable[[int, int, Image.Image], str]) -> str:
@@ -155,8 +156,8 @@ def load_json(path: str | os.PathLike) -> list[Document]:
     """The documents that `save_json` wrote, their pictures as PIL pictures.
 
     Raises:
-        ValueError: if the file holds no such documents, or a picture is missing, damaged, too large for Pillow or not beside
-            it (a message says which). OSError: if the file cannot be read.
+        ValueError: if the file holds no such documents, or a picture is missing, damaged, too large for Pillow or not
+            beside it (a message says which). OSError: if the file cannot be read.
     """
     path = Path(path)
     try:
@@ -166,7 +167,9 @@ def load_json(path: str | os.PathLike) -> list[Document]:
     except ValueError as error:
         raise ValueError(f"'{path}' is no JSON file: {error}.") from error
     if not isinstance(content, dict) or content.get("jam_documents") != 1:
-        raise ValueError(f"'{path}' holds no documents. Expected a file that save_json wrote, with \"jam_documents\": 1.")
+        raise ValueError(
+            f"'{path}' holds no documents. Expected a file that save_json wrote, with \"jam_documents\": 1."
+        )
     documents = content.get("documents")
     for row, document in enumerate(documents if isinstance(documents, list) else []):
         for place, segment in enumerate(document if isinstance(document, list) else []):
@@ -196,7 +199,9 @@ def _read(path: Path, source: str, where: str) -> Image.Image:
 
 
 def _lost_in_json(segment: dict[str, Any]) -> str | None:
-    """What is wrong with a segment that would not come back from JSON as it is; tuples and keys that are no text do not."""
+    """What is wrong with a segment that would not come back from JSON as it is; tuples and keys that are no text do
+    not.
+    """
     try:
         text = json.dumps(segment, allow_nan=False)
         text.encode()
@@ -226,10 +231,12 @@ def _differing(ours: Any, read: Any, where: str) -> str | None:
 
 
 def _checked(documents: Any) -> list[Document]:
-    if not isinstance(documents, (list, tuple)) or not all(isinstance(document, (list, tuple)) for document in documents):
+    if not isinstance(documents, (list, tuple)) or not all(
+        isinstance(document, (list, tuple)) for document in documents
+    ):
         raise ValueError(
-            "Expected a list of documents, each a list of segments, as post_process_interleaved returns it; for one document "
-            f"pass [document]. Got {documents!r:.80}."
+            "Expected a list of documents, each a list of segments, as post_process_interleaved returns it; for one "
+            f"document pass [document]. Got {documents!r:.80}."
         )
     for row, document in enumerate(documents):
         for place, segment in enumerate(document):
@@ -271,14 +278,18 @@ def _numbered(document: Document) -> list[tuple[dict[str, Any], int]]:
 
 def _alt(segment: dict[str, Any], pattern: str, number: int) -> str:
     """In one line. What was not finished says so, beside what it has under "alt"."""
-    own, words = (" ".join(_shown(text).split()) for text in (segment.get("alt", ""), pattern.replace("{number}", str(number))))
+    own, words = (
+        " ".join(_shown(text).split()) for text in (segment.get("alt", ""), pattern.replace("{number}", str(number)))
+    )
     if own:
         return own if segment["image"] is not None else f"{words}: {own}"
     return words
 
 
 def _shown(text: str) -> str:
-    """One kind of line end; a replacement character for control characters, which neither HTML nor Markdown can hold."""
+    """One kind of line end; a replacement character for control characters, which neither HTML nor Markdown can
+    hold.
+    """
     return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "\ufffd", re.sub("\r\n?", "\n", text))
 
 
@@ -353,7 +364,9 @@ def _save(path: str | os.PathLike, overwrite: bool, render: Callable[[Callable[.
 
 
 def _write_whole(path: Path, data: bytes, overwrite: bool) -> None:
-    """Aside, then renamed. Without `overwrite`, what was written there meanwhile stays; a full disk's errors name the file."""
+    """Aside, then renamed. Without `overwrite`, what was written there meanwhile stays; a full disk's errors name
+    the file.
+    """
     try:
         _write_aside(path, data, overwrite)
     except FileExistsError as error:

@@ -1,7 +1,7 @@
 """Documents with gaps, in ids, as a JAM saw them in training (CM3: paper.md, Training [M]; jam_hf/data/cm3.py).
 
-Each gap is a sentinel in its place, numbered from the first to the last; a gap lies inside one text or inside one picture, and
-the document ends in `<eos>`. What is written into the gaps is the subject of infilling.py.
+Each gap is a sentinel in its place, numbered from the first to the last; a gap lies inside one text or inside one
+picture, and the document ends in `<eos>`. What is written into the gaps is the subject of infilling.py.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ..model.processing_jam import JamProcessor
 class MaskedDocument:
     """One document with gaps.
 
-    ids: the document up to its `<eos>`, with sentinel i in place of gap i. gaps: for each, in order, `None` for text, or what
-    stands at each of its places in a picture, an id or -1 for a code.
+    ids: the document up to its `<eos>`, with sentinel i in place of gap i. gaps: for each, in order, `None` for text,
+    or what stands at each of its places in a picture, an id or -1 for a code.
     """
 
     ids: tuple[int, ...]
@@ -45,8 +45,8 @@ def picture_mask(regions: Any, grid_size: int, name: str = "image_masks") -> np.
         array = np.asarray(regions.cpu() if isinstance(regions, torch.Tensor) else regions)
         if array.dtype != bool or array.shape not in ((grid_size, grid_size), (count,)):
             raise ValueError(
-                f"{name} must be bool [{grid_size}, {grid_size}] or [{count}], got {array.dtype} {list(array.shape)}; True is "
-                "where a code is missing."
+                f"{name} must be bool [{grid_size}, {grid_size}] or [{count}], got {array.dtype} {list(array.shape)}; "
+                "True is where a code is missing."
             )
         mask = array.reshape(-1).copy()
     else:
@@ -72,12 +72,14 @@ def picture_mask(regions: Any, grid_size: int, name: str = "image_masks") -> np.
                 covered[max(upper, 0) : max(lower, 0), max(left, 0) : max(right, 0)] = True
             if not inside:
                 raise ValueError(
-                    f"{name} has {tuple(region)}, which is empty or not inside the grid of {grid_size}x{grid_size} codes. "
-                    f"Expected 0 <= start < end <= {count}, or 0 <= left < right <= {grid_size} and 0 <= upper < lower <= "
-                    f"{grid_size}."
+                    f"{name} has {tuple(region)}, which is empty or not inside the grid of {grid_size}x{grid_size} "
+                    f"codes. Expected 0 <= start < end <= {count}, or 0 <= left < right <= {grid_size} and 0 <= upper "
+                    f"< lower <= {grid_size}."
                 )
             if (mask & covered).any():
-                raise ValueError(f"{name} has {tuple(region)}, which overlaps a region before it; each code is masked once.")
+                raise ValueError(
+                    f"{name} has {tuple(region)}, which overlaps a region before it; each code is masked once."
+                )
             mask |= covered
         mask = mask.reshape(-1)
     if not mask.any():
@@ -86,7 +88,9 @@ def picture_mask(regions: Any, grid_size: int, name: str = "image_masks") -> np.
 
 
 class DocumentMasker:
-    """Documents as ids with gaps, piece by piece: `text`, `picture`, `missing_picture`, then `finish` (CM3's layout [M])."""
+    """Documents as ids with gaps, piece by piece: `text`, `picture`, `missing_picture`, then `finish` (CM3's layout
+    [M]).
+    """
 
     def __init__(self, config: JamConfig):
         self.config = config
@@ -112,8 +116,8 @@ class DocumentMasker:
     def picture(self, codes: Sequence[int], mask: np.ndarray | None) -> None:
         """A picture of which the codes under `mask` (bool `[N]`) are missing; with `None` none are.
 
-        A run of missing codes in reading order is one gap; what the layout has between them (row ends) belongs to it, as to
-        a span of training.
+        A run of missing codes in reading order is one gap; what the layout has between them (row ends) belongs to it,
+        as to a span of training.
         """
         layout = self.config.picture_layout
         picture = layout.inside(codes).tolist()
@@ -143,8 +147,9 @@ class DocumentMasker:
             )
         if len(self.gaps) > self.config.num_mask_tokens:
             raise ValueError(
-                f"there are {len(self.gaps)} gaps, but the model has {self.config.num_mask_tokens} sentinels. A rectangle "
-                "needs one for each of its rows, or one in all where it is as wide as the picture; a span needs one."
+                f"there are {len(self.gaps)} gaps, but the model has {self.config.num_mask_tokens} sentinels. A "
+                "rectangle needs one for each of its rows, or one in all where it is as wide as the picture; a span "
+                "needs one."
             )
         if self.ids[-1] != eos_token_id:
             self.ids.append(eos_token_id)
@@ -152,7 +157,9 @@ class DocumentMasker:
 
 
 def ids_that_are_no_text(config: JamConfig) -> list[int]:
-    """What no text span of training holds, beside image codes: marks of pictures, sentinels, padding, `<s>` and `<eos>`."""
+    """What no text span of training holds, beside image codes: marks of pictures, sentinels, padding, `<s>` and
+    `<eos>`.
+    """
     ids: list[int | None] = [
         config.break_token_id,
         config.picture_end_token_id,
@@ -177,7 +184,9 @@ def masked_documents(
     if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(sample, str) for sample in texts):
         raise ValueError(f"infill: text must be a string or a non-empty list of strings, got {text!r:.80}.")
     if not config.eos_token_ids:
-        raise ValueError("infill: gaps are filled behind a document's end, and the config's eos_token_id says none. Set it.")
+        raise ValueError(
+            "infill: gaps are filled behind a document's end, and the config's eos_token_id says none. Set it."
+        )
     pictures, masks = (
         _row_by_row(value, isinstance(text, str), len(texts), name)
         for value, name in ((images, "images"), (image_masks, "image_masks"))
@@ -205,7 +214,9 @@ def _row_by_row(value: Any, single: bool, count: int, name: str) -> list[list[An
             + f"; got {value[0] if single else value!r:.80}."
         )
     if len(value) != count:
-        raise ValueError(f"infill: got {count} document(s) and {len(value)} list(s) of {name}; each document needs its own.")
+        raise ValueError(
+            f"infill: got {count} document(s) and {len(value)} list(s) of {name}; each document needs its own."
+        )
     return [list(row or []) for row in value]
 
 
@@ -216,7 +227,9 @@ def _codes(processor: JamProcessor, model: JamForCausalLM, pictures: list[Any]) 
     for index, picture in enumerate(pictures):
         if isinstance(picture, torch.Tensor) and picture.ndim == 1:
             if picture.is_floating_point() or len(picture) != count or picture.min() < first or picture.max() > last:
-                raise ValueError(f"infill: codes of a picture must be {count} ids in {first}..{last}, got {picture!r:.80}.")
+                raise ValueError(
+                    f"infill: codes of a picture must be {count} ids in {first}..{last}, got {picture!r:.80}."
+                )
             found[index] = picture.tolist()
     pixels = [picture for index, picture in enumerate(pictures) if index not in found]
     if pixels:
@@ -233,19 +246,25 @@ def _masked_document(
     tokenizer, places = processor.tokenizer, sample.count(processor.image_token)
     if places != len(pictures):
         raise ValueError(
-            f"{places} placeholder(s) {processor.image_token}, but {len(pictures)} picture(s) came with it. Each placeholder "
-            "needs its picture, in order, or None for one that is missing."
+            f"{places} placeholder(s) {processor.image_token}, but {len(pictures)} picture(s) came with it. Each "
+            "placeholder needs its picture, in order, or None for one that is missing."
         )
     if masks and len(masks) != places:
-        raise ValueError(f"{places} picture(s), but {len(masks)} entries in image_masks; expected one for each, or None.")
+        raise ValueError(
+            f"{places} picture(s), but {len(masks)} entries in image_masks; expected one for each, or None."
+        )
     ids = tokenizer(sample.removeprefix(tokenizer.bos_token or ""))["input_ids"]
     mark = config.mask_token_id
-    never = {*ids_that_are_no_text(config), *config.image_token_range} - {mark, config.image_token_id, tokenizer.bos_token_id}
+    never = {*ids_that_are_no_text(config), *config.image_token_range} - {
+        mark,
+        config.image_token_id,
+        tokenizer.bos_token_id,
+    }
     never -= {config.bos_token_id, *config.eos_token_ids}
     if wrong := [token for token in ids if token in never]:
         raise ValueError(
-            f"the text has the token {tokenizer.convert_ids_to_tokens(wrong[0])!r}. Write {processor.image_token} for a "
-            f"picture and {tokenizer.convert_ids_to_tokens(mark)} for a gap in text; the rest is put in here."
+            f"the text has the token {tokenizer.convert_ids_to_tokens(wrong[0])!r}. Write {processor.image_token} for "
+            f"a picture and {tokenizer.convert_ids_to_tokens(mark)} for a gap in text; the rest is put in here."
         )
     masker = DocumentMasker(config)
     position = 0
@@ -254,7 +273,9 @@ def _masked_document(
         regions, position = (masks[index] if masks else None), place + 1
         if pictures[index] is None:
             if regions is not None:
-                raise ValueError(f"picture {index} is missing as a whole (None), so image_masks[{index}] must be None as well.")
+                raise ValueError(
+                    f"picture {index} is missing as a whole (None), so image_masks[{index}] must be None as well."
+                )
             masker.missing_picture()
         else:
             name = f"image_masks[{index}]"

@@ -28,9 +28,9 @@ CODE, TEXT, TEXT_OR_END = -1, -2, -3
 class InfillLogitsProcessor(LogitsProcessor):
     """Lets each row write its spans in order and nothing else (grammar: see this file's head; ours [R]).
 
-    Text spans have 1 to `max_text_tokens` ids; those in pictures have what stands at each of their places. All is read off the
-    ids, so it holds for beams and several return sequences of each document. What other processors left without a score may
-    be the only id that can follow; it is written nevertheless.
+    Text spans have 1 to `max_text_tokens` ids; those in pictures have what stands at each of their places. All is read
+    off the ids, so it holds for beams and several return sequences of each document. What other processors left without
+    a score may be the only id that can follow; it is written nevertheless.
     """
 
     fills_gaps = True  # by which the model knows that no whole document is written
@@ -48,9 +48,11 @@ class InfillLogitsProcessor(LogitsProcessor):
         self.codes = slice(config.image_token_range.start, config.image_token_range.stop)
         self.never_text = ids_that_are_no_text(config)
         texts = (TEXT, *(TEXT_OR_END,) * (max_text_tokens - 1))
-        # One script a span: what may stand at each of its places, the end of the span last. They lie one after the other.
+        # One script a span: what may stand at each of its places, the end of the span last. They lie one after the
+        # other.
         self.scripts = [
-            [(*(texts if gap is None else gap), self.mask_end_token_id) for gap in document.gaps] for document in documents
+            [(*(texts if gap is None else gap), self.mask_end_token_id) for gap in document.gaps]
+            for document in documents
         ]
         self._tables: dict[tuple[torch.device, int], tuple[torch.Tensor, ...]] = {}
 
@@ -60,7 +62,9 @@ class InfillLogitsProcessor(LogitsProcessor):
         return max(sum(map(len, scripts)) + len(scripts) for scripts in self.scripts)
 
     def _tables_on(self, device: torch.device, vocab_size: int) -> tuple[torch.Tensor, ...]:
-        """Scripts `[F]`, where each begins `[D, S]`, how many there are `[D]`, and ids by kind of place, bool `[3, V]`."""
+        """Scripts `[F]`, where each begins `[D, S]`, how many there are `[D]`, and ids by kind of place, bool `[3,
+        V]`.
+        """
         key = (device, vocab_size)
         if key not in self._tables:
             counts = [len(scripts) for scripts in self.scripts]
@@ -83,8 +87,9 @@ class InfillLogitsProcessor(LogitsProcessor):
         rows, documents = input_ids.shape[0], len(self.documents)
         if rows % documents or input_ids.shape[1] < self.prompt_length:
             raise ValueError(
-                f"These logits_processor and input_ids do not belong together: expected rows of {documents} document(s) and at "
-                f"least {self.prompt_length} ids, got {list(input_ids.shape)}. Call generate(**infill) with nothing taken out."
+                f"These logits_processor and input_ids do not belong together: expected rows of {documents} "
+                f"document(s) and at least {self.prompt_length} ids, got {list(input_ids.shape)}. Call "
+                "generate(**infill) with nothing taken out."
             )
         places_F, starts, counts, kinds = self._tables_on(input_ids.device, vocab_size)
         document_R = torch.arange(rows, device=input_ids.device) // (rows // documents)
@@ -111,17 +116,20 @@ class InfillLogitsProcessor(LogitsProcessor):
 
 
 class JamInfill(dict):
-    """Documents with gaps, as keyword arguments of `generate`: `model.generate(**infill)`, with more of them where you like.
+    """Documents with gaps, as keyword arguments of `generate`: `model.generate(**infill)`, with more of them where you
+    like.
 
-    The entries are `input_ids`, `attention_mask` (int64 `[B, T]`, padded on the left), `logits_processor` (the grammar of
-    infills), `max_new_tokens` (what the gaps may need), and `generation_mode` and `guidance_scale`, both None: the grammar of
-    whole documents knows no sentinels, and guidance has no unconditional branch for a part of a picture.
+    The entries are `input_ids`, `attention_mask` (int64 `[B, T]`, padded on the left), `logits_processor` (the grammar
+    of infills), `max_new_tokens` (what the gaps may need), and `generation_mode` and `guidance_scale`, both None: the
+    grammar of whole documents knows no sentinels, and guidance has no unconditional branch for a part of a picture.
 
     Attributes:
         documents (`list[MaskedDocument]`): what the rows are made of.
     """
 
-    def __init__(self, documents: Sequence[MaskedDocument], config: JamConfig, max_text_tokens: int, device: Any = None):
+    def __init__(
+        self, documents: Sequence[MaskedDocument], config: JamConfig, max_text_tokens: int, device: Any = None
+    ):
         """Raises a `ValueError` if prompt and infills are longer than the model's positions."""
         self.documents, self.config = list(documents), config
         prompts = [[*document.ids, config.mask_token_id] for document in self.documents]
@@ -131,9 +139,9 @@ class JamInfill(dict):
         needed, room = length + processor.max_new_tokens, config.max_position_embeddings
         if needed > room:
             raise ValueError(
-                f"infill: {length} ids of the longest document and up to {processor.max_new_tokens} for the gaps are more than "
-                f"the {room} positions of the model. Lower max_text_tokens (now {max_text_tokens} for each gap in text), or "
-                "shorten the documents."
+                f"infill: {length} ids of the longest document and up to {processor.max_new_tokens} for the gaps are "
+                f"more than the {room} positions of the model. Lower max_text_tokens (now {max_text_tokens} for each "
+                "gap in text), or shorten the documents."
             )
         pad = eos_token_id if config.pad_token_id is None else config.pad_token_id
         input_ids, attention_mask = left_padded(prompts, pad, device)
@@ -161,8 +169,8 @@ class JamInfill(dict):
         length = prompt.shape[1]
         if not copies or rest or not torch.equal(sequences[:, :length], prompt.repeat_interleave(copies, 0)):
             raise ValueError(
-                f"Expected what generate(**infill) of this infill returned: {len(prompt)} row(s), or a multiple, that begin "
-                f"with its prompt of {length} ids; got {list(sequences.shape)}."
+                f"Expected what generate(**infill) of this infill returned: {len(prompt)} row(s), or a multiple, that "
+                f"begin with its prompt of {length} ids; got {list(sequences.shape)}."
             )
         written = sequences[:, length:].tolist()
         return [self._restored(row, ids, self.documents[row // copies]) for row, ids in enumerate(written)]
@@ -173,7 +181,9 @@ class JamInfill(dict):
         for index, gap in enumerate(document.gaps):
             if index:
                 if written[:1] != [first + index]:
-                    raise ValueError(f"Row {row} does not go on with sentinel {index}. Call generate(**infill) as it is.")
+                    raise ValueError(
+                        f"Row {row} does not go on with sentinel {index}. Call generate(**infill) as it is."
+                    )
                 written = written[1:]
             if self.config.mask_end_token_id not in written:
                 raise ValueError(
@@ -196,7 +206,9 @@ class JamInfill(dict):
         if gap is None:
             never = ids_that_are_no_text(self.config)
             return bool(span) and not any(token in codes or token in never for token in span)
-        return len(span) == len(gap) and all(token in codes if place < 0 else token == place for token, place in zip(span, gap))
+        return len(span) == len(gap) and all(
+            token in codes if place < 0 else token == place for token, place in zip(span, gap)
+        )
 
 
 def infill(
@@ -208,12 +220,13 @@ def infill(
     model: JamForCausalLM,
     max_text_tokens: int = 64,
 ) -> JamInfill:
-    """`processor.infill`: documents with gaps to what `generate` needs to fill them: `model.generate(**processor.infill(...))`.
+    """`processor.infill`: documents with gaps to what `generate` needs to fill them:
+    `model.generate(**processor.infill(...))`.
 
     Args:
-        text (`str` or `list[str]`): documents; `<mask>` (the tokenizer's name of `config.mask_token_id`) marks each gap in
-            the text, and `<image>` the place of each picture. A mark stands for whole tokens, which in most tokenizers
-            bring the space before a word along: `"a small<mask> circle"`.
+        text (`str` or `list[str]`): documents; `<mask>` (the tokenizer's name of `config.mask_token_id`) marks each gap
+            in the text, and `<image>` the place of each picture. A mark stands for whole tokens, which in most
+            tokenizers bring the space before a word along: `"a small<mask> circle"`.
         images: for one document a list with each of its pictures, in order, for several a list of such lists. A picture
             is what the image processor takes, or its codes, int64 `[N]`, as ids. `None` is a picture that is missing.
         image_masks: beside `images`, which codes of each picture are missing, `None` for none: a list of spans
@@ -222,7 +235,8 @@ def infill(
         model: the JAM that will fill the gaps; it encodes the pictures.
         max_text_tokens (`int`, defaults to 64): the most that is written into each gap in text.
     Returns:
-        [`JamInfill`]: keyword arguments of `generate`, the grammar of infills among them. The model fills gaps as it was
+        [`JamInfill`]: keyword arguments of `generate`, the grammar of infills among them. The model fills gaps as it
+        was
         trained to: one that saw no CM3 objective has no idea of them.
     Raises:
         ValueError: if marks, pictures and masks do not fit each other, a region is empty, overlaps another or is not

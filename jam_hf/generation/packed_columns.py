@@ -1,9 +1,9 @@
 """Whose each column of a cache is, while branches of guidance stand in it beside the document.
 
-`MixedColumns` lays a step's columns behind one another, as any cache takes them. `LaneColumns` gives the branches a lane of a
-`JamBlockCache`, so that `lane_attention` can read for each token its own columns alone: a packed step then reads of the cache
-what the document and the branch would read one after the other, and no more. Both make the same mask, which any attention can
-follow. What the branches are is unknown here (guidance_jam.py).
+`MixedColumns` lays a step's columns behind one another, as any cache takes them. `LaneColumns` gives the branches a
+lane of a `JamBlockCache`, so that `lane_attention` can read for each token its own columns alone: a packed step then
+reads of the cache what the document and the branch would read one after the other, and no more. Both make the same
+mask, which any attention can follow. What the branches are is unknown here (guidance_jam.py).
 
 Shape suffixes: B rows, Q ids fed, C columns of the cache.
 """
@@ -67,7 +67,9 @@ class MixedColumns:
         self.owner = self.owner[rows]
 
     def _keep(self, beside: int) -> None:
-        """The document's columns, in order, then `beside` more: those of the row's branches, in order, first among them."""
+        """The document's columns, in order, then `beside` more: those of the row's branches, in order, first among
+        them.
+        """
         rank = torch.where(self.of_document, 0, torch.where(self.owner > DOCUMENT, 1, 2))
         index_BC = rank.argsort(dim=1, stable=True)[:, : self.length + beside]
         for layer in self.cache.layers:
@@ -86,7 +88,8 @@ class MixedColumns:
 
 
 class LaneColumns:
-    """The document's columns stand in a row, as without guidance, and the branches' in a lane that begins behind room for more.
+    """The document's columns stand in a row, as without guidance, and the branches' in a lane that begins behind room
+    for more.
 
     The same interface as `MixedColumns`.
     """
@@ -143,8 +146,9 @@ class LaneColumns:
 
 
 def in_order(new: torch.Tensor) -> None:
-    """Among the columns that are fed together, bool `[B, Q, Q]`, in place: each sees those before it and itself, lest a row of
-    the mask be empty."""
+    """Among the columns that are fed together, bool `[B, Q, Q]`, in place: each sees those before it and itself, lest a
+    row of the mask be empty.
+    """
     each = torch.arange(new.shape[1], device=new.device)
     new.logical_and_(each[:, None] >= each).logical_or_(each[:, None] == each)
 

@@ -1,8 +1,8 @@
 """Guidance in one batched forward: the branches are columns of the document's own cache.
 
-A step inside a picture feeds its last id once for the document and once for each branch, and a mask keeps their columns of the
-cache apart (packed_columns.py). So guidance costs one forward a code, its memory is the branch's context and the codes so
-far, and text is written as without it. It does not know the formulas (guidance_jam.py).
+A step inside a picture feeds its last id once for the document and once for each branch, and a mask keeps their columns
+of the cache apart (packed_columns.py). So guidance costs one forward a code, its memory is the branch's context and the
+codes so far, and text is written as without it. It does not know the formulas (guidance_jam.py).
 
 Shape suffixes: B rows, G branches, K codes of the codebook, Q ids fed, C columns of the cache.
 """
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 class PackedGuidance(Guidance):
     """All branches in the document's own forward and cache.
 
-    Beside each of the document's columns, the cache gets one for each branch while rows are inside pictures. `columns` says
-    whose each is, row by row: the document's, a branch's, or nobody's (padding, branches of rows in text, pictures that are
-    done). When no row is inside a picture any more, the columns beside the document's are taken out again.
+    Beside each of the document's columns, the cache gets one for each branch while rows are inside pictures. `columns`
+    says
+    whose each is, row by row: the document's, a branch's, or nobody's (padding, branches of rows in text, pictures that
+    are done). When no row is inside a picture any more, the columns beside the document's are taken out again.
     """
 
     def __init__(self, *args: Any, cache: Cache, beside: int, **kwargs: Any):
@@ -43,11 +44,14 @@ class PackedGuidance(Guidance):
         self.positions: torch.Tensor | None = None  # int64 [B, G]: of the next id of each branch
         self.live: list[bool] = []
         self._owners: torch.Tensor | None = None  # int8 [B, 1 + G]: of a step's columns, while the same rows are live
-        self.fed: tuple[int, list[torch.Tensor]] | None = None  # a length of the document, and what the branches say of it
+        self.fed: tuple[int, list[torch.Tensor]] | None = (
+            None  # a length of the document, and what the branches say of it
+        )
 
     @staticmethod
     def serves(model: Any, cache: Any, beside: int, max_length: int, longest: int) -> bool:
-        """Whether columns may be laid into this cache under this model's attention, `beside` of them beyond `max_length`.
+        """Whether columns may be laid into this cache under this model's attention, `beside` of them beyond
+        `max_length`.
 
         `longest`: positions of the document or of a branch, whichever has more: all are rotated together.
         """
@@ -65,8 +69,9 @@ class PackedGuidance(Guidance):
 
     @staticmethod
     def columns_beside(picture_length: int, settings: GuidanceSettings, longest_context: int) -> int:
-        """How many columns beside the document's the cache may come to hold: two pictures' worth, so that those of pictures
-        that are done are taken out seldom."""
+        """How many columns beside the document's the cache may come to hold: two pictures' worth, so that those of
+        pictures that are done are taken out seldom.
+        """
         return 2 * len(settings.branches) * (longest_context + picture_length + 2)
 
     # -- a step ------------------------------------------------------------------------------------------------------
@@ -138,7 +143,11 @@ class PackedGuidance(Guidance):
 
     def _holds_the_document(self, length: int) -> bool:
         """Whether the cache holds the document's first `length` ids and, if anything, the branches beside them."""
-        if self.separate is None and self.columns is None and int(self.cache.get_seq_length()) != length + self.embedded:
+        if (
+            self.separate is None
+            and self.columns is None
+            and int(self.cache.get_seq_length()) != length + self.embedded
+        ):
             others = (self.model, self.settings, self.reader, self.contexts, self.prompt_mask, self.embedded)
             self.separate = SeparateGuidance(*others)
         return self.separate is None
@@ -162,7 +171,9 @@ class PackedGuidance(Guidance):
         `fed`: how many ids of `positions` are not among `input_ids` yet.
         """
         entered = [
-            row for row, position in enumerate(positions) if position >= 0 and (self.columns is None or not self.live[row])
+            row
+            for row, position in enumerate(positions)
+            if position >= 0 and (self.columns is None or not self.live[row])
         ]
         if not entered:
             return None

@@ -1,7 +1,8 @@
-"""What makes `generate()` fast: a cache that grows in blocks, guidance in the document's own forward, a part of the head.
+"""What makes `generate()` fast: a cache that grows in blocks, guidance in the document's own forward, a part of the
+head.
 
-The model asks for it through its one door. A checkpoint's own code writes the same documents without it: with transformers'
-caches, and with a forward for each branch of guidance.
+The model asks for it through its one door. A checkpoint's own code writes the same documents without it: with
+transformers' caches, and with a forward for each branch of guidance.
 
 Shape suffixes: B rows, T positions, K codes of the codebook.
 """
@@ -29,8 +30,8 @@ STEP_BY_STEP = (*ROWS_FOLLOW, "beam_search", "beam_sample")
 class PictureSteps:
     """What a call changes in single steps of the loop over its cache.
 
-    Inside pictures, branches of guidance are packed beside the document, and where every row awaits a code, the image rows of
-    the head alone are computed.
+    Inside pictures, branches of guidance are packed beside the document, and where every row awaits a code, the image
+    rows of the head alone are computed.
     """
 
     def __init__(self, cache: Any, reader: PictureReader, packed: PackedGuidance | None, codes_alone: bool):
@@ -53,8 +54,11 @@ class PictureSteps:
             self.packed.take(outputs)
         if self.vocab_size is not None:
             codes_BTK = outputs.logits
-            # Least, not minus infinity: a row that a stopping criterion has ended meanwhile must have something to choose from.
-            outputs.logits = codes_BTK.new_full((*codes_BTK.shape[:-1], self.vocab_size), torch.finfo(codes_BTK.dtype).min)
+            # Least, not minus infinity: a row that a stopping criterion has ended meanwhile must have something to
+            # choose from.
+            outputs.logits = codes_BTK.new_full(
+                (*codes_BTK.shape[:-1], self.vocab_size), torch.finfo(codes_BTK.dtype).min
+            )
             outputs.logits[..., self.reader.grammar.codes] = codes_BTK
             self.vocab_size = None
 
@@ -82,8 +86,12 @@ def columns_beside(config: Any, call: JamCall, max_length: int) -> int:
     return PackedGuidance.columns_beside(config.picture_length, settings, longest)
 
 
-def packed_guidance(shared: tuple[Any, ...], call: JamCall, generation_config: Any, cache: Cache) -> PackedGuidance | None:
-    """Guidance in the document's own forward; None where columns cannot be laid into this cache. `shared`: of [`Guidance`]."""
+def packed_guidance(
+    shared: tuple[Any, ...], call: JamCall, generation_config: Any, cache: Cache
+) -> PackedGuidance | None:
+    """Guidance in the document's own forward; None where columns cannot be laid into this cache. `shared`: of
+    [`Guidance`].
+    """
     model, settings, reader, *_, embedded = shared
     beside = columns_beside(model.config, call, generation_config.max_length)
     stepwise = call.loop in STEP_BY_STEP and not generation_config.output_attentions
@@ -96,8 +104,13 @@ def packed_guidance(shared: tuple[Any, ...], call: JamCall, generation_config: A
 def picture_steps(
     model: Any, cache: Cache | None, reader: PictureReader, guidance: Guidance | None, codes_alone: bool
 ) -> PictureSteps | None:
-    """What changes steps over this cache; None where nothing does. `codes_alone`: whether all rows' logits may be of codes."""
-    packed, codes_alone = guidance if isinstance(guidance, PackedGuidance) else None, codes_alone and _has_image_rows(model)
+    """What changes steps over this cache; None where nothing does. `codes_alone`: whether all rows' logits may be
+    of codes.
+    """
+    packed, codes_alone = (
+        guidance if isinstance(guidance, PackedGuidance) else None,
+        codes_alone and _has_image_rows(model),
+    )
     if cache is None or (packed is None and not codes_alone):
         return None
     return PictureSteps(cache, reader, packed, codes_alone)

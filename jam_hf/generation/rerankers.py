@@ -1,4 +1,5 @@
-"""Rerankers: which of several candidates for one picture is the best, by their likelihood, by a CLIP model, or by any callable.
+"""Rerankers: which of several candidates for one picture is the best, by their likelihood, by a CLIP model, or by any
+callable.
 
 They see one picture's candidates and the document before them; best_of_n.py draws them and goes on from the best.
 
@@ -23,7 +24,8 @@ from ..reading import read_clip
 
 
 class PictureCandidates:
-    """The candidates for one picture of one row, as a reranker gets them. What a reranker does not ask for is not computed.
+    """The candidates for one picture of one row, as a reranker gets them. What a reranker does not ask for is not
+    computed.
 
     Attributes:
         codes (int64 `[C, N]`): ids of the image codes, in reading order.
@@ -98,8 +100,8 @@ class LikelihoodReranker:
     """Prefers what the model itself finds likely: `log_likelihoods` [R].
 
     Args:
-        minus_unconditional (`bool`, defaults to `False`): take `unconditional_log_likelihoods` off, so that the picture that
-            fits its context best wins, not the plainest one.
+        minus_unconditional (`bool`, defaults to `False`): take `unconditional_log_likelihoods` off, so that the picture
+            that fits its context best wins, not the plainest one.
     """
 
     def __init__(self, minus_unconditional: bool = False):
@@ -123,7 +125,11 @@ class CLIPReranker:
     """
 
     def __init__(
-        self, model: str | CLIPModel, tokenizer: Any = None, image_processor: Any = None, device: torch.device | None = None
+        self,
+        model: str | CLIPModel,
+        tokenizer: Any = None,
+        image_processor: Any = None,
+        device: torch.device | None = None,
     ):
         if isinstance(model, str):
             model, tokenizer, image_processor = read_clip(model, tokenizer, image_processor)
@@ -163,8 +169,8 @@ def reranker_of(reranker: Reranker | str | None, device: torch.device) -> Rerank
         return CLIPReranker(reranker, device=device)
     if not callable(reranker):
         raise ValueError(
-            "reranker must be 'likelihood', the name of a CLIP checkpoint, or a callable that takes PictureCandidates and "
-            f"returns one score for each; got {reranker!r:.80}."
+            "reranker must be 'likelihood', the name of a CLIP checkpoint, or a callable that takes PictureCandidates "
+            f"and returns one score for each; got {reranker!r:.80}."
         )
     return reranker
 
@@ -180,7 +186,8 @@ def checked_scores(reranker: Reranker, candidates: PictureCandidates) -> torch.F
         scores = torch.as_tensor(found, dtype=torch.float32).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"The reranker must return {count} scores, one for each candidate, got {type(found).__name__} {found!r:.80}."
+            f"The reranker must return {count} scores, one for each candidate, got {type(found).__name__} "
+            f"{found!r:.80}."
         ) from error
     if scores.shape != (count,):
         raise ValueError(

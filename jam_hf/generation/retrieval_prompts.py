@@ -1,7 +1,7 @@
 """Retrieval augmentation of `generate()`: documents of a memory put before the prompt, and cut out of what comes back.
 
-It knows how a retrieved document is laid out and how many fit. It does not know how documents are found: a memory is whatever
-has the method of the protocol here (jam_hf/retrieval has one).
+It knows how a retrieved document is laid out and how many fit. It does not know how documents are found: a memory is
+whatever has the method of the protocol here (jam_hf/retrieval has one).
 
 Shape suffixes: B prompts, T positions of the prompts, A positions of the augmented prompts, N codes a picture.
 """
@@ -28,7 +28,8 @@ logger = logging.get_logger(__name__)
 class MemoryDocument(NamedTuple):
     """A caption and its picture, as a memory gives them.
 
-    id: its name in the memory. score: its similarity to the prompt. text_ids: ids of the caption, without special tokens.
+    id: its name in the memory. score: its similarity to the prompt. text_ids: ids of the caption, without special
+    tokens.
     codes: the N raw codes of the picture, 0..K-1.
     """
 
@@ -56,7 +57,8 @@ class Memory(Protocol):
         """For each prompt the documents to put before it, the most similar first.
 
         Raises:
-            ValueError: if the memory's codes are not those of the model's VQ model, or a prompt holds nothing to look for.
+            ValueError: if the memory's codes are not those of the model's VQ model, or a prompt holds nothing to look
+                for.
         """
         ...
 
@@ -70,8 +72,9 @@ def document_ids(config: JamConfig, document: MemoryDocument) -> list[int]:
     codes, count = [int(code) for code in document.codes], config.image_seq_length
     if len(codes) != count or min(codes) < 0 or max(codes) >= config.num_image_tokens:
         raise ValueError(
-            f"Document {document.id!r} of the memory has {len(codes)} codes, {min(codes, default=0)}..{max(codes, default=0)}. "
-            f"A picture of this JAM has {count} in 0..{config.num_image_tokens - 1}: build the index with its VQ model."
+            f"Document {document.id!r} of the memory has {len(codes)} codes, "
+            f"{min(codes, default=0)}..{max(codes, default=0)}. A picture of this JAM has {count} in "
+            f"0..{config.num_image_tokens - 1}: build the index with its VQ model."
         )
     return [*document.text_ids, *config.picture_layout.wrap([config.image_token_range[code] for code in codes])]
 
@@ -91,8 +94,8 @@ class AugmentedPrompts:
     Args:
         input_ids, attention_mask: int64 `[B, A]`, for `generate()`; pictures are codes here.
         prompt_ids: int64 `[B, T]`, the prompts as `generate()` would return them without a memory.
-        memory_ids, memory_scores: names of each prompt's documents and their similarities, the most similar first, which is
-            the order in which they stand (ours [R]).
+        memory_ids, memory_scores: names of each prompt's documents and their similarities, the most similar first,
+            which is the order in which they stand (ours [R]).
     """
 
     input_ids: torch.LongTensor
@@ -102,7 +105,9 @@ class AugmentedPrompts:
     memory_scores: list[list[float]]
 
     def cut(self, sequences: torch.LongTensor) -> torch.LongTensor:
-        """Take the documents out: int64 `[R, A + new]`, R a multiple of B, to `[R, T + new]` that begins with the prompts."""
+        """Take the documents out: int64 `[R, A + new]`, R a multiple of B, to `[R, T + new]` that begins with the
+        prompts.
+        """
         prompts = self.prompt_ids.repeat_interleave(sequences.shape[0] // self.prompt_ids.shape[0], dim=0)
         return torch.cat((prompts.to(sequences.device), sequences[:, self.input_ids.shape[1] :]), dim=1)
 
@@ -120,17 +125,17 @@ def augment_prompts(
     Args:
         input_ids, attention_mask: int64 `[B, T]`, padded on either side, as the processor makes them.
         pixel_values: float `[P, 3, H, W]`, the pictures of the whole batch, in reading order.
-        max_new_tokens: for which there must be room behind the prompt; one whole picture where `None`. Documents that the
-            model's positions do not hold besides are left out, the least similar first.
+        max_new_tokens: for which there must be room behind the prompt; one whole picture where `None`. Documents that
+            the model's positions do not hold besides are left out, the least similar first.
     Raises:
-        ValueError: if ids are no batch of prompts, a prompt is empty, pictures and placeholders do not match, or the memory
-            refuses.
+        ValueError: if ids are no batch of prompts, a prompt is empty, pictures and placeholders do not match, or the
+            memory refuses.
     """
     config = model.config
     if not callable(getattr(memory, "documents_for", None)):
         raise ValueError(
-            f"memory must have the method documents_for, as an index of jam_hf.retrieval has, got {type(memory).__name__}. "
-            "The folder of an index is read with load_index(folder, processor)."
+            "memory must have the method documents_for, as an index of jam_hf.retrieval has, got "
+            f"{type(memory).__name__}. The folder of an index is read with load_index(folder, processor)."
         )
     if not torch.is_tensor(input_ids) or input_ids.ndim != 2 or not input_ids.numel():
         shape = list(input_ids.shape) if torch.is_tensor(input_ids) else type(input_ids).__name__
@@ -145,7 +150,9 @@ def augment_prompts(
     queries = [MemoryQuery(ids[kept], own) for ids, kept, own in zip(input_ids, mask, pixels)]
     found = memory.documents_for(model, queries)
     if len(found) != len(queries):
-        raise ValueError(f"memory must answer each of {len(queries)} prompts with a list of documents, got {len(found)} lists.")
+        raise ValueError(
+            f"memory must answer each of {len(queries)} prompts with a list of documents, got {len(found)} lists."
+        )
     new_tokens = config.picture_length + 2 if max_new_tokens is None else max_new_tokens
 
     rows, memory_ids, memory_scores = [], [], []
@@ -158,8 +165,8 @@ def augment_prompts(
         if count < len(documents):
             logger.warning_once(
                 f"{len(documents) - count} of {len(documents)} retrieved documents do not fit into the "
-                f"{config.max_position_embeddings} positions beside a prompt of {len(ids) - start} and {new_tokens} new ones; "
-                "they are left out."
+                f"{config.max_position_embeddings} positions beside a prompt of {len(ids) - start} and {new_tokens} "
+                "new ones; they are left out."
             )
         before = [token for document in laid_out[:count] for token in document]
         inserted = torch.tensor(before, dtype=ids.dtype, device=ids.device)
@@ -204,8 +211,8 @@ def _pixels_by_row(
     if bool(rest.any()):
         row = int(rest.nonzero()[0])
         raise ValueError(
-            f"Prompt {row} has {int(placeholders[row])} placeholders <image>; a picture has {config.image_seq_length}. Let "
-            "JamProcessor make input_ids and pixel_values together."
+            f"Prompt {row} has {int(placeholders[row])} placeholders <image>; a picture has {config.image_seq_length}. "
+            "Let JamProcessor make input_ids and pixel_values together."
         )
     return pixel_values.split(counts)
 
@@ -216,10 +223,10 @@ class WithRetrieval:
 
         model.generate(**inputs, custom_generate=WithRetrieval(memory))
 
-    or short `generate(..., memory=...)`. Lengths are the user's: `max_length` and `min_length` count the prompt without its
-    documents. What came with `return_dict_in_generate` gets `memory_ids` and `memory_scores`, a list for each row of
-    `sequences`. Stopping criteria, the user's own processors, and a cache that is returned see the documents; a streamer does
-    not.
+    or short `generate(..., memory=...)`. Lengths are the user's: `max_length` and `min_length` count the prompt without
+    its documents. What came with `return_dict_in_generate` gets `memory_ids` and `memory_scores`, a list for each row
+    of `sequences`. Stopping criteria, the user's own processors, and a cache that is returned see the documents; a
+    streamer does not.
 
     Args:
         memory ([`Memory`]): what finds them.
@@ -247,7 +254,11 @@ class WithRetrieval:
                 arguments[name] = value + added
         if arguments.get("streamer") is not None:
             arguments["streamer"] = _PromptWithoutDocuments(arguments["streamer"], prompts.prompt_ids)
-        arguments |= {"input_ids": prompts.input_ids, "attention_mask": prompts.attention_mask, "custom_generate": self.then}
+        arguments |= {
+            "input_ids": prompts.input_ids,
+            "attention_mask": prompts.attention_mask,
+            "custom_generate": self.then,
+        }
         output = model.run_call(replace(call, arguments=arguments))
         if torch.is_tensor(output):
             return prompts.cut(output)
@@ -267,14 +278,16 @@ def _new_tokens(input_ids: torch.Tensor | None, call: JamCall, own: Any) -> int 
         return new_tokens
     if max_length <= input_ids.shape[-1]:
         raise ValueError(
-            f"The prompt has {input_ids.shape[-1]} tokens and max_length is {max_length}, so nothing can be written. Raise "
-            "max_length, or set max_new_tokens."
+            f"The prompt has {input_ids.shape[-1]} tokens and max_length is {max_length}, so nothing can be written. "
+            "Raise max_length, or set max_new_tokens."
         )
     return max_length - input_ids.shape[-1]
 
 
 class _PromptWithoutDocuments:
-    """A streamer that is given the user's own prompt in place of the augmented one, which `generate()` puts in first."""
+    """A streamer that is given the user's own prompt in place of the augmented one, which `generate()` puts in
+    first.
+    """
 
     def __init__(self, streamer: Any, prompt_ids: torch.LongTensor):
         self.streamer, self.prompt_ids = streamer, prompt_ids

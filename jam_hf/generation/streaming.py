@@ -1,4 +1,5 @@
-"""Streaming: what a document gains while `generate()` writes it, for iteration and for `async for`, and in a thread of its own.
+"""Streaming: what a document gains while `generate()` writes it, for iteration and for `async for`, and in a thread of
+its own.
 
 What the events are is decided in events.py; this file hands them from one thread to another, and exceptions too.
 """
@@ -21,27 +22,30 @@ from .events import DocumentStreamer, Event
 
 
 class JamStreamer(DocumentStreamer):
-    """An iterator over what `generate(..., streamer=this)` writes in another thread, in the manner of `TextIteratorStreamer`.
+    """An iterator over what `generate(..., streamer=this)` writes in another thread, in the manner of
+    `TextIteratorStreamer`.
 
     Args:
-        model ([`JamForCausalLM`]), processor ([`JamProcessor`]): of the document; they turn codes into pictures, ids into text.
-        skip_prompt (`bool`, defaults to `False`): no events for the prompt. A picture that the prompt has begun is still
-            shown whole when it is complete.
+        model ([`JamForCausalLM`]), processor ([`JamProcessor`]): of the document; they turn codes into pictures, ids
+        into text.
+        skip_prompt (`bool`, defaults to `False`): no events for the prompt. A picture that the prompt has begun is
+            still shown whole when it is complete.
         timeout (`float`, *optional*): seconds to wait for the next event; `queue.Empty` where none comes.
-        partial_every (`int`, *optional*): also show a picture after every so many codes. Each costs as much as decoding the
-            whole picture, in the thread that generates, and generation waits for it.
+        partial_every (`int`, *optional*): also show a picture after every so many codes. Each costs as much as decoding
+            the whole picture, in the thread that generates, and generation waits for it.
         skip_special_tokens (`bool`, defaults to `True`): leave markup such as `<s>` out of the text.
-        pad_token_id (`int`, *optional*): what stands behind the end of a row, where `generate()` is told another than the
-            model's own.
+        pad_token_id (`int`, *optional*): what stands behind the end of a row, where `generate()` is told another than
+            the model's own.
 
     Events are dicts, in order for each row, each with `"row"`:
-        `{"type": "text", "text": str}`: whole words, as soon as they are; the pieces of a run of text joined are the segment.
-        `{"type": "image", "image": PIL.Image, "image_tokens": [...]}`: a complete picture and its N ids. One that stays
+        `{"type": "text", "text": str}`: whole words, as soon as they are; the pieces of a run of text joined are the
+        segment. `{"type": "image", "image": PIL.Image, "image_tokens": [...]}`: a complete picture and its N ids. One
+        that stays
             unfinished (a budget may end a document in a picture) has `"image": None` and the ids that there are.
-        `{"type": "partial_image", ...}`: likewise, of a picture under way; what is not drawn yet is grey. (The decoder gets
-            the last code for all that are missing, so pixels at the edge may still change.)
-    Joined, they are the segments of `post_process_interleaved`, for any number of rows. Padding of rows that have ended is
-    not shown.
+        `{"type": "partial_image", ...}`: likewise, of a picture under way; what is not drawn yet is grey. (The decoder
+            gets the last code for all that are missing, so pixels at the edge may still change.)
+    Joined, they are the segments of `post_process_interleaved`, for any number of rows. Padding of rows that have ended
+    is not shown.
 
     ```python
     streamer = JamStreamer(model, processor, skip_prompt=True)
@@ -131,7 +135,9 @@ class _Generation(threading.Thread):
 
 def _check_generate_kwargs(generate_kwargs: dict[str, Any]) -> None:
     if "streamer" in generate_kwargs:
-        raise ValueError("stream() makes its own streamer. Leave `streamer` out, or call generate(streamer=...) in a thread.")
+        raise ValueError(
+            "stream() makes its own streamer. Leave `streamer` out, or call generate(streamer=...) in a thread."
+        )
 
 
 def stream(
@@ -146,8 +152,8 @@ def stream(
 ) -> Generator[Event, None, Any]:
     """The events of `model.generate(**generate_kwargs)`, as it writes.
 
-    `generate()` starts in a thread of its own with the first `next()`. What it raises is raised here. Closing the iterator
-    (leaving a `for` over it, when it is let go) ends generation after the step that is under way.
+    `generate()` starts in a thread of its own with the first `next()`. What it raises is raised here. Closing the
+    iterator (leaving a `for` over it, when it is let go) ends generation after the step that is under way.
 
     Args: see [`JamStreamer`]; the prompt is skipped by default.
     Returns:
@@ -187,7 +193,8 @@ async def stream_async(
 ) -> AsyncIterator[Event]:
     """As [`stream`], for `async for`; the event loop goes on while the model computes.
 
-    `aclose()` ends generation, and so does cancelling the task that iterates. `asyncio.TimeoutError` in place of `queue.Empty`.
+    `aclose()` ends generation, and so does cancelling the task that iterates. `asyncio.TimeoutError` in place of
+    `queue.Empty`.
     """
     _check_generate_kwargs(generate_kwargs)
     pad = generate_kwargs.get("pad_token_id")

@@ -1,7 +1,9 @@
 """Pictures under transformers' continuous batching (`generate_batch`): the grammar, request by request.
 
-There a processor sees the last id of each request only. The grammar's states are kept on the host beside the requests, and each
-step tells the device one number a request: the kind of set its next id comes from. What continuous batching cannot do for a JAM
+There a processor sees the last id of each request only. The grammar's states are kept on the host beside the requests,
+and each
+step tells the device one number a request: the kind of set its next id comes from. What continuous batching cannot do
+for a JAM
 is refused here with the reason: it has no branch beside a request, so nothing is guided.
 
 Shape suffixes: R requests with a new id, V vocabulary.
@@ -38,7 +40,9 @@ class PictureGrammarContinuousLogitsProcessor(ContinuousBatchingLogitsProcessor)
     def __init__(self, grammar: PictureGrammar, rules: DocumentRules, max_positions: int):
         """`max_positions`: ids that the model can read, beyond which no picture may reach."""
         self.grammar, self.rules, self.max_positions = grammar, rules, max_positions
-        self._read: tuple[list[tuple[str, int]], PictureState] | None = None  # requests and lengths, and their states [R]
+        self._read: tuple[list[tuple[str, int]], PictureState] | None = (
+            None  # requests and lengths, and their states [R]
+        )
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
         int32_tensor.zero_()
@@ -72,7 +76,11 @@ class PictureGrammarContinuousLogitsProcessor(ContinuousBatchingLogitsProcessor)
 
 
 def generate_batch(
-    model: Any, inputs: list[list[int]], generation_config: Any = None, continuous_batching_config: Any = None, **kwargs: Any
+    model: Any,
+    inputs: list[list[int]],
+    generation_config: Any = None,
+    continuous_batching_config: Any = None,
+    **kwargs: Any,
 ) -> Any:
     """As in `ContinuousMixin`; a JAM's settings stand in `generation_config`, or in the model's own.
 
@@ -89,8 +97,8 @@ def generate_batch(
     known = ("continuous_batching_config", "record_timestamps", "progress_bar", "persistent_manager", "warmup")
     if unknown := set(kwargs) - {*known, "max_new_tokens"}:
         raise ValueError(
-            f"generate_batch does not take {', '.join(sorted(unknown))}. Settings of generation go into generation_config="
-            "GenerationConfig(...)."
+            f"generate_batch does not take {', '.join(sorted(unknown))}. Settings of generation go into "
+            "generation_config=GenerationConfig(...)."
         )
     config = _complete_config(model, generation_config)
     check_settings(config, JamCallSettings.said({}, config, model.generation_config))
@@ -115,7 +123,9 @@ def generate_batch(
     asks_for_pages = batching is not None or kwargs.get("persistent_manager") or kwargs.get("record_timestamps")
     if model.device.type == "cpu" and not asks_for_pages:
         pools = sized(None, model.config, model.dtype, model.device, lengths)
-        tokens = pools.num_blocks * pools.page_size * model.config.num_hidden_layers // len(model.config.per_layer_config)
+        tokens = (
+            pools.num_blocks * pools.page_size * model.config.num_hidden_layers // len(model.config.per_layer_config)
+        )
         with _evaluated(model):
             return generate_padded(model, inputs, budgets, config, tokens, kwargs.get("progress_bar", False))
     lengths = [length for length in lengths for _ in range(config.num_return_sequences or 1)]
@@ -127,8 +137,8 @@ def generate_batch(
 def init_continuous_batching(
     model: Any, generation_config: Any = None, continuous_batching_config: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """As in `ContinuousMixin`. Pools are sized for sixteen documents of full length, within a quarter of the memory that is
-    free, where `continuous_batching_config` does not say otherwise.
+    """As in `ContinuousMixin`. Pools are sized for sixteen documents of full length, within a quarter of the memory
+    that is free, where `continuous_batching_config` does not say otherwise.
 
     Raises:
         ValueError: on settings that would be passed over (continuous_settings.py), windows, streams with unlike heads,
@@ -147,7 +157,9 @@ def init_continuous_batching(
     if settings.generation_mode is not None:
         # Asynchronous batches are prepared before the ids of the last one are known.
         if batching.use_async_batching:
-            raise ValueError("generation_mode needs each id before the next step: set use_async_batching=False, or None.")
+            raise ValueError(
+                "generation_mode needs each id before the next step: set use_async_batching=False, or None."
+            )
         batching.use_async_batching = False
     manager = ContinuousMixin.init_continuous_batching(model, config, batching, *args, **kwargs)
     # transformers counts the processors that it has made itself from others; each gets a row of numbers.
@@ -166,7 +178,11 @@ def _bound_requests(model: Any, manager: Any, config: Any, plain: bool) -> None:
 
     @functools.wraps(add_request)
     def bounded(
-        input_ids: list[int], request_id: str | None = None, max_new_tokens: int | None = None, *args: Any, **kwargs: Any
+        input_ids: list[int],
+        request_id: str | None = None,
+        max_new_tokens: int | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> str | None:
         input_ids = _prompt(input_ids, model.config, "The prompt" if request_id is None else f"Prompt {request_id}")
         budget = _budget(config, plain, model.config, input_ids, max_new_tokens)
@@ -178,7 +194,9 @@ def _bound_requests(model: Any, manager: Any, config: Any, plain: bool) -> None:
 
 def _complete_config(model: Any, generation_config: Any) -> Any:
     """A complete copy, as `generate()` makes it; continuous batching asks the model's own config for nothing."""
-    said = any(getattr(config, "max_length", None) is not None for config in (generation_config, model.generation_config))
+    said = any(
+        getattr(config, "max_length", None) is not None for config in (generation_config, model.generation_config)
+    )
     config, _ = model._prepare_generation_config(generation_config)
     if not said:  # a default of transformers' that counts from the prompt's end
         config.max_length = None
@@ -200,8 +218,8 @@ def _prompt(ids: Any, config: Any, name: str) -> list[int]:
     """A request's ids as transformers wants them, of a list, an array or a tensor of one dimension.
 
     Raises:
-        ValueError: unless there is one at least, all are whole numbers of the vocabulary, and none stands for a picture or for
-            padding.
+        ValueError: unless there is one at least, all are whole numbers of the vocabulary, and none stands for a picture
+            or for padding.
     """
     try:
         row = torch.as_tensor(ids)
@@ -209,26 +227,28 @@ def _prompt(ids: Any, config: Any, name: str) -> list[int]:
         raise ValueError(f"{name} must be a list of token ids, got {type(ids).__name__}: {error}") from error
     if row.ndim != 1 or not len(row):
         raise ValueError(
-            f"{name} must be a list of token ids, one at least (bos, id {config.bos_token_id}), got shape {tuple(row.shape)}. "
-            "generate_batch takes one list a request."
+            f"{name} must be a list of token ids, one at least (bos, id {config.bos_token_id}), got shape "
+            f"{tuple(row.shape)}. generate_batch takes one list a request."
         )
     found = as_ids(row, name).tolist()
     if outside := [token for token in found if not 0 <= token < config.vocab_size]:
         raise ValueError(f"{name} has the id {outside[0]}; the model has ids 0 to {config.vocab_size - 1}.")
     if config.image_token_id in found:
         raise ValueError(
-            f"{name} has placeholders <image>, and generate_batch takes ids only. Put the codes of the pictures in their "
-            "place: model.model.insert_image_tokens(input_ids, pixel_values)."
+            f"{name} has placeholders <image>, and generate_batch takes ids only. Put the codes of the pictures in "
+            "their place: model.model.insert_image_tokens(input_ids, pixel_values)."
         )
     pad = config.pad_token_id
     if pad in (found[0], found[-1]) and pad not in (config.bos_token_id, *end_ids(config.eos_token_id)):
-        raise ValueError(f"{name} begins or ends with padding (id {pad}), which would be read. Give the ids without it.")
+        raise ValueError(
+            f"{name} begins or ends with padding (id {pad}), which would be read. Give the ids without it."
+        )
     return found
 
 
 def _budget(settings: Any, plain: bool, config: Any, input_ids: list[int], max_new_tokens: int | None) -> int:
-    """Ids to be written after a prompt; `max_new_tokens` goes first, and where nothing was said it is as in `generate()`.
-    `plain`: without a grammar.
+    """Ids to be written after a prompt; `max_new_tokens` goes first, and where nothing was said it is as in
+    `generate()`. `plain`: without a grammar.
 
     Raises:
         ValueError: if there is no room for one, or the model has no positions for all.
@@ -249,8 +269,8 @@ def _budget(settings: Any, plain: bool, config: Any, input_ids: list[int], max_n
     if budget < 1 or (learned and len(input_ids) + budget - 1 > positions):  # the last id is not read
         raise ValueError(
             f"A prompt of {len(input_ids)} ids leaves no room to write {max(budget, 1)}: max_new_tokens="
-            f"{settings.max_new_tokens if max_new_tokens is None else max_new_tokens}, max_length={settings.max_length}, and "
-            f"the model has {positions} positions."
+            f"{settings.max_new_tokens if max_new_tokens is None else max_new_tokens}, "
+            f"max_length={settings.max_length}, and the model has {positions} positions."
         )
     return budget
 
@@ -268,13 +288,20 @@ def _evaluated(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _check_same_settings(kept: Any, config: Any) -> None:
-    """Raises a `ValueError` where a manager that was kept goes by other settings: transformers would go on with those."""
+    """Raises a `ValueError` where a manager that was kept goes by other settings: transformers would go on with
+    those.
+    """
     before, now = ({n: v for n, v in vars(c).items() if not n.startswith("_")} for c in (kept, config))
     if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
         raise ValueError(
-            f"A manager is kept from an earlier call (persistent_manager) with other settings: {', '.join(changed)}. Call "
-            "model.destroy_cached_continuous_batching_manager() first."
+            f"A manager is kept from an earlier call (persistent_manager) with other settings: {', '.join(changed)}. "
+            "Call model.destroy_cached_continuous_batching_manager() first."
         )
 
 
-__all__ = ["PictureGrammarContinuousLogitsProcessor", "continuous_grammar", "generate_batch", "init_continuous_batching"]
+__all__ = [
+    "PictureGrammarContinuousLogitsProcessor",
+    "continuous_grammar",
+    "generate_batch",
+    "init_continuous_batching",
+]

@@ -1,6 +1,7 @@
 """Which settings continuous batching obeys, and how large its pools are: what transformers leaves open, or passes over.
 
-Every setting of a generation config is in one of the tables here. One that is in none, or that is set and not obeyed, is
+Every setting of a generation config is in one of the tables here. One that is in none, or that is set and not obeyed,
+is
 refused: a document must never be other than was asked for. It knows names and numbers, no requests and no grammar.
 """
 
@@ -27,11 +28,20 @@ from ..portable import free_memory
 
 # Obeyed as generate() obeys them.
 OBEYED = (
-    *("max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "eos_token_id", "num_return_sequences"),
+    *(
+        "max_length",
+        "max_new_tokens",
+        "do_sample",
+        "temperature",
+        "top_k",
+        "top_p",
+        "eos_token_id",
+        "num_return_sequences",
+    ),
     *("generation_mode", *LAYOUT_SETTINGS),
 )
-# Say nothing of what is written: how it is computed, ids for padding that does not occur here, settings of what is refused by
-# itself (beams, drafts), and notes of transformers' own.
+# Say nothing of what is written: how it is computed, ids for padding that does not occur here, settings of what is
+# refused by itself (beams, drafts), and notes of transformers' own.
 WITHOUT_EFFECT = (
     *("pad_token_id", "bos_token_id", "decoder_start_token_id", "transformers_version", "_from_model_config"),
     *("compile_config", "disable_compile", "prefill_chunk_size", "max_cache_len", "cache_config", "low_memory"),
@@ -46,7 +56,9 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "penalty_alpha", "diversity_penalty"), (0,)),
     **dict.fromkeys(("num_beams", "num_beam_groups"), (1,)),
     **dict.fromkeys(("output_attentions", "output_hidden_states", "output_scores", "output_logits"), (False,)),
-    **dict.fromkeys(("return_dict_in_generate", "remove_invalid_values", "renormalize_logits", "token_healing"), (False,)),
+    **dict.fromkeys(
+        ("return_dict_in_generate", "remove_invalid_values", "renormalize_logits", "token_healing"), (False,)
+    ),
     **dict.fromkeys(("use_mtp",), (False,)),
     **dict.fromkeys(("max_time", "stop_strings", "cache_implementation", "min_p", "top_h", "bad_words_ids"), ()),
     **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"), ()),
@@ -57,11 +69,16 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "use_cache": (True,),
 }
 REASONS = {
-    **dict.fromkeys(GUIDANCE_SETTINGS, "it runs each request by itself, without the branch that guidance compares with"),
-    **dict.fromkeys(MODALITY_SETTINGS, "it has no settings by modality; temperature, top_k and top_p hold for text and codes"),
+    **dict.fromkeys(
+        GUIDANCE_SETTINGS, "it runs each request by itself, without the branch that guidance compares with"
+    ),
+    **dict.fromkeys(
+        MODALITY_SETTINGS, "it has no settings by modality; temperature, top_k and top_p hold for text and codes"
+    ),
     **dict.fromkeys(
         ("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
-        "it returns GenerationOutput objects with ids; logprobs come with ContinuousBatchingConfig(return_logprobs=True)",
+        "it returns GenerationOutput objects with ids; logprobs come with "
+        "ContinuousBatchingConfig(return_logprobs=True)",
     ),
 }
 OTHERWISE = "transformers would pass over it, or ends requests early by it"
@@ -88,13 +105,15 @@ def check_settings(config: Any, said: dict[str, Any]) -> None:
             wrong.append(f"{name}={value!r} ({REASONS.get(name, OTHERWISE)})")
     if wrong:
         raise ValueError(
-            f"generate_batch (continuous batching) does not obey {'; '.join(wrong)}. Use generate(), or leave it out; what "
-            "the call leaves out (None) is the model's own."
+            f"generate_batch (continuous batching) does not obey {'; '.join(wrong)}. Use generate(), or leave it out; "
+            "what the call leaves out (None) is the model's own."
         )
 
 
 def _fields_of(config: Any) -> set[str]:
-    """What transformers' generation configs have; anything else is a user's own note, which generate() does not read either."""
+    """What transformers' generation configs have; anything else is a user's own note, which generate() does not
+    read either.
+    """
     return set(vars(type(config)()))
 
 
@@ -107,8 +126,8 @@ def check_model(config: JamConfig) -> None:
         )
     if len(heads := {_heads(decoder) for decoder in config.decoder_configs}) > 1:
         raise ValueError(
-            "Continuous batching keeps pages of one shape, and the streams have different key/value heads (number, size): "
-            f"{sorted(heads)}. Use generate()."
+            "Continuous batching keeps pages of one shape, and the streams have different key/value heads (number, "
+            f"size): {sorted(heads)}. Use generate()."
         )
 
 
@@ -124,8 +143,8 @@ def check_rotation(config: JamConfig, longest: int) -> None:
         )
         raise ValueError(
             f"A request may have {longest} ids here, where rotary positions ({', '.join(kinds)}) depend on the length: "
-            "continuous batching feeds all requests in one forward, which would be rotated by the longest. Use generate(), or "
-            "fewer ids (max_new_tokens)."
+            "continuous batching feeds all requests in one forward, which would be rotated by the longest. Use "
+            "generate(), or fewer ids (max_new_tokens)."
         )
 
 
@@ -137,9 +156,14 @@ MEMORY_SHARE = 0.25  # of the memory that is free
 
 
 def sized(
-    given: ContinuousBatchingConfig | None, config: JamConfig, dtype: torch.dtype, device: torch.device, lengths: Sequence[int]
+    given: ContinuousBatchingConfig | None,
+    config: JamConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    lengths: Sequence[int],
 ) -> ContinuousBatchingConfig:
-    """`given` with pools for requests of these `lengths`, in ids with all that they may write, where it leaves them open.
+    """`given` with pools for requests of these `lengths`, in ids with all that they may write, where it leaves them
+    open.
 
     transformers would take a share of all memory, whatever the requests. Here they get what they need, and no more than
     `MEMORY_SHARE` of what is free: then some wait, or are set back and read anew.
@@ -158,9 +182,9 @@ def sized(
         least = -(-max(lengths) // page) + 1
         if most < least:
             raise ValueError(
-                f"The longest request has {max(lengths)} ids with what it may write, {least} pages of {page}; {most} fit "
-                f"into {MEMORY_SHARE:.0%} of the {free / 2**30:.1f} GiB of memory that are free. Lower max_new_tokens or "
-                "max_length, or set num_blocks in a ContinuousBatchingConfig."
+                f"The longest request has {max(lengths)} ids with what it may write, {least} pages of {page}; {most} "
+                f"fit into {MEMORY_SHARE:.0%} of the {free / 2**30:.1f} GiB of memory that are free. Lower "
+                "max_new_tokens or max_length, or set num_blocks in a ContinuousBatchingConfig."
             )
         blocks = min(blocks, most)
         # transformers counts a block as num_hidden_layers pages; a cross JAM has more attentions than that.

@@ -1,7 +1,8 @@
 """How the weights of a JAM are split over processes: tables of names and of transformers' parallel styles.
 
 They know names and head counts only; no module is built or touched here. transformers reads them through
-`JamConfig.base_model_tp_plan`, and [`JamPreTrainedModel`] asks here when it is built and when it is split. There is no pipeline
+`JamConfig.base_model_tp_plan`, and [`JamPreTrainedModel`] asks here when it is built and when it is split. There is no
+pipeline
 parallel plan: transformers' pipelines pass one hidden state from process to process.
 """
 
@@ -16,14 +17,14 @@ from ..model.families_jam import family_of, key_value_heads_of
 from ..model.transformers_private_jam import replace_layer_number_by_wildcard
 
 
-# Split by heads: each process computes its own heads, and `rowwise` sums what they add. A norm that all heads share (Qwen3) is
-# whole, but its gradient is that of the process's own heads.
+# Split by heads: each process computes its own heads, and `rowwise` sums what they add. A norm that all heads share
+# (Qwen3) is whole, but its gradient is that of the process's own heads.
 _BY_HEADS = dict.fromkeys(("query", "key", "value"), "colwise") | {
     "output": "rowwise",
     "norm of heads": "replicated_with_grad_allreduce",
 }
-# Weights are split all the same, but each process computes every head: for head counts that cannot be shared out evenly. The
-# norm is named here to outvote the stock config's plan, which would add up gradients that are whole.
+# Weights are split all the same, but each process computes every head: for head counts that cannot be shared out
+# evenly. The norm is named here to outvote the stock config's plan, which would add up gradients that are whole.
 _WHOLE = dict.fromkeys(("query", "key", "value"), "colwise_gather_output") | {
     "output": "rowwise_split_input",
     "norm of heads": "replicate",
@@ -47,9 +48,9 @@ def splits_by_heads(config: Any, processes: int = 1) -> bool:
 def tensor_parallel_plan(config: Any, processes: int = 1) -> dict[str, str]:
     """The names of a [`JamModel`]'s modules (`*` for the depth) -> transformers' tensor parallel styles.
 
-    Query, key and value projections are split by heads, the output projection and the FFN accordingly; the embedding is split
-    by the vocabulary, as a head tied to it must be. Norms, OPT's positions and projections, and the VQ model are whole in
-    every process.
+    Query, key and value projections are split by heads, the output projection and the FFN accordingly; the embedding is
+    split by the vocabulary, as a head tied to it must be. Norms, OPT's positions and projections, and the VQ model are
+    whole in every process.
     """
     styles = _BY_HEADS if splits_by_heads(config, processes) else _WHOLE
     layers = "language_model.layers.*."
@@ -75,7 +76,8 @@ def tensor_parallel_plan(config: Any, processes: int = 1) -> dict[str, str]:
 def parallel_plans(model: Any) -> tuple[dict[str, str], dict[str, str], dict[str, Any]]:
     """The plans of a model for tensors, FSDP2 and pipelines: of those that it has, the rules of parts that it has.
 
-    Every config brings rules for the names of a plain decoder (`embed_tokens`, `layers.*`, `norm`); a JAM's parts have others.
+    Every config brings rules for the names of a plain decoder (`embed_tokens`, `layers.*`, `norm`); a JAM's parts have
+    others.
     """
     names = {replace_layer_number_by_wildcard(name) for name, _ in model.named_modules()}
     tensors, units = (
@@ -94,8 +96,8 @@ def split_for(model: Any, distributed_config: Any) -> None:
     """
     if distributed_config.pp_size > 1:
         raise ValueError(
-            f"A JAM has no pipeline parallel plan (pp_size={distributed_config.pp_size} was asked for). To spread depths "
-            "over devices use device_map='auto'; to split its weights use tp_size or fsdp_size."
+            f"A JAM has no pipeline parallel plan (pp_size={distributed_config.pp_size} was asked for). To spread "
+            "depths over devices use device_map='auto'; to split its weights use tp_size or fsdp_size."
         )
     if distributed_config.tp_size > 1:
         prefix = "" if model.base_model is model else f"{model.base_model_prefix}."

@@ -1,10 +1,11 @@
 """What trl's trainers ask of a causal LM, answered from a JAM's own logits.
 
-trl (1.16, say) replaces the `forward` of the model it trains by one that multiplies `last_hidden_state` by `lm_head.weight`
-itself, and compares with the labels that it was given. In a JAM that would be wrong in silence: in the preserving cross form
-image logits come from `image_head`, and placeholders in the labels become codes only inside `forward`. So a JAM keeps trl's
-replacement (see `JamForCausalLM.__setattr__`), and answers its calls with `fused_lm_head=True` here. It needs no trl. A JAM
-loaded from its folder's own code, without jam_hf, refuses the replacement.
+trl (1.16, say) replaces the `forward` of the model it trains by one that multiplies `last_hidden_state` by
+`lm_head.weight`
+itself, and compares with the labels that it was given. In a JAM that would be wrong in silence: in the preserving cross
+form image logits come from `image_head`, and placeholders in the labels become codes only inside `forward`. So a JAM
+keeps trl's replacement (see `JamForCausalLM.__setattr__`), and answers its calls with `fused_lm_head=True` here. It
+needs no trl. A JAM loaded from its folder's own code, without jam_hf, refuses the replacement.
 
 Shape suffixes: B batch, T positions, V vocabulary.
 """
@@ -27,7 +28,8 @@ from ..model.modeling_jam import is_trl_forward
 
 @dataclass
 class JamTokenStatistics(ModelOutput):
-    """Statistics of each next-token label, under the names that trl gives them; `[B, T - 1]`, zero where the label is -100.
+    """Statistics of each next-token label, under the names that trl gives them; `[B, T - 1]`, zero where the label is
+    -100.
 
     Args:
         loss (`[]`): mean negative log-probability of the labels, over `num_items_in_batch` where that is given.
@@ -75,7 +77,9 @@ def answering_trl(model: nn.Module, trl_forward: Callable[..., Any]) -> MethodTy
 
     The temperature is the one that trl's function was made with.
     """
-    temperature = inspect.getclosurevars(inspect.unwrap(trl_forward, stop=is_trl_forward)).nonlocals.get("temperature", 1.0)
+    temperature = inspect.getclosurevars(inspect.unwrap(trl_forward, stop=is_trl_forward)).nonlocals.get(
+        "temperature", 1.0
+    )
 
     @functools.wraps(type(model).forward)
     def forward(
@@ -92,7 +96,9 @@ def answering_trl(model: nn.Module, trl_forward: Callable[..., Any]) -> MethodTy
             given = {name: value for name, value in given.items() if value is not None}
             return trl_forward(input_ids, *args, **given, **kwargs)
         if kwargs.get("shift_labels") is not None:
-            raise ValueError("A JAM takes `labels`, not `shift_labels` (context or sequence parallelism is not supported).")
+            raise ValueError(
+                "A JAM takes `labels`, not `shift_labels` (context or sequence parallelism is not supported)."
+            )
         input_ids, labels = self.encode_pictures(input_ids, labels, kwargs.pop("pixel_values", None))
         outputs = trl_forward(input_ids, *args, **{**kwargs, "use_cache": False, "return_dict": True})
         return token_statistics(outputs.logits, labels, temperature, num_items_in_batch)

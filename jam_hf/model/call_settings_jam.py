@@ -1,5 +1,5 @@
-"""The settings of a call of `generate()` that a JAM has beside transformers' own: each is a field here, checked here, and what
-it means is made here.
+"""The settings of a call of `generate()` that a JAM has beside transformers' own: each is a field here, checked here,
+and what it means is made here.
 
 It knows names and values; what they do is in grammar_jam.py and guidance_jam.py, and when in generation_jam.py.
 """
@@ -27,25 +27,27 @@ from .guidance_jam import GuidanceSettings
 
 @dataclass(frozen=True, kw_only=True)
 class JamCallSettings:
-    """What a call asks for. Each field may be an argument of `generate()`, stand in the generation config that is passed with
-    it, or in the model's own (generation_config.json), in this order; `None` where nobody said it.
+    """What a call asks for. Each field may be an argument of `generate()`, stand in the generation config that is
+    passed with it, or in the model's own (generation_config.json), in this order; `None` where nobody said it.
 
     Args:
-        generation_mode: "interleaved", "text" or "image" (one picture, at once). `None`: plain next-token generation without a
-            grammar.
-        min_new_images, max_new_images: pictures to finish in "interleaved" mode, one that is half-drawn in the prompt included.
+        generation_mode: "interleaved", "text" or "image" (one picture, at once). `None`: plain next-token generation
+            without a grammar.
+        min_new_images, max_new_images: pictures to finish in "interleaved" mode, one that is half-drawn in the prompt
+            included.
         image_after_token_ids: a picture follows each of these ids of written text, and stands nowhere else
             (`processor.sentence_end_token_ids()` for one after each sentence).
         image_positions: pictures stand after so many ids of written text, and nowhere else.
         guidance_scale: classifier-free guidance inside pictures [P]; 1.0 or `None`: none.
         image_guidance_scale: a scale of its own for the pictures of the context, beside `guidance_scale` for the whole.
         contrastive_alpha, contrastive_k: CD-K [C] instead of guidance.
-        image_temperature, image_top_k, image_top_p, image_min_p: for codes, where they differ from `temperature` and so on,
-            which hold for both where these are `None`.
-        image_repetition_penalty, image_no_repeat_ngram_size: over the codes of the document. Without `image_`, these and all
-            that look back at what was written (history_jam.py) go by text alone.
-        negative_prompt_ids: rows without padding, one for all or one for each prompt, of what guidance turns away from, in
-            place of `<mask>`; an argument alone: int64 `[B or 1, T]`, padding told by `negative_prompt_attention_mask`.
+        image_temperature, image_top_k, image_top_p, image_min_p: for codes, where they differ from `temperature` and so
+            on, which hold for both where these are `None`.
+        image_repetition_penalty, image_no_repeat_ngram_size: over the codes of the document. Without `image_`, these
+            and all that look back at what was written (history_jam.py) go by text alone.
+        negative_prompt_ids: rows without padding, one for all or one for each prompt, of what guidance turns away from,
+            in place of `<mask>`; an argument alone: int64 `[B or 1, T]`, padding told by
+            `negative_prompt_attention_mask`.
         asked: names of the settings that the call has said itself, by arguments or in the config that came with it.
     Raises:
         ValueError: on values that are out of range or contradict each other.
@@ -73,19 +75,20 @@ class JamCallSettings:
         self.rules()
         if self.negative_prompt_ids is not None and not self._guidance().branches:
             raise ValueError(
-                "negative_prompt_ids have nothing to act on: set guidance_scale, or contrastive_alpha and contrastive_k."
+                "negative_prompt_ids have nothing to act on: set guidance_scale, or contrastive_alpha and "
+                "contrastive_k."
             )
         self.guidance()
         self.image_history()
 
     @staticmethod
     def said(arguments: dict[str, Any], passed: Any, own: Any) -> dict[str, Any]:
-        """Fields by name, unchecked: of the `arguments` of a call, out of which they are taken, of the generation config
-        `passed` with it (or `None`) and of the model's `own`.
+        """Fields by name, unchecked: of the `arguments` of a call, out of which they are taken, of the generation
+        config `passed` with it (or `None`) and of the model's `own`.
 
-        What the model's own config says of one kind of call is no contradiction to a call of another kind: a saved layout of
-        pictures is for interleaved documents, and of guidance the kind that is passed holds. What `passed` has in common with
-        the model's own is the model's (pipelines pass a copy).
+        What the model's own config says of one kind of call is no contradiction to a call of another kind: a saved
+        layout of pictures is for interleaved documents, and of guidance the kind that is passed holds. What `passed`
+        has in common with the model's own is the model's (pipelines pass a copy).
         """
         given = {name: arguments.pop(name) for name in CALL_SETTINGS if name in arguments}
         values = {name: setting(name, given, passed, own) for name in CALL_SETTINGS}
@@ -116,7 +119,9 @@ class JamCallSettings:
         return DocumentRules(self.generation_mode, least, self.max_new_images, after, places)
 
     def _guidance(self) -> GuidanceSettings:
-        return GuidanceSettings(self.guidance_scale, self.image_guidance_scale, self.contrastive_alpha, self.contrastive_k)
+        return GuidanceSettings(
+            self.guidance_scale, self.image_guidance_scale, self.contrastive_alpha, self.contrastive_k
+        )
 
     def guidance(self) -> GuidanceSettings | None:
         """How pictures are guided; None where the call has nothing to guide."""
@@ -132,8 +137,9 @@ class JamCallSettings:
         return [processor for processor in found if processor is not None]
 
     def image_warpers(self, num_beams: int = 1) -> dict[type[LogitsProcessor], tuple[bool, LogitsProcessor | None]]:
-        """For transformers' warpers, in the order in which it applies them: whether codes have a setting of their own, and what
-        warps them then (None: nothing does). They are read where a call samples."""
+        """For transformers' warpers, in the order in which it applies them: whether codes have a setting of their own,
+        and what warps them then (None: nothing does). They are read where a call samples.
+        """
         keep = {} if num_beams == 1 else {"min_tokens_to_keep": 2}
         made = (
             (self.image_temperature, _stock("image_temperature", self.image_temperature, 1, TemperatureLogitsWarper)),

@@ -1,8 +1,8 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
-# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
-# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific
-# language governing permissions and limitations under the License.
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
 """Configuration of a JAM: the one home of every id, of the grid and of the shapes.
 
 It knows numbers only: nothing here builds a module or reads a file. Everything that can be derived is derived here, and
@@ -44,45 +44,47 @@ class JamConfig(PreTrainedConfig):
     r"""Configuration of a Joint Autoregressive Mixture (arXiv 2309.15564).
 
     Args:
-        fusion_mode (`str`, defaults to `"cross"`): `"uniform"` and `"width"` are one stock decoder (of one parent's size,
-            of twice the hidden size); `"cross"` is two stock decoders in lockstep with cross blocks between them.
+        fusion_mode (`str`, defaults to `"cross"`): `"uniform"` and `"width"` are one stock decoder (of one parent's
+            size, of twice the hidden size); `"cross"` is two stock decoders in lockstep with cross blocks between them.
         text_config (`PreTrainedConfig` or `dict`): the decoder (uniform, width) or the text stream (cross). Families:
-            Llama, Mistral, Qwen2, Qwen3, OPT, Chameleon's decoder (cross only) and Emu3's (`emu3_text_model`). The streams
-            may be of different families.
+            Llama, Mistral, Qwen2, Qwen3, OPT, Chameleon's decoder (cross only) and Emu3's (`emu3_text_model`). The
+            streams may be of different families.
         image_config (`PreTrainedConfig` or `dict`, *optional*): the image stream; cross only.
         vq_config ([`JamVQConfig`] or `dict`): the image tokenizer.
-        layer_pairing (`list[list[int]]`, *optional*): which layers of the two streams stand at one depth, where the streams
-            have different numbers of layers: one pair `[text layer, image layer]` for each layer of the shallower stream.
-            Follows from relative position where `None` (see `layer_pairs`), and is saved. `None` where the numbers are equal:
-            layer i stands beside layer i.
-        cross_attention_interval (`int`, defaults to 2): cross blocks follow every so many-th pair of layers, from the first
-            on: in streams of equal depth layers 0, interval, 2*interval, ...
-        cross_form (`str`, defaults to `"preserving"`): `"paper"`: one embedding feeds both streams, and a new linear layer
-            over both final states feeds one output projection. `"preserving"` (ours): each stream reads its own parent's
-            embedding, text logits are read from the text stream and image logits from the image stream, and the cross
-            blocks' outputs start at zero, so that a fusion reproduces both parents.
+        layer_pairing (`list[list[int]]`, *optional*): which layers of the two streams stand at one depth, where the
+            streams have different numbers of layers: one pair `[text layer, image layer]` for each layer of the
+            shallower stream. Follows from relative position where `None` (see `layer_pairs`), and is saved. `None`
+            where the numbers are equal: layer i stands beside layer i.
+        cross_attention_interval (`int`, defaults to 2): cross blocks follow every so many-th pair of layers, from the
+            first on: in streams of equal depth layers 0, interval, 2*interval, ...
+        cross_form (`str`, defaults to `"preserving"`): `"paper"`: one embedding feeds both streams, and a new linear
+            layer over both final states feeds one output projection. `"preserving"` (ours): each stream reads its own
+            parent's embedding, text logits are read from the text stream and image logits from the image stream, and
+            the cross blocks' outputs start at zero, so that a fusion reproduces both parents.
         image_head_hidden_size (`int`, *optional*): hidden size of an image head that is an MLP, as Janus has it
-            (`JanusVQVAEHead`); the logits of image codes then come from it in every mode. Where `None`, they come from rows
-            of a linear layer.
+            (`JanusVQVAEHead`); the logits of image codes then come from it in every mode. Where `None`, they come from
+            rows of a linear layer.
         image_head_act (`str`, defaults to `"gelu"`): its activation, by transformers' name.
         break_token_id, mask_token_id, image_token_id (`int`): `<break>` on both sides of a picture, the first CM3
             sentinel `<mask>`, and the placeholder `<image>` that stands for a code in text.
-        image_end_token_id (`int`, *optional*): closes a picture that `<break>` opened; `<break>` does both where `None`.
-        image_prefix_token_ids, image_suffix_token_ids (`list[int]`, default to none): tokens between the opening token and
-            the first code, and between the last code and the closing token.
-        image_row_end_token_id (`int`, *optional*): follows each row of a picture's grid, the last one included. With these
-            four a JAM writes pictures as its image parent does (Chameleon: a closing token of its own; Emu3: a prefix that
-            tells the size, row ends, an end of frame). Their tokens stand for nothing else: they never occur in text.
+        image_end_token_id (`int`, *optional*): closes a picture that `<break>` opened; `<break>` does both where
+            `None`.
+        image_prefix_token_ids, image_suffix_token_ids (`list[int]`, default to none): tokens between the opening token
+            and the first code, and between the last code and the closing token.
+        image_row_end_token_id (`int`, *optional*): follows each row of a picture's grid, the last one included. With
+            these four a JAM writes pictures as its image parent does (Chameleon: a closing token of its own; Emu3: a
+            prefix that tells the size, row ends, an end of frame). Their tokens stand for nothing else: they never
+            occur in text.
         num_mask_tokens (`int`, defaults to 8): CM3 sentinels, ids `mask_token_id + i` (paper: 512).
         mask_end_token_id (`int`, *optional*): end of an infilled span; right after the sentinels where `None`.
         image_token_offset (`int`, *optional*): id of image code 0; the last codes of the vocabulary where `None`.
         image_seq_length (`int`, *optional*): codes in one picture (N). Follows from `vq_config`; checked if given.
-        provenance (`dict`, *optional*): what the JAM was made of and what was done since, for the card and the recipe that
-            every save carries on; see jam_hf/provenance.py.
+        provenance (`dict`, *optional*): what the JAM was made of and what was done since, for the card and the recipe
+            that every save carries on; see jam_hf/provenance.py.
         tie_word_embeddings (`bool`, *optional*): follows `text_config` where `None`; never in the preserving form.
 
-    `vocab_size`, `hidden_size`, `num_hidden_layers` and their like are read from, and written to, the decoders' configs.
-    `num_hidden_layers` of a cross JAM is its number of depths, that of the deeper stream.
+    `vocab_size`, `hidden_size`, `num_hidden_layers` and their like are read from, and written to, the decoders'
+    configs. `num_hidden_layers` of a cross JAM is its number of depths, that of the deeper stream.
 
     Raises:
         ValueError: if the parts contradict each other; the message says what was expected and what came.
@@ -133,13 +135,15 @@ class JamConfig(PreTrainedConfig):
         _check_choice("fusion_mode", self.fusion_mode, FUSION_MODES)
         _check_choice("cross_form", self.cross_form, CROSS_FORMS)
         if self.cross_attention_interval < 1:
-            raise ValueError(f"JamConfig: `cross_attention_interval` must be at least 1, got {self.cross_attention_interval}.")
+            raise ValueError(
+                f"JamConfig: `cross_attention_interval` must be at least 1, got {self.cross_attention_interval}."
+            )
         if self.fusion_mode == "cross" and self.image_config is None:
             self.image_config = copy.deepcopy(self.text_config) if self.text_config is not None else {}
         elif self.fusion_mode != "cross" and self.image_config is not None:
             raise ValueError(
-                f"JamConfig: `image_config` is for fusion_mode='cross'; a JAM of fusion_mode='{self.fusion_mode}' is one "
-                "decoder, described by `text_config`. Leave `image_config` out."
+                f"JamConfig: `image_config` is for fusion_mode='cross'; a JAM of fusion_mode='{self.fusion_mode}' is "
+                "one decoder, described by `text_config`. Leave `image_config` out."
             )
         super().__post_init__(**kwargs)
         self._check_family("text_config")
@@ -160,8 +164,8 @@ class JamConfig(PreTrainedConfig):
         """As in `PreTrainedConfig`; the config of another model is refused, not read as a JAM's."""
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
             raise ValueError(
-                f"This is the config of a '{config_dict['model_type']}' model, not of a JAM. Load it with AutoConfig or "
-                "AutoModel..., or make a JAM of it with `jam_hf.fuse`."
+                f"This is the config of a '{config_dict['model_type']}' model, not of a JAM. Load it with AutoConfig "
+                "or AutoModel..., or make a JAM of it with `jam_hf.fuse`."
             )
         return super().from_dict(config_dict, **kwargs)
 
@@ -177,7 +181,9 @@ class JamConfig(PreTrainedConfig):
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in `PreTrainedConfig`; without the fields of what this JAM has not (unequal depths, an MLP as image head)."""
+        """As in `PreTrainedConfig`; without the fields of what this JAM has not (unequal depths, an MLP as image
+        head).
+        """
         values = super().to_dict()
         for name in ("layer_pairing", "provenance"):
             if getattr(self, name) is None:
@@ -190,7 +196,11 @@ class JamConfig(PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """As in `PreTrainedConfig`; files say nothing of what a picture does not have."""
         names = ("image_end_token_id", "image_prefix_token_ids", "image_row_end_token_id", "image_suffix_token_ids")
-        return {name: value for name, value in super().to_diff_dict().items() if name not in names or value not in (None, [])}
+        return {
+            name: value
+            for name, value in super().to_diff_dict().items()
+            if name not in names or value not in (None, [])
+        }
 
     # ----- checks -----------------------------------------------------------------------------------------------------
 
@@ -258,7 +268,8 @@ class JamConfig(PreTrainedConfig):
         for name in ("pad_token_id", "bos_token_id", *(n for n in singles if n.startswith("eos"))):
             if singles[name] in taken:
                 raise ValueError(
-                    f"JamConfig: {name} and {taken[singles[name]]} have the same id {singles[name]}; each needs its own."
+                    f"JamConfig: {name} and {taken[singles[name]]} have the same id {singles[name]}; each needs its "
+                    "own."
                 )
 
     def _derive_layout_ids(self) -> dict[str, int]:
@@ -279,7 +290,9 @@ class JamConfig(PreTrainedConfig):
 
     @property
     def embedding_sizes(self) -> tuple[int, ...]:
-        """Widths of the parts of one row of the input embedding: one, or text and image in the preserving cross form."""
+        """Widths of the parts of one row of the input embedding: one, or text and image in the preserving cross
+        form.
+        """
         if self.fusion_mode == "cross" and self.cross_form == "preserving":
             return embedding_size_of(self.text_config), embedding_size_of(self.image_config)
         return (embedding_size_of(self.text_config),)
@@ -345,8 +358,8 @@ class JamConfig(PreTrainedConfig):
         """The pairs `[text layer, image layer]` that stand at one depth, upwards (empty for uniform and width).
 
         `layer_pairing` where it is given. Otherwise layer i of the shallower stream, of S layers, stands beside layer
-        `ceil((i + 1) * L / S) - 1` of the deeper one, of L layers: the last layers are a pair, and in streams of equal depth
-        layer i stands beside layer i.
+        `ceil((i + 1) * L / S) - 1` of the deeper one, of L layers: the last layers are a pair, and in streams of equal
+        depth layer i stands beside layer i.
 
         Raises:
             ValueError: if `layer_pairing` does not fit the streams.
@@ -379,7 +392,9 @@ class JamConfig(PreTrainedConfig):
 
     @property
     def cross_attention_layers(self) -> tuple[int, ...]:
-        """Depths followed by a pair of cross blocks (empty for uniform and width): every interval-th that has both layers."""
+        """Depths followed by a pair of cross blocks (empty for uniform and width): every interval-th that has both
+        layers.
+        """
         # Depths are numbered by the deeper stream, whose layer has the higher number in a pair.
         return tuple(max(pair) for pair in self.layer_pairs[:: self.cross_attention_interval])
 
@@ -387,15 +402,19 @@ class JamConfig(PreTrainedConfig):
     def visited_attentions(self) -> tuple[tuple[int, str], ...]:
         """Every attention of a cross JAM as (depth, module of the depth), in the order in which a forward visits them.
 
-        Depth by depth: "text_layer" and "image_layer", where the stream has a layer there, and, where cross blocks follow,
-        "text_cross" (text reads image) and "image_cross". The place in this order is the place in the cache.
+        Depth by depth: "text_layer" and "image_layer", where the stream has a layer there, and, where cross blocks
+        follow, "text_cross" (text reads image) and "image_cross". The place in this order is the place in the cache.
         """
         text, image, crossed = (
-            frozenset(depths) for depths in (self.text_layer_depths, self.image_layer_depths, self.cross_attention_layers)
+            frozenset(depths)
+            for depths in (self.text_layer_depths, self.image_layer_depths, self.cross_attention_layers)
         )
         parts = {"text_layer": text, "image_layer": image, "text_cross": crossed, "image_cross": crossed}
         return tuple(
-            (depth, part) for depth in range(self.num_hidden_layers) for part, depths in parts.items() if depth in depths
+            (depth, part)
+            for depth in range(self.num_hidden_layers)
+            for part, depths in parts.items()
+            if depth in depths
         )
 
     @property
@@ -416,8 +435,9 @@ class JamConfig(PreTrainedConfig):
     def per_layer_config(self) -> list[PreTrainedConfig]:
         """One config per cached attention, in the order in which a forward visits them.
 
-        Uniform and width: the layers. Cross: as `visited_attentions` has it. An offloaded cache fetches the next entry while
-        one is at work, so it needs the order of the visits. An entry has a `sliding_window` where that attention slides, and
+        Uniform and width: the layers. Cross: as `visited_attentions` has it. An offloaded cache fetches the next entry
+        while one is at work, so it needs the order of the visits. An entry has a `sliding_window` where that attention
+        slides, and
         only there: caches go by it. Cross blocks attend to all that came before.
         """
         whole = [_without_window(config) for config in self.decoder_configs]
@@ -439,7 +459,9 @@ class JamConfig(PreTrainedConfig):
     @per_layer_config.setter
     def per_layer_config(self, value: Any) -> None:
         if value is not None:
-            raise ValueError("JamConfig: per-layer overrides are not supported; set them in text_config or image_config.")
+            raise ValueError(
+                "JamConfig: per-layer overrides are not supported; set them in text_config or image_config."
+            )
 
     @property
     def layer_types(self) -> list[str]:
@@ -453,7 +475,9 @@ class JamConfig(PreTrainedConfig):
             raise ValueError("JamConfig: layer_types follow from text_config and image_config; set them there.")
 
     def validate_layer_type(self) -> None:
-        """Nothing to check here: a cross JAM has more attentions than depths, and the decoders' configs check their own."""
+        """Nothing to check here: a cross JAM has more attentions than depths, and the decoders' configs check their
+        own.
+        """
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
@@ -462,7 +486,9 @@ class JamConfig(PreTrainedConfig):
 
     @property
     def base_model_fsdp_plan(self) -> dict[str, str]:
-        """FSDP2 styles by the same names: one unit for the embedding, for every depth and for the frozen image tokenizer."""
+        """FSDP2 styles by the same names: one unit for the embedding, for every depth and for the frozen image
+        tokenizer.
+        """
         return dict.fromkeys(("language_model.embed_tokens", "language_model.layers.*", "vq_model"), "free_full_weight")
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:

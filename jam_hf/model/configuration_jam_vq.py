@@ -1,9 +1,10 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
-# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
-# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific
-# language governing permissions and limitations under the License.
-"""Configuration of the VQ image tokenizer of a JAM: which class runs it, the size of its pictures, and how pixels come to it.
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Configuration of the VQ image tokenizer of a JAM: which class runs it, the size of its pictures, and how pixels come
+to it.
 
 It knows numbers only: nothing here builds a module. What can contradict is checked here, when the config is built.
 """
@@ -27,28 +28,31 @@ else:
     Derived = int | None
 
 
-# The VQ classes of transformers that JamVQModel runs where diffusers has none for the weights, by their configs' `model_type`.
+# The VQ classes of transformers that JamVQModel runs where diffusers has none for the weights, by their configs'
+# `model_type`.
 VQVAE_CLASSES = {"janus_vqgan": "janus", "emu3_vqgan": "emu3"}
 
 
 @strict
 class JamVQConfig(PreTrainedConfig):
-    r"""Arguments of [`diffusers.VQModel`], the image tokenizer inside a JAM, or the config of the class that is in its place.
+    r"""Arguments of [`diffusers.VQModel`], the image tokenizer inside a JAM, or the config of the class that is in its
+    place.
 
     Args:
-        sample_size (`int`, *optional*): side of a picture in pixels; pictures are square. Where `None`: 256; with a Janus
-            `vqvae_config`, what its `num_patches` says; with an Emu3 one it must be given.
+        sample_size (`int`, *optional*): side of a picture in pixels; pictures are square. Where `None`: 256; with a
+            Janus `vqvae_config`, what its `num_patches` says; with an Emu3 one it must be given.
         num_vq_embeddings (`int`, defaults to 8192): number of codes in the codebook (paper: 8192).
         block_out_channels (`list[int]`): channels per level; each level but the last halves the resolution.
         vq_embed_dim (`int`, *optional*): size of a codebook vector, `latent_channels` where `None`.
-        has_decoder (`bool`, defaults to `True`): `False` for a tokenizer that can only encode (transformers' Chameleon).
-        vqvae_config (`JanusVQVAEConfig`, `Emu3VQVAEConfig` or `dict`, *optional*): the transformers class to run instead of
-            `diffusers.VQModel`. Channels, depth and codebook are then read from it.
-        codebook_l2_norm (`bool`, defaults to `False`): with a Janus `vqvae_config`, normalise latents and codebook before the
-            nearest code is searched, as LlamaGen does (transformers' class does not).
-        image_processing (`dict`, *optional*): how pictures become `pixel_values`, as arguments of [`JamImageProcessor`] that
-            differ from its own: `resample`, `image_mean`, `image_std`, `rescale_factor`, `size`, `letterbox`, ... What the
-            codes were learned from; `fuse` and `convert_vq` read it off the image parent.
+        has_decoder (`bool`, defaults to `True`): `False` for a tokenizer that can only encode (transformers'
+            Chameleon).
+        vqvae_config (`JanusVQVAEConfig`, `Emu3VQVAEConfig` or `dict`, *optional*): the transformers class to run
+            instead of `diffusers.VQModel`. Channels, depth and codebook are then read from it.
+        codebook_l2_norm (`bool`, defaults to `False`): with a Janus `vqvae_config`, normalise latents and codebook
+            before the nearest code is searched, as LlamaGen does (transformers' class does not).
+        image_processing (`dict`, *optional*): how pictures become `pixel_values`, as arguments of [`JamImageProcessor`]
+            that differ from its own: `resample`, `image_mean`, `image_std`, `rescale_factor`, `size`, `letterbox`, ...
+            What the codes were learned from; `fuse` and `convert_vq` read it off the image parent.
 
         The remaining arguments have the meaning that diffusers gives them. The defaults are our reconstruction of the
         paper's tokenizer (Gafni et al. 2022: 256x256 pixels to 32x32 codes out of 8192); its weights are not public.
@@ -56,7 +60,9 @@ class JamVQConfig(PreTrainedConfig):
 
     model_type = "jam_vq"
     base_config_key = "vq_config"
-    sub_configs_defaults = {"vqvae_config": SubConfigSpec(config_class=AutoConfig, model_type="janus_vqgan", optional=True)}
+    sub_configs_defaults = {
+        "vqvae_config": SubConfigSpec(config_class=AutoConfig, model_type="janus_vqgan", optional=True)
+    }
 
     in_channels: int = 3
     out_channels: int = 3
@@ -79,13 +85,16 @@ class JamVQConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.vqvae_config, dict) and "model_type" not in self.vqvae_config:
-            raise ValueError(f"JamVQConfig: `vqvae_config` must say its `model_type`, one of {', '.join(VQVAE_CLASSES)}.")
+            raise ValueError(
+                f"JamVQConfig: `vqvae_config` must say its `model_type`, one of {', '.join(VQVAE_CLASSES)}."
+            )
         super().__post_init__(**kwargs)
         if self.vqvae_config is not None:
             self._follow_vqvae_config()
         if self.codebook_l2_norm and self.vq_class != "janus":
             raise ValueError(
-                "JamVQConfig: `codebook_l2_norm` is for a Janus `vqvae_config`: its decoder normalises, the others' do not."
+                "JamVQConfig: `codebook_l2_norm` is for a Janus `vqvae_config`: its decoder normalises, the others' do "
+                "not."
             )
         if self.sample_size is None:
             self.sample_size = 256
@@ -113,10 +122,13 @@ class JamVQConfig(PreTrainedConfig):
         inner = self.vqvae_config
         if inner.model_type not in VQVAE_CLASSES:
             raise ValueError(
-                f"JamVQConfig: `vqvae_config` is a '{inner.model_type}'; supported: {', '.join(map(repr, VQVAE_CLASSES))}."
+                f"JamVQConfig: `vqvae_config` is a '{inner.model_type}'; supported: "
+                f"{', '.join(map(repr, VQVAE_CLASSES))}."
             )
         if inner.double_latent or not self.has_decoder:
-            raise ValueError("JamVQConfig: with a `vqvae_config`, `double_latent` must be False and `has_decoder` True.")
+            raise ValueError(
+                "JamVQConfig: with a `vqvae_config`, `double_latent` must be False and `has_decoder` True."
+            )
         common = {
             "in_channels": inner.in_channels,
             "out_channels": inner.out_channels,
@@ -142,8 +154,8 @@ class JamVQConfig(PreTrainedConfig):
         expected = inner.num_patches * self.downsampling_factor
         if self.sample_size is not None and self.sample_size != expected:
             raise ValueError(
-                f"JamVQConfig: `sample_size` is {self.sample_size}, but `vqvae_config.num_patches` {inner.num_patches} means "
-                f"{expected} pixels. Change one of them."
+                f"JamVQConfig: `sample_size` is {self.sample_size}, but `vqvae_config.num_patches` {inner.num_patches} "
+                f"means {expected} pixels. Change one of them."
             )
         self.sample_size = expected
 
@@ -154,7 +166,9 @@ class JamVQConfig(PreTrainedConfig):
 
     @property
     def pixel_range(self) -> tuple[float, float]:
-        """The least and the largest of `pixel_values`: [-1, 1], and what `image_processing` makes of 0 and 255 where more."""
+        """The least and the largest of `pixel_values`: [-1, 1], and what `image_processing` makes of 0 and 255
+        where more.
+        """
         said = self.image_processing or {}
         white = 255 * said.get("rescale_factor", 1 / 255)
         means, stds = said.get("image_mean", [0.5] * 3), said.get("image_std", [0.5] * 3)

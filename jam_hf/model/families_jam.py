@@ -1,8 +1,9 @@
-"""The fact sheets of the decoder families: all that a JAM and its tools know of one family beside what every decoder has.
+"""The fact sheets of the decoder families: all that a JAM and its tools know of one family beside what every decoder
+has.
 
-An explicit registry: families that scale their embeddings, cap their logits or have other kinds of layers would be silently
-wrong in a JAM, so what is not listed is refused, and nothing is guessed from a config by duck typing. It holds names and
-facts; no module is built here, and transformers' classes are imported when they are asked for.
+An explicit registry: families that scale their embeddings, cap their logits or have other kinds of layers would be
+silently wrong in a JAM, so what is not listed is refused, and nothing is guessed from a config by duck typing. It holds
+names and facts; no module is built here, and transformers' classes are imported when they are asked for.
 
 A family is added by one entry in `FAMILIES` and its tests (docs/architecture.md, Families).
 """
@@ -36,14 +37,15 @@ class Family:
     Args:
         model_type: of the decoder's config. prefix: of its classes, which are `{prefix}{role}`.
         module: in `transformers.models`; `model_type` where `None`.
-        decoder: role of the whole decoder; `None` where transformers has none without a VQ model inside: such a family is one
-            stream of a cross JAM, no decoder by itself, and no parent by its own causal LM.
+        decoder: role of the whole decoder; `None` where transformers has none without a VQ model inside: such a family
+            is one stream of a cross JAM, no decoder by itself, and no parent by its own causal LM.
         layer, swin_layer: role of a layer, and of one where the config says `swin_norm`.
-        rotary, norm, feed_forward: roles of the rotary embedding, the norm and the FFN, of which cross blocks are made; norm
-            `None`: `nn.LayerNorm`; feed_forward `None`: an FFN without a gate that transformers has only inside the layer.
+        rotary, norm, feed_forward: roles of the rotary embedding, the norm and the FFN, of which cross blocks are made;
+            norm `None`: `nn.LayerNorm`; feed_forward `None`: an FFN without a gate that transformers has only inside
+            the layer.
         learned_positions: a learned table, added to the embedding (OPT), in place of rotary positions.
-        windows: which layers have a sliding window: "none"; "all", where the config has a `sliding_window`; "layer_types", as
-            the config says for each layer.
+        windows: which layers have a sliding window: "none"; "all", where the config has a `sliding_window`;
+            "layer_types", as the config says for each layer.
         attention: names in `self_attn` -> "query", "key", "value", "output" or "norm of heads".
         feed_forward_split: names of the FFN's linear layers, from the layer -> styles of tensor parallelism.
         counts_all_heads: the attention reshapes to all of its heads, whatever came, so heads cannot be shared out.
@@ -106,8 +108,8 @@ FAMILIES: dict[str, Family] = {
             added_by_width=("hidden_size", "ffn_dim", "num_attention_heads", "word_embed_proj_dim"),
             other_linear=("project_in", "project_out"),
         ),
-        # ChameleonModel has the decoder's modules, and a VQ model of its own among them. The norms of its attention have
-        # weights for each head, and are whole as all heads are.
+        # ChameleonModel has the decoder's modules, and a VQ model of its own among them. The norms of its attention
+        # have weights for each head, and are whole as all heads are.
         Family(
             "chameleon",
             "Chameleon",
@@ -138,7 +140,9 @@ def family_of(config: Any) -> Family:
 
 
 def attention_type(config: Any, depth: int) -> str:
-    """ "sliding_attention" or "full_attention": what the stock decoder of this config does in the layer of this depth."""
+    """ "sliding_attention" or "full_attention": what the stock decoder of this config does in the layer of this
+    depth.
+    """
     family = FAMILIES.get(config.model_type)  # transformers asks before the JAM's config has refused what is not listed
     windows = "none" if family is None else family.windows
     if windows == "layer_types":

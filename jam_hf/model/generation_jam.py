@@ -1,7 +1,7 @@
 """`generate()` with pictures: the grammar, guidance and settings by modality as citizens of transformers' generation.
 
-The grammar is in grammar_jam.py and what guides pictures in guidance_jam.py; here they become logits processors and steps of
-`GenerationMixin`, whose loops (greedy, sampling, beams, drafts) are used as they are.
+The grammar is in grammar_jam.py and what guides pictures in guidance_jam.py; here they become logits processors and
+steps of `GenerationMixin`, whose loops (greedy, sampling, beams, drafts) are used as they are.
 
 Shape suffixes: B rows, T positions, V vocabulary, K codes of the codebook.
 """
@@ -54,28 +54,30 @@ class JamGenerationMixin(GenerationMixin):
 
         Args:
             generation_mode, min_new_images, max_new_images, image_after_token_ids, image_positions, guidance_scale,
-            image_guidance_scale, contrastive_alpha, contrastive_k, image_temperature, image_top_k, image_top_p, image_min_p,
-            image_repetition_penalty, image_no_repeat_ngram_size (*optional*): see [`JamCallSettings`] (call_settings_jam.py);
-                they may also stand in the generation config.
-            negative_prompt_ids (int64 `[B or 1, T]`, *optional*), negative_prompt_attention_mask: what guidance turns away
-                from, in place of `<mask>`.
+            image_guidance_scale, contrastive_alpha, contrastive_k, image_temperature, image_top_k, image_top_p,
+            image_min_p,
+            image_repetition_penalty, image_no_repeat_ngram_size (*optional*): see [`JamCallSettings`]
+                (call_settings_jam.py); they may also stand in the generation config.
+            negative_prompt_ids (int64 `[B or 1, T]`, *optional*), negative_prompt_attention_mask: what guidance turns
+                away from, in place of `<mask>`.
             pixel_values (float `[P, 3, H, W]`, *optional*): pictures of the prompt, as the processor makes them.
-            custom_generate (*optional*): as in `GenerationMixin`, or one of jam_hf.generation that takes the whole call:
-                `BestOfN(num_candidates, reranker)` draws so many candidates for each picture and keeps the best;
-                `WithRetrieval(memory)` puts documents found for each prompt before it, which are in none of the sequences
-                that come back.
+            custom_generate (*optional*): as in `GenerationMixin`, or one of jam_hf.generation that takes the whole
+                call: `BestOfN(num_candidates, reranker)` draws so many candidates for each picture and keeps the best;
+                `WithRetrieval(memory)` puts documents found for each prompt before it, which are in none of the
+                sequences that come back.
             num_candidates (`int`), reranker, memory (*optional*): short for these two.
 
-            Everything else as in `GenerationMixin.generate`. Pictures of the prompt come back as their codes. Where neither
-            `max_new_tokens` nor `max_length` is set, a document may fill the model's positions; "image" mode makes its picture.
-            No picture is begun that the budget or the model's positions would cut off. Inside a picture the grammar outranks
-            other processors that would leave a row nothing to go on with.
+            Everything else as in `GenerationMixin.generate`. Pictures of the prompt come back as their codes. Where
+            neither `max_new_tokens` nor `max_length` is set, a document may fill the model's positions; "image" mode
+            makes its picture. No picture is begun that the budget or the model's positions would cut off. Inside a
+            picture the grammar outranks other processors that would leave a row nothing to go on with.
 
-            Pipelines take the mode from the generation config: where that says "text" they write text only. A picture comes of
-            `pipeline("any-to-any")(..., generation_mode="image", max_new_tokens=L + 2)` (L: `config.picture_length`).
+            Pipelines take the mode from the generation config: where that says "text" they write text only. A picture
+            comes of `pipeline("any-to-any")(..., generation_mode="image", max_new_tokens=L + 2)` (L:
+            `config.picture_length`).
         Raises:
-            ValueError: on settings that are unknown, out of range or contradict each other, placeholders without pictures, or
-                no room for the pictures that are asked for.
+            ValueError: on settings that are unknown, out of range or contradict each other, placeholders without
+                pictures, or no room for the pictures that are asked for.
         """
         if inputs is not None:
             kwargs["inputs" if "input_ids" in kwargs else "input_ids"] = inputs
@@ -118,9 +120,10 @@ class JamGenerationMixin(GenerationMixin):
         ours, theirs = (config.get_text_config().vocab_size for config in (self.config, draft.config))
         if ours != theirs and (kwargs.get("tokenizer") is None or kwargs.get("assistant_tokenizer") is None):
             raise ValueError(
-                f"The draft model (assistant_model) has {theirs} ids, this JAM {ours}, which has those of pictures too. Drafts "
-                "are translated by both tokenizers: generate(..., assistant_model=draft, tokenizer=processor.tokenizer, "
-                "assistant_tokenizer=AutoTokenizer.from_pretrained(<folder of the draft model>))."
+                f"The draft model (assistant_model) has {theirs} ids, this JAM {ours}, which has those of pictures "
+                "too. Drafts are translated by both tokenizers: generate(..., assistant_model=draft, "
+                "tokenizer=processor.tokenizer, assistant_tokenizer=AutoTokenizer.from_pretrained(<folder of the draft "
+                "model>))."
             )
 
     def prompt_with_codes(self, input_ids: torch.LongTensor, pixel_values: torch.Tensor | None) -> torch.LongTensor:
@@ -133,13 +136,15 @@ class JamGenerationMixin(GenerationMixin):
             return self.model.insert_image_tokens(input_ids, pixel_values)
         if bool((input_ids == self.config.image_token_id).any()):
             raise ValueError(
-                "The prompt has placeholders <image> but no pixel_values came with it. Pass the picture(s) to the processor "
-                "(images=[...]) and its whole output to generate()."
+                "The prompt has placeholders <image> but no pixel_values came with it. Pass the picture(s) to the "
+                "processor (images=[...]) and its whole output to generate()."
             )
         return input_ids
 
     def call_settings(self, generation_config: Any, arguments: dict[str, Any] | None = None) -> JamCallSettings:
-        """A JAM's own settings of a call with this generation config and these arguments, out of which they are taken."""
+        """A JAM's own settings of a call with this generation config and these arguments, out of which they are
+        taken.
+        """
         arguments = {} if arguments is None else arguments
         ids, mask = (arguments.pop(name, None) for name in ("negative_prompt_ids", "negative_prompt_attention_mask"))
         rows = negative_prompts(ids, mask, self.config.image_token_id)
@@ -157,12 +162,19 @@ class JamGenerationMixin(GenerationMixin):
         if call is not None and call.prompt_length is not None:
             return copy.deepcopy(generation_config), kwargs
         config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        if call is not None:  # GenerationMixin would answer it with a second forward over the whole prompt at every step
+        if (
+            call is not None
+        ):  # GenerationMixin would answer it with a second forward over the whole prompt at every step
             config.guidance_scale = None
         return config, model_kwargs
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_cache_length: int
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
         """As in `GenerationMixin`, with room for guidance in a static cache; the one that grows does so in blocks.
 
@@ -177,7 +189,9 @@ class JamGenerationMixin(GenerationMixin):
             settings = call.settings.guidance()
             if settings is not None and settings.image_scale is None and not generation_config.is_assistant:
                 max_cache_length += tell("columns_beside", self.config, call, generation_config.max_length, otherwise=0)
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, QuantizedCache):
             # Alone among the caches it counts `num_hidden_layers`; a cross JAM has more attentions than that.
@@ -185,17 +199,21 @@ class JamGenerationMixin(GenerationMixin):
             cache.layers += [copy.deepcopy(cache.layers[0]) for _ in range(missing)]
         flash = any(map(is_flash_attention_requested, self.config.decoder_configs))
         if flash and isinstance(cache, StaticCache) and model_kwargs.get("attention_mask") is None:
-            # GenerationMixin keeps a mask of ones for flash-attention, which needs it on a static cache, where the whole
-            # model's config asks for it; here a single stream's may.
+            # GenerationMixin keeps a mask of ones for flash-attention, which needs it on a static cache, where the
+            # whole model's config asks for it; here a single stream's may.
             position_ids = model_kwargs["position_ids"]
             model_kwargs["attention_mask"] = position_ids.new_ones(len(position_ids), generation_config._mask_length)
-        made_here = type(cache) is DynamicCache and not getattr(cache, "_is_user_defined", False) and not cache.offloading
+        made_here = (
+            type(cache) is DynamicCache and not getattr(cache, "_is_user_defined", False) and not cache.offloading
+        )
         as_usual = generation_config.cache_implementation in (None, "dynamic")
         if made_here and as_usual and call.loop in ROWS_FOLLOW:
             model_kwargs["past_key_values"] = tell("block_cache", self.config, otherwise=cache)
 
     def _call_of(self, generation_config: Any) -> JamCall:
-        """The call that this is; one by the config alone where a hook of `GenerationMixin` is called outside `generate()`."""
+        """The call that this is; one by the config alone where a hook of `GenerationMixin` is called outside
+        `generate()`.
+        """
         return current_call() or JamCall(self.call_settings(generation_config), generation_config, {})
 
     def prepare_inputs_for_generation(
@@ -256,7 +274,8 @@ class JamGenerationMixin(GenerationMixin):
         prompt_rows = None if encoder_input_ids is None else len(encoder_input_ids)
         if negative is not None and prompt_rows is not None and len(negative) not in (1, prompt_rows):
             raise ValueError(
-                f"negative_prompt_ids have {len(negative)} row(s), the prompt {prompt_rows}: give one for all or one for each."
+                f"negative_prompt_ids have {len(negative)} row(s), the prompt {prompt_rows}: give one for all or one "
+                "for each."
             )
         if call.in_parts:
             return LogitsProcessorList()
@@ -269,7 +288,9 @@ class JamGenerationMixin(GenerationMixin):
             model_kwargs=model_kwargs,
             **kwargs,
         )
-        if generation_config.is_assistant:  # a draft model: the processors of the model it drafts for come with the call
+        if (
+            generation_config.is_assistant
+        ):  # a draft model: the processors of the model it drafts for come with the call
             return processors
 
         cache = model_kwargs.get("past_key_values")
@@ -338,8 +359,8 @@ class JamGenerationMixin(GenerationMixin):
             if not call.settings.asked.intersection(GUIDANCE_SETTINGS) and negative is None:
                 return None  # the model's own settings are for whole pictures
             raise ValueError(
-                "Infills are not guided: there is no unconditional branch for a part of a picture. Leave guidance_scale, "
-                "image_guidance_scale, contrastive_alpha and negative_prompt_ids out."
+                "Infills are not guided: there is no unconditional branch for a part of a picture. Leave "
+                "guidance_scale, image_guidance_scale, contrastive_alpha and negative_prompt_ids out."
             )
         contexts = BranchContexts(self.config, reader.grammar, negative)
         shared = (self, settings, reader, contexts, mask, embedded)

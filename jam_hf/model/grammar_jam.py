@@ -1,7 +1,7 @@
 """The grammar of documents with pictures: a state machine over token ids, one state for each row of a batch.
 
-It knows token ids only: no model, no logits, no generation loop. Reading a token is a handful of tensor operations on the
-device of the ids, without a copy to the host, so that a step may be compiled.
+It knows token ids only: no model, no logits, no generation loop. Reading a token is a handful of tensor operations on
+the device of the ids, without a copy to the host, so that a step may be compiled.
 
 Shape suffixes: B rows, T positions, V vocabulary, N codes a picture, L tokens of a picture (N where it is codes alone).
 """
@@ -20,19 +20,20 @@ if TYPE_CHECKING:
 
 GENERATION_MODES = ("interleaved", "text", "image")
 
-# The kinds of sets of ids that may come next. Words, then words with <break> (+ 1) and with the end (+ 2); one alone; codes.
-# From FIRST_FIXED on: one id of the layout of pictures, alone.
+# The kinds of sets of ids that may come next. Words, then words with <break> (+ 1) and with the end (+ 2); one alone;
+# codes. From FIRST_FIXED on: one id of the layout of pictures, alone.
 WORDS, OPENING, ENDING, CODES, FIRST_FIXED = 0, 4, 5, 6, 7
 
 
 class PictureState(NamedTuple):
     """Where each row stands; all `[B]`.
 
-    in_picture (bool): after an opening token, before the closing one. position (int64): tokens of that picture so far, which
+    in_picture (bool): after an opening token, before the closing one. position (int64): tokens of that picture so far,
+    which
     is its codes so far where a picture is codes alone. closed (bool): the last token closes a picture.
-    images, words (int64): pictures closed, and tokens outside pictures written, since the prompt ended. last (int64): the last
-    id, -1 where there is none. room (int64): tokens that may still be written. opened_here (int64): pictures opened since the
-    prompt ended, behind the last id of text.
+    images, words (int64): pictures closed, and tokens outside pictures written, since the prompt ended. last (int64):
+    the last id, -1 where there is none. room (int64): tokens that may still be written. opened_here (int64): pictures
+    opened since the prompt ended, behind the last id of text.
     """
 
     in_picture: torch.Tensor
@@ -52,8 +53,8 @@ class DocumentRules:
     mode: "interleaved" (pictures wherever the model opens one), "text" (none), "image" (one picture, at once).
     min_images, max_images: pictures that are finished from the prompt's end on, one half-drawn in the prompt included.
     image_after_token_ids: a picture follows each of these ids; image_positions: it stands after that many ids of text,
-        ascending. Either forces the layout: pictures stand there and, but for those that `min_images` asks for, nowhere else.
-        One that does not fit the budget is left out. One that is half-drawn in the prompt is none of them.
+        ascending. Either forces the layout: pictures stand there and, but for those that `min_images` asks for, nowhere
+        else. One that does not fit the budget is left out. One that is half-drawn in the prompt is none of them.
     """
 
     mode: str = "interleaved"
@@ -64,7 +65,9 @@ class DocumentRules:
 
     def __post_init__(self) -> None:
         if self.mode not in GENERATION_MODES:
-            raise ValueError(f"generation_mode must be one of {', '.join(map(repr, GENERATION_MODES))}, got {self.mode!r}.")
+            raise ValueError(
+                f"generation_mode must be one of {', '.join(map(repr, GENERATION_MODES))}, got {self.mode!r}."
+            )
         for name, count in (("min_new_images", self.min_images), ("max_new_images", self.max_images)):
             if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
                 raise ValueError(f"{name} must be a number of pictures, 0 or more, got {count!r}.")
@@ -73,7 +76,9 @@ class DocumentRules:
                 f"max_new_images={self.max_images} allows fewer pictures than are asked for: min_new_images="
                 f"{self.min_images}, image_positions={list(self.image_positions)}."
             )
-        if any(place < 0 for place in self.image_positions) or list(self.image_positions) != sorted(self.image_positions):
+        if any(place < 0 for place in self.image_positions) or list(self.image_positions) != sorted(
+            self.image_positions
+        ):
             raise ValueError(
                 "image_positions must be numbers of text tokens, 0 or more, in ascending order, got "
                 f"{list(self.image_positions)}."
@@ -93,8 +98,8 @@ class DocumentRules:
 class PictureGrammar:
     """`text* (<break> N codes <break> text*)* <eos>`, row by row (paper, Decoding: one image of exactly N tokens).
 
-    A `<break>` opens a picture unless a picture's token stands before it; then it closes one. Where the config's layout says
-    more, its template stands in place of the N codes, and a closing token of its own leaves `<break>` to open.
+    A `<break>` opens a picture unless a picture's token stands before it; then it closes one. Where the config's layout
+    says more, its template stands in place of the N codes, and a closing token of its own leaves `<break>` to open.
     """
 
     def __init__(self, config: JamConfig, eos_token_ids: list[int] | None = None):
@@ -107,11 +112,16 @@ class PictureGrammar:
         self.end_token_id, self.structure = self.layout.end, self.layout.structure
         self.picture_length, self.vocab_size = len(self.layout.template), config.vocab_size
         self._constants: dict[object, torch.Tensor] = {}
-        self.eos_token_ids = config.eos_token_ids if eos_token_ids is None else [i for i in eos_token_ids if i is not None]
+        self.eos_token_ids = (
+            config.eos_token_ids if eos_token_ids is None else [i for i in eos_token_ids if i is not None]
+        )
         reserved = [config.image_token_id, config.mask_end_token_id, config.pad_token_id]
         reserved += [config.mask_token_id + i for i in range(config.num_mask_tokens)]
         reserved += [*self.structure, config.image_end_token_id]
-        ends = {*self.eos_token_ids, *config.eos_token_ids}  # one that pads as well is an end, or text where a call has others
+        ends = {
+            *self.eos_token_ids,
+            *config.eos_token_ids,
+        }  # one that pads as well is an end, or text where a call has others
         self.reserved = [i for i in reserved if i is not None and i not in ends]
         # What stands at each position of a picture (-1: a code), the closing token last, and its kind of set.
         self.next_ids = (*self.layout.template, self.end_token_id)
@@ -125,7 +135,9 @@ class PictureGrammar:
         return self._constants[device, ids]
 
     def is_picture_token(self, input_ids: torch.LongTensor) -> torch.Tensor:
-        """What stands between an opening and a closing token: image codes, their placeholders, the layout's own tokens."""
+        """What stands between an opening and a closing token: image codes, their placeholders, the layout's own
+        tokens.
+        """
         tokens = (input_ids >= self.first_code) & (input_ids <= self.last_code)
         tokens = tokens | (input_ids == self.image_token_id)
         return tokens | torch.isin(input_ids, self._on(input_ids.device, self.structure)) if self.structure else tokens
@@ -141,8 +153,8 @@ class PictureGrammar:
         """Read the state off the ids of each row.
 
         Args:
-            input_ids: int64 `[B, T]`. T is 0 where the prompt came as `inputs_embeds`, which say nothing of pictures: such a
-                row stands in text.
+            input_ids: int64 `[B, T]`. T is 0 where the prompt came as `inputs_embeds`, which say nothing of pictures:
+                such a row stands in text.
             prompt_length: the ids before it are the prompt; all where `None`.
             room: tokens that may still be written, `[B]` or one number.
         """
@@ -192,7 +204,9 @@ class PictureGrammar:
         )
 
     def next_in_picture(self, state: PictureState) -> torch.LongTensor:
-        """int64 `[B]`: the one id that may come next inside a picture, -1 for any code; of no meaning for rows in text."""
+        """int64 `[B]`: the one id that may come next inside a picture, -1 for any code; of no meaning for rows in
+        text.
+        """
         return self._on(state.position.device, self.next_ids)[state.position.clamp(max=self.picture_length)]
 
     def awaits_code(self, state: PictureState) -> torch.Tensor:
@@ -260,7 +274,9 @@ class PictureGrammar:
         return self._constants[key]
 
     def masked(self, scores: torch.FloatTensor, kinds: torch.LongTensor) -> torch.FloatTensor:
-        """Scores `[B, V]` with minus infinity for all ids that are not in the row's set; `kinds` as from `kinds`, `[B]`."""
+        """Scores `[B, V]` with minus infinity for all ids that are not in the row's set; `kinds` as from `kinds`,
+        `[B]`.
+        """
         return torch.where(self.sets(scores.shape[-1], scores.device)[kinds], scores, float("-inf"))
 
     def check_rules(self, rules: DocumentRules) -> None:
@@ -271,12 +287,15 @@ class PictureGrammar:
         wrong = [i for i in rules.image_after_token_ids if not 0 <= i < self.vocab_size or not words[i]]
         if wrong:
             raise ValueError(
-                f"image_after_token_ids hold {wrong}; expected ids of text in 0..{self.vocab_size - 1}, no codes and no "
-                "special tokens (processor.sentence_end_token_ids() has those that end a sentence)."
+                f"image_after_token_ids hold {wrong}; expected ids of text in 0..{self.vocab_size - 1}, no codes and "
+                "no special tokens (processor.sentence_end_token_ids() has those that end a sentence)."
             )
 
-    def check_room(self, rules: DocumentRules, room: torch.Tensor | int, input_ids: torch.LongTensor | None = None) -> None:
-        """Whether the pictures that are asked for can be finished in `room` more ids behind `input_ids`, int64 `[B, T]`.
+    def check_room(
+        self, rules: DocumentRules, room: torch.Tensor | int, input_ids: torch.LongTensor | None = None
+    ) -> None:
+        """Whether the pictures that are asked for can be finished in `room` more ids behind `input_ids`, int64 `[B,
+        T]`.
 
         Args:
             room: one number for all rows, or int64 `[B]`, or `[B * copies]` where rows are repeated (beams).
@@ -320,7 +339,8 @@ class PictureGrammar:
         return self.sets(vocab_size, input_ids.device)[self.kinds(state, DocumentRules(mode))]
 
     def last_pictures(self, sequences: torch.LongTensor) -> torch.LongTensor:
-        """The codes of the last complete picture of each row: int64 `[B, T]`, as `generate()` returns it, to int64 `[B, N]`.
+        """The codes of the last complete picture of each row: int64 `[B, T]`, as `generate()` returns it, to int64 `[B,
+        N]`.
 
         Raises:
             ValueError: if a row has no complete picture (`<break>`, N codes, `<break>`, in the config's layout).
@@ -334,10 +354,13 @@ class PictureGrammar:
                     break
             else:
                 what = f"<break>, {count} codes" + (" in their layout" if self.structure else "")
-                closing = "<break>" if self.end_token_id == self.break_token_id else f"the closing token {self.end_token_id}"
+                closing = (
+                    "<break>" if self.end_token_id == self.break_token_id else f"the closing token {self.end_token_id}"
+                )
                 raise ValueError(
                     f"Row {row} of the written ids has no complete picture ({what}, {closing}). Expected what "
-                    "generate(generation_mode='image') returns; post_process_interleaved takes documents of any kind apart."
+                    "generate(generation_mode='image') returns; post_process_interleaved takes documents of any kind "
+                    "apart."
                 )
         return torch.tensor(pictures, device=sequences.device)
 
@@ -345,7 +368,8 @@ class PictureGrammar:
 class PictureReader:
     """The states of a growing batch: each call reads the ids that came since the last.
 
-    `follows`: rows stay where they are and grow by one id a step, as in greedy decoding and sampling, so that only the last id
+    `follows`: rows stay where they are and grow by one id a step, as in greedy decoding and sampling, so that only the
+    last id
     is read. Beams and drafts move and repeat rows: then the whole is read off the ids each time.
     """
 
@@ -357,8 +381,9 @@ class PictureReader:
         follows: bool,
         enforced: bool = True,
     ):
-        """`room`: int64 `[B]` (or one number), tokens that may be written after the prompt. `enforced`: rows are held to the
-        grammar; otherwise a picture may be left at any place."""
+        """`room`: int64 `[B]` (or one number), tokens that may be written after the prompt. `enforced`: rows are held
+        to the grammar; otherwise a picture may be left at any place.
+        """
         self.grammar, self.prompt_length, self.room, self.follows = grammar, prompt_length, room, follows
         self.enforced = enforced
         self._ids: torch.LongTensor | None = None
@@ -380,8 +405,8 @@ class PictureReader:
     def host_positions(self, input_ids: torch.LongTensor) -> list[int]:
         """For decisions of the host: each row's position in its picture, -1 for a row in text.
 
-        While all rows are inside pictures the next positions are known beforehand (the grammar leaves no choice), and the
-        device is not asked.
+        While all rows are inside pictures the next positions are known beforehand (the grammar leaves no choice), and
+        the device is not asked.
         """
         length = input_ids.shape[1]
         if self._seen is not None and self._seen[0] == length and self.follows:
@@ -412,11 +437,21 @@ def as_ids(ids: torch.Tensor | None, name: str = "input_ids") -> torch.LongTenso
 def left_padded(
     rows: Sequence[Sequence[int]], pad: int, device: torch.device | None = None, width: int = 0
 ) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Rows of ids of any lengths as one batch, padded on the left: ids and attention mask, int64 `[R, T]`, T >= width."""
+    """Rows of ids of any lengths as one batch, padded on the left: ids and attention mask, int64 `[R, T]`, T >=
+    width.
+    """
     longest = max(width, *map(len, rows))
     ids = [[pad] * (longest - len(row)) + list(row) for row in rows]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-__all__ = ["GENERATION_MODES", "DocumentRules", "PictureGrammar", "PictureReader", "PictureState", "as_ids", "left_padded"]
+__all__ = [
+    "GENERATION_MODES",
+    "DocumentRules",
+    "PictureGrammar",
+    "PictureReader",
+    "PictureState",
+    "as_ids",
+    "left_padded",
+]

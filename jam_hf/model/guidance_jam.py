@@ -1,8 +1,10 @@
-"""Guidance of pictures: what the branches beside the document see, how their logits are put together, and how they are run.
+"""Guidance of pictures: what the branches beside the document see, how their logits are put together, and how they are
+run.
 
-A branch is a context of its own for the picture that is being drawn: `<mask>` in place of the document, a negative prompt, or
-the document's pictures alone. `SeparateGuidance` runs each in forwards of its own. With jam_hf, branches share the document's
-forward where cache and attention allow it (generation/packed_guidance.py), which gives the same and is faster.
+A branch is a context of its own for the picture that is being drawn: `<mask>` in place of the document, a negative
+prompt, or the document's pictures alone. `SeparateGuidance` runs each in forwards of its own. With jam_hf, branches
+share the document's forward where cache and attention allow it (generation/packed_guidance.py), which gives the same
+and is faster.
 
 It knows the grammar's states; it does not know how a document is written (generation_jam.py).
 
@@ -36,8 +38,8 @@ class GuidanceSettings:
 
     scale: classifier-free guidance, `uncond + scale * (cond - uncond)` [P]. `None` or 1: none.
     image_scale: with it, two scales, as image editing by diffusion has them (ours [R]):
-        `uncond + image_scale * (pictures - uncond) + scale * (cond - pictures)`, where the middle branch sees the document's
-        pictures, its text being masked.
+        `uncond + image_scale * (pictures - uncond) + scale * (cond - pictures)`, where the middle branch sees the
+        document's pictures, its text being masked.
     contrastive_alpha, contrastive_k: CD-K [C]: `log p_cond - log p_uncond` for codes with
         `p_cond >= alpha * (k-th largest p_cond)`, minus infinity for the rest; instead of a scale.
     """
@@ -62,8 +64,8 @@ class GuidanceSettings:
                 raise ValueError(f"contrastive_k must be a whole number of codes, 1 or more, got {k!r}.")
             if self.scale not in (None, 1) or self.image_scale is not None:
                 raise ValueError(
-                    "contrastive_alpha and contrastive_k take the place of guidance_scale and image_guidance_scale: set one or "
-                    "the other."
+                    "contrastive_alpha and contrastive_k take the place of guidance_scale and image_guidance_scale: "
+                    "set one or the other."
                 )
 
     @property
@@ -97,12 +99,12 @@ class BranchContexts:
     """The ids that a branch sees before a picture's opening `<break>`, row by row."""
 
     def __init__(self, config: JamConfig, grammar: PictureGrammar, negative: list[list[int]] | None = None):
-        """`negative`: contexts in place of the unconditional one, one for each row of the batch, or one for all; an opening
-        `<break>` at their end may be left out.
+        """`negative`: contexts in place of the unconditional one, one for each row of the batch, or one for all; an
+        opening `<break>` at their end may be left out.
 
         Raises:
-            ValueError: on ids that the model does not know, contexts that leave its positions no room for a picture, and a
-                picture that is begun and not closed.
+            ValueError: on ids that the model does not know, contexts that leave its positions no room for a picture,
+                and a picture that is begun and not closed.
         """
         self.config, self.grammar = config, grammar
         self.negative = None if negative is None else [self._checked(row) for row in negative]
@@ -111,8 +113,8 @@ class BranchContexts:
         state = self.grammar.state(torch.tensor([ids], dtype=torch.int64))
         if bool(state.position > 0):
             raise ValueError(
-                f"negative_prompt_ids end in a picture that has {int(state.position)} tokens and is not closed. A negative "
-                "prompt is what stands before the picture that is drawn: close it, or take it out."
+                f"negative_prompt_ids end in a picture that has {int(state.position)} tokens and is not closed. A "
+                "negative prompt is what stands before the picture that is drawn: close it, or take it out."
             )
         if min(ids) < 0 or max(ids) >= self.config.vocab_size:
             raise ValueError(
@@ -122,16 +124,16 @@ class BranchContexts:
         needed, positions = len(context) + self.grammar.picture_length + 1, self.config.max_position_embeddings
         if needed > positions:
             raise ValueError(
-                f"negative_prompt_ids have {len(context)} ids; with a picture of {self.grammar.picture_length} tokens they are "
-                f"{needed}, more than the {positions} positions of the model. Shorten the negative prompt."
+                f"negative_prompt_ids have {len(context)} ids; with a picture of {self.grammar.picture_length} tokens "
+                f"they are {needed}, more than the {positions} positions of the model. Shorten the negative prompt."
             )
         return context
 
     def before_picture(self, branch: str, document: list[int], row: int, rows: int) -> list[int]:
         """`document`: the row's ids before the opening `<break>`, without padding; `row` of `rows` in the batch.
 
-        Unconditional: `<bos> <mask>` [A]. Pictures: each run of text becomes a `<mask>`, numbered as in CM3 training, and
-        the pictures stay.
+        Unconditional: `<bos> <mask>` [A]. Pictures: each run of text becomes a `<mask>`, numbered as in CM3 training,
+        and the pictures stay.
         """
         if branch == UNCONDITIONAL:
             if self.negative is not None:
@@ -152,7 +154,9 @@ class BranchContexts:
 
 
 class Guidance:
-    """What both ways to run the branches share: which rows are guided, and what each branch has seen when a picture opens."""
+    """What both ways to run the branches share: which rows are guided, and what each branch has seen when a picture
+    opens.
+    """
 
     def __init__(
         self,
@@ -163,8 +167,9 @@ class Guidance:
         prompt_mask: torch.Tensor | None = None,
         embedded: int = 0,
     ):
-        """`prompt_mask`: `[B, T]`, 0 for the prompt's padding; `None` where there is none. `embedded`: tokens of the prompt
-        that came as `inputs_embeds` and have no ids."""
+        """`prompt_mask`: `[B, T]`, 0 for the prompt's padding; `None` where there is none. `embedded`: tokens of the
+        prompt that came as `inputs_embeds` and have no ids.
+        """
         self.model, self.settings, self.reader, self.contexts = model, settings, reader, contexts
         self.grammar, self.prompt_mask, self.embedded = reader.grammar, prompt_mask, embedded
         config = model.config
@@ -176,7 +181,9 @@ class Guidance:
         return [p if p < length else -1 for p in self.reader.host_positions(input_ids)]
 
     def branch_ids(self, branch: str, input_ids: torch.LongTensor, row: int, position: int) -> list[int]:
-        """All that the branch sees of a row that is `position` tokens into a picture: its context, `<break>`, the picture."""
+        """All that the branch sees of a row that is `position` tokens into a picture: its context, `<break>`, the
+        picture.
+        """
         ids = input_ids[row].tolist()
         start = len(ids) - position - 1
         if start < 0:  # a prompt that came as embeddings and opened a picture
@@ -189,7 +196,9 @@ class Guidance:
         return [*before, *ids[start:]]
 
     @torch.no_grad()
-    def _forward(self, ids: torch.LongTensor, position_ids: torch.LongTensor, cache: Cache, **seen: Any) -> torch.Tensor:
+    def _forward(
+        self, ids: torch.LongTensor, position_ids: torch.LongTensor, cache: Cache, **seen: Any
+    ) -> torch.Tensor:
         """Ids int64 `[R, Q]` -> logits of codes behind the last, `[R, K]`."""
         logits = self.model(
             input_ids=ids,
@@ -202,7 +211,9 @@ class Guidance:
         return logits[:, -1, self.grammar.codes]
 
     def logits(self, input_ids: torch.LongTensor) -> list[torch.Tensor] | None:
-        """For each branch, the logits of codes `[B, K]` (of no meaning for rows that are not guided); None where none is."""
+        """For each branch, the logits of codes `[B, K]` (of no meaning for rows that are not guided); None where
+        none is.
+        """
         raise NotImplementedError
 
 
@@ -246,7 +257,9 @@ class SeparateGuidance(Guidance):
         mask: torch.LongTensor,
         earlier: dict[tuple[Any, ...], tuple[torch.LongTensor, DynamicCache]],
     ) -> torch.Tensor:
-        """Ids and mask int64 `[R, Q]` -> logits of codes `[R, K]`. `earlier`: the caches of the call before this one."""
+        """Ids and mask int64 `[R, Q]` -> logits of codes `[R, K]`. `earlier`: the caches of the call before this
+        one.
+        """
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
         seen, cache = earlier.get(branch, (None, None))
         grown = seen is not None and torch.equal(ids[:, :-1], seen)

@@ -1,9 +1,9 @@
 """Processors that look back see the history of their own modality: text that of text, codes that of codes.
 
-transformers' `no_repeat_ngram_size`, `repetition_penalty` and their like count ids of the whole document. In a picture the same
-few codes stand side by side a thousand times, so they would forbid what a picture is made of, and a picture would change what
-may be written. Here each of them reads the ids of its modality alone and touches no scores but those of its modality. They are
-transformers' own; it knows nothing of models or loops.
+transformers' `no_repeat_ngram_size`, `repetition_penalty` and their like count ids of the whole document. In a picture
+the same few codes stand side by side a thousand times, so they would forbid what a picture is made of, and a picture
+would change what may be written. Here each of them reads the ids of its modality alone and touches no scores but those
+of its modality. They are transformers' own; it knows nothing of models or loops.
 
 Shape suffixes: B rows, T positions, V vocabulary.
 """
@@ -30,7 +30,8 @@ from .call_settings_jam import JamCallSettings
 from .grammar_jam import PictureReader
 
 
-# Of transformers' processors, those that read which ids stand before. The others read scores, or how many ids there are.
+# Of transformers' processors, those that read which ids stand before. The others read scores, or how many ids there
+# are.
 SEQUENCES = (SequenceBiasLogitsProcessor, NoBadWordsLogitsProcessor)
 OF_PROMPT = (EncoderRepetitionPenaltyLogitsProcessor, EncoderNoRepeatNGramLogitsProcessor)
 LOOKS_BACK = (
@@ -45,7 +46,8 @@ LOOKS_BACK = (
 class HistoryLogitsProcessor(LogitsProcessor):
     """One of transformers' processors over the history of one modality, row by row.
 
-    A row's history are its ids of that modality in order, without padding and as if what lies between were not there; the
+    A row's history are its ids of that modality in order, without padding and as if what lies between were not there;
+    the
     scores of all other ids are left as they are. Of text: what is no code, no placeholder and no mark of a picture.
     """
 
@@ -57,8 +59,9 @@ class HistoryLogitsProcessor(LogitsProcessor):
         prompt_ids: torch.LongTensor | None = None,
         codes: bool = False,
     ):
-        """`prompt_mask`: `[B, T]`, 0 for padding of the prompt's ids. `prompt_ids`: int64 `[P, T]`, for processors that go by
-        the prompt; B is a multiple of P. `codes`: whether it is for codes; then `stock` counts them from 0."""
+        """`prompt_mask`: `[B, T]`, 0 for padding of the prompt's ids. `prompt_ids`: int64 `[P, T]`, for processors that
+        go by the prompt; B is a multiple of P. `codes`: whether it is for codes; then `stock` counts them from 0.
+        """
         self.stock, self.reader, self.prompt_mask, self.codes = stock, reader, prompt_mask, codes
         self.prompt_ids = prompt_ids if isinstance(stock, OF_PROMPT) else None
         self._of_prompt: dict[int, LogitsProcessor] = {}
@@ -121,8 +124,8 @@ def look_back_by_modality(
     prompt_mask: torch.Tensor | None,
     prompt_ids: torch.LongTensor | None,
 ) -> LogitsProcessorList:
-    """Those of `processors` that look back, each in its place over the history of text; in front those of codes that the
-    call asks for. Processors of a user's own classes see the document as it is.
+    """Those of `processors` that look back, each in its place over the history of text; in front those of codes that
+    the call asks for. Processors of a user's own classes see the document as it is.
 
     Raises:
         ValueError: on a watermark that counts every step (SynthID) where pictures may come.
@@ -132,8 +135,8 @@ def look_back_by_modality(
     for processor in processors:
         if type(processor) is SynthIDTextWatermarkLogitsProcessor and settings.generation_mode != "text":
             raise ValueError(
-                "SynthIDTextWatermarkingConfig marks text and goes by every step, those inside pictures included. Use it with "
-                "generation_mode='text', or WatermarkingConfig, which leaves pictures alone."
+                "SynthIDTextWatermarkingConfig marks text and goes by every step, those inside pictures included. Use "
+                "it with generation_mode='text', or WatermarkingConfig, which leaves pictures alone."
             )
         if type(processor) not in LOOKS_BACK:
             found.append(processor)

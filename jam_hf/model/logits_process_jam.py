@@ -1,6 +1,7 @@
 """The grammar, settings by modality and stop strings as what transformers' loops call at every step.
 
-Where a row stands they read off a `PictureReader`, stop strings off its last id; they know nothing of models, caches or loops.
+Where a row stands they read off a `PictureReader`, stop strings off its last id; they know nothing of models, caches or
+loops.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class PictureGrammarLogitsProcessor(LogitsProcessor):
 class PictureGrammarGuardLogitsProcessor(LogitsProcessor):
     """The last word is the grammar's: where the processors after it left a row none of its ids, its scores come back.
 
-    `suppress_tokens`, `image_no_repeat_ngram_size` and `min_new_tokens` may forbid the one id that can follow (a closing
-    `<break>`, an `<eos>`); without this the row would go on with id 0. What others made of minus infinity (a number, or none:
-    `exponential_decay_length_penalty`) is minus infinity again.
+    `suppress_tokens`, `image_no_repeat_ngram_size` and `min_new_tokens` may forbid the one id that can follow (a
+    closing `<break>`, an `<eos>`); without this the row would go on with id 0. What others made of minus infinity (a
+    number, or none: `exponential_decay_length_penalty`) is minus infinity again.
     """
 
     def __init__(self, first: Any):
@@ -70,8 +71,9 @@ class PictureWarperLogitsProcessor(LogitsProcessor):
 
 
 class TextStopStringCriteria(StoppingCriteria):
-    """Stop strings of text, in one run of it: the names of codes and marks (":" in "<img:4>", ">" of "<break>") are none, nor
-    is what a picture parts."""
+    """Stop strings of text, in one run of it: the names of codes and marks (":" in "<img:4>", ">" of "<break>") are
+    none, nor is what a picture parts.
+    """
 
     def __init__(self, stock: StopStringCriteria, grammar: PictureGrammar):
         self.stock, self.grammar = stock, grammar
@@ -82,9 +84,13 @@ class TextStopStringCriteria(StoppingCriteria):
         return self.stock(text_ids, scores, **kwargs)
 
 
-def warp_by_modality(processors: LogitsProcessorList, settings: JamCallSettings, num_beams: int, reader: PictureReader) -> None:
+def warp_by_modality(
+    processors: LogitsProcessorList, settings: JamCallSettings, num_beams: int, reader: PictureReader
+) -> None:
     """Put `image_temperature` and so on beside transformers' own warpers, each where it stands or would stand."""
-    place = next((p for p, processor in enumerate(processors) if isinstance(processor, WARPER_CLASSES)), len(processors))
+    place = next(
+        (p for p, processor in enumerate(processors) if isinstance(processor, WARPER_CLASSES)), len(processors)
+    )
     for stock, (is_set, image) in settings.image_warpers(num_beams).items():
         found = next((p for p, processor in enumerate(processors) if type(processor) is stock), None)
         if is_set:

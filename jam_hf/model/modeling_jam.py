@@ -1,8 +1,8 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
-# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
-# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific
-# language governing permissions and limitations under the License.
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
 """JamModel and JamForCausalLM: stock decoders (one, or two in lockstep), a frozen VQ model and the output head.
 
 It knows token ids and how pictures become ids; how two streams are mixed is modeling_jam_cross.py, how a document is
@@ -71,7 +71,9 @@ class JamModel(JamPreTrainedModel):
 
     @torch.no_grad()
     def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.LongTensor:
-        """Pixels to image token ids: float `[P, 3, H, W]` in [-1, 1] -> int64 `[P, N]` (codes + `image_token_offset`)."""
+        """Pixels to image token ids: float `[P, 3, H, W]` in [-1, 1] -> int64 `[P, N]` (codes +
+        `image_token_offset`).
+        """
         return self.vq_model.encode(pixel_values) + self.config.image_token_offset
 
     @torch.no_grad()
@@ -183,10 +185,11 @@ def is_trl_forward(value: Any) -> bool:
 class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
     """A JAM that writes: next-token logits over one vocabulary of text and image codes.
 
-    `lm_head` is the one output projection. In the preserving cross form it reads the text stream, and the columns of the
-    image codes come from `image_head`, which reads the image stream. Where the config asks for an MLP as `image_head`
-    (`image_head_hidden_size`), those columns come from it in every mode; in the others it reads the state that `lm_head` reads.
-    Quantisers leave `lm_head` and a linear `image_head` by themselves; an MLP, as in Janus, where their skip list names it.
+    `lm_head` is the one output projection. In the preserving cross form it reads the text stream, and the columns of
+    the image codes come from `image_head`, which reads the image stream. Where the config asks for an MLP as
+    `image_head` (`image_head_hidden_size`), those columns come from it in every mode; in the others it reads the state
+    that `lm_head` reads. Quantisers leave `lm_head` and a linear `image_head` by themselves; an MLP, as in Janus, where
+    their skip list names it.
     """
 
     _tp_plan = {
@@ -201,12 +204,14 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
         self.loss_type = "ForCausalLM"  # transformers reads it off the name of the class, which a subclass may change
         self.model = JamModel(config)
         self.vocab_size = config.vocab_size
-        # CODEPATH: in the preserving form of JAM-Cross two embeddings lie side by side, to which one projection cannot be tied.
+        # CODEPATH: in the preserving form of JAM-Cross two embeddings lie side by side, to which one projection cannot
+        # be tied.
         if len(config.embedding_sizes) == 1:
             self._tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
         self.lm_head = nn.Linear(config.embedding_sizes[0], config.vocab_size, bias=False)
         self.image_head = None
-        # CODEPATH: JAMs with a Janus image parent have its MLP; of the others, only the preserving JAM-Cross has an image head.
+        # CODEPATH: JAMs with a Janus image parent have its MLP; of the others, only the preserving JAM-Cross has an
+        # image head.
         if config.image_head_hidden_size is not None:
             self.image_head = JanusVQVAEHead(
                 JanusVQVAEConfig(
@@ -222,7 +227,9 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """The loss takes `num_items_in_batch`. A Trainer asks when it is made, and is told of codes (trainer_jam.py)."""
+        """The loss takes `num_items_in_batch`. A Trainer asks when it is made, and is told of codes
+        (trainer_jam.py).
+        """
         teach_trainers()
         return True
 
@@ -231,8 +238,8 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
         return self.model.get_image_tokens(pixel_values)
 
     def decode_image_tokens(self, image_tokens: torch.LongTensor) -> torch.Tensor:
-        """See [`JamModel.decode_image_tokens`]. Sequences with `<break>`, as `generate()` returns them, give the last picture
-        of each row, which is how `pipeline("any-to-any")` asks for it: int64 `[B, T]` -> float `[B, 3, H, W]`.
+        """See [`JamModel.decode_image_tokens`]. Sequences with `<break>`, as `generate()` returns them, give the last
+        picture of each row, which is how `pipeline("any-to-any")` asks for it: int64 `[B, T]` -> float `[B, 3, H, W]`.
         """
         image_tokens = torch.as_tensor(image_tokens)
         # trf-ignore: TRF041 (the id of a token is read, as of those that the rule exempts)
@@ -265,8 +272,8 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
                 "pictures beforehand."
             )
         logger.warning_once(
-            "A placeholder <image> stands alone in the training text and will be learned as it is. Where it stands for a "
-            "picture, let JamProcessor make input_ids and pixel_values together."
+            "A placeholder <image> stands alone in the training text and will be learned as it is. Where it stands for "
+            "a picture, let JamProcessor make input_ids and pixel_values together."
         )
 
     def encode_pictures(
@@ -291,13 +298,17 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
         first, last = self.config.image_token_range.start, self.config.image_token_range.stop
         if self.image_head is None:
             return (
-                nn.functional.linear(states_BTD, self.lm_head.weight[first:last]) if codes_alone else self.lm_head(states_BTD)
+                nn.functional.linear(states_BTD, self.lm_head.weight[first:last])
+                if codes_alone
+                else self.lm_head(states_BTD)
             )
         image_logits_BTK = self.image_head(image_states_BTD)
         if codes_alone:
             return image_logits_BTK
         logits_BTV = self.lm_head(states_BTD)
-        return torch.cat((logits_BTV[..., :first], image_logits_BTK.to(logits_BTV.device), logits_BTV[..., last:]), dim=-1)
+        return torch.cat(
+            (logits_BTV[..., :first], image_logits_BTK.to(logits_BTV.device), logits_BTV[..., last:]), dim=-1
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As in `nn.Module`; what trl's trainers put in place of `forward` gets a JAM's logits (integrations/trl.py).
@@ -327,8 +338,8 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
         """See [`JamModel.forward`].
 
         Args:
-            labels (int64 `[B, T]`): ids to predict, -100 to ignore; they are shifted here. Where `pixel_values` are given,
-                placeholders `<image>` in the labels become the codes, so that image tokens are trained on.
+            labels (int64 `[B, T]`): ids to predict, -100 to ignore; they are shifted here. Where `pixel_values` are
+                given, placeholders `<image>` in the labels become the codes, so that image tokens are trained on.
             image_logits_only: return the logits of the K codes alone, `[B, T, K]`; no loss then.
         Returns:
             `JamCausalLMOutputWithPast` with logits `[B, T, V]`; `hidden_states` and `attentions` are the text stream's.
@@ -371,8 +382,9 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
 def _register_adapter_targets() -> None:
     """Tell peft, where it is installed, what an adapter without `target_modules` adapts in a JAM.
 
-    It is what peft has for its decoders, in every method for which peft treats their families alike, of those that it knows
-    (LoRA: the queries and values of all attentions, those of both streams and of the cross blocks). Called once, when a JAM is
+    It is what peft has for its decoders, in every method for which peft treats their families alike, of those that it
+    knows (LoRA: the queries and values of all attentions, those of both streams and of the cross blocks). Called once,
+    when a JAM is
     built: importing peft takes its time, and diffusers has brought it along by then.
     """
     try:

@@ -1,12 +1,12 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
-# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
-# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific
-# language governing permissions and limitations under the License.
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
 """The stock VQ models that a JamVQModel runs: diffusers' VQModel, and transformers' Janus and Emu3 classes.
 
-It knows how each is built, and how pixels become latents and codes become pixels in it; it does not know token ids, checks no
-input and decides no precision (modeling_jam_vq.py).
+It knows how each is built, and how pixels become latents and codes become pixels in it; it does not know token ids,
+checks no input and decides no precision (modeling_jam_vq.py).
 Shape suffixes: B pictures, C channels, H/W pixels, G grid side, E codebook vector, K codes in the codebook, X = B*G*G.
 """
 
@@ -29,8 +29,8 @@ from .configuration_jam_vq import JamVQConfig
 class JamVQLinear(nn.Module):
     """A linear layer of the tokenizer's attention: `nn.Linear`'s parameters and arithmetic, but no `nn.Linear`.
 
-    Whatever adapts or quantises "all linear layers" (peft, torchao, bitsandbytes) finds them by that class. The tokenizer is
-    frozen and must keep its codes, so it is not found, however the user words the call.
+    Whatever adapts or quantises "all linear layers" (peft, torchao, bitsandbytes) finds them by that class. The
+    tokenizer is frozen and must keep its codes, so it is not found, however the user words the call.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -87,7 +87,8 @@ class JamEmu3VQVAE(_InsideJam, Emu3VQVAE):
 
 @dataclass(frozen=True)
 class VQClass:
-    """build: the model of a config. latents: `[B, C, H, W]` -> `[B, E, G, G]`, before quantisation. nearest: `[X, E]`, `[K, E]`
+    """build: the model of a config. latents: `[B, C, H, W]` -> `[B, E, G, G]`, before quantisation. nearest: `[X, E]`,
+    `[K, E]`
     -> `[X]`, each latent's code. pixels: codes `[B, G, G]` -> `[B, C, H, W]`.
 
     `latents` and `nearest` are the halves of the class' own `encode`. They are apart because the stock quantisers read
@@ -103,8 +104,9 @@ class VQClass:
 def _contiguous(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
     """A hook behind diffusers' attention: its result is laid out in memory as its input was.
 
-    diffusers leaves it channels last, and so are all convolutions that follow. On a CPU that costs accuracy: with Chameleon's
-    architecture, pixels were 2.7e-5 off those of a decoder in float64, and are 5e-6 off so (taming's own: 4e-6).
+    diffusers leaves it channels last, and so are all convolutions that follow. On a CPU that costs accuracy: with
+    Chameleon's architecture, pixels were 2.7e-5 off those of a decoder in float64, and are 5e-6 off so (taming's own:
+    4e-6).
     """
     return output.contiguous()
 
@@ -112,8 +114,8 @@ def _contiguous(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.T
 def _diffusers_model(config: JamVQConfig) -> nn.Module:
     """A `diffusers.VQModel`. Imported here: it brings half a dozen packages along, which take longer than all else.
 
-    In a `try`, which transformers passes over when it looks for what remote code needs: once a need was missing there, the
-    copied code stays half-copied, and does not load after the package is installed either.
+    In a `try`, which transformers passes over when it looks for what remote code needs: once a need was missing there,
+    the copied code stays half-copied, and does not load after the package is installed either.
     """
     try:
         from diffusers import VQModel
@@ -121,8 +123,8 @@ def _diffusers_model(config: JamVQConfig) -> nn.Module:
         from .transformers_private_jam import Attention
     except ImportError as error:  # possible where jam_hf, which would have brought it, is not installed
         raise ImportError(
-            f"A JAM needs the package diffusers for its image tokenizer, and it cannot be imported ({error}). Install it: "
-            "pip install 'diffusers>=0.35'"
+            f"A JAM needs the package diffusers for its image tokenizer, and it cannot be imported ({error}). Install "
+            "it: pip install 'diffusers>=0.35'"
         ) from error
     model = VQModel(**config.diffusers_kwargs())
     for module in model.modules():

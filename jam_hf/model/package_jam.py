@@ -1,7 +1,7 @@
 """The one door from a JAM to what its checkpoint does not carry; `jam_hf/__init__.py` says what lies behind it.
 
-A checkpoint has the code to load, to generate and to decode. Loaded without jam_hf, it says what is missing when it is asked
-for more.
+A checkpoint has the code to load, to generate and to decode. Loaded without jam_hf, it says what is missing when it is
+asked for more.
 """
 
 from importlib import import_module
@@ -9,7 +9,8 @@ from types import MethodType
 from typing import Any
 
 
-# A name to `module:attribute`, which is imported when it is asked for. Empty in a folder that was loaded without jam_hf.
+# A name to `module:attribute`, which is imported when it is asked for. Empty in a folder that was loaded without
+# jam_hf.
 OFFERED: dict[str, str] = {}
 
 
@@ -29,14 +30,17 @@ def from_package(name: str, what: str) -> Any:
 
 
 def tell(name: str, *args: Any, otherwise: Any = None) -> Any:
-    """Call what jam_hf has under `name`, where it is there; without it nothing is done and the answer is `otherwise`."""
+    """Call what jam_hf has under `name`, where it is there; without it nothing is done and the answer is
+    `otherwise`.
+    """
     return from_package(name, name)(*args) if name in OFFERED else otherwise
 
 
 class PackageFunction:
     """A function of jam_hf as an attribute of a class, under its own name: as it is, or as a method or class method.
 
-    It is imported when somebody reads the attribute; where it cannot be, there is a function that says so when it is called.
+    It is imported when somebody reads the attribute; where it cannot be, there is a function that says so when it is
+    called.
     """
 
     def __init__(self, method: bool = False, class_method: bool = False):

@@ -1,6 +1,7 @@
 """One decoder for all ways in: a path, URL, `data:` URI, base64, bytes, a row of `datasets`, a PIL picture or an array.
 
-What it returns is a PIL picture of 8 bits a channel that stands upright and keeps its transparency as an alpha channel. It
+What it returns is a PIL picture of 8 bits a channel that stands upright and keeps its transparency as an alpha channel.
+It
 knows no size, no colours and no model: the image processor lays alpha on white, resizes and scales.
 """
 
@@ -20,7 +21,8 @@ from .transformers_private_jam import httpx
 
 _ORIENTATION = 0x0112
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-# Pillow spreads 2 and 4 bits of grey to 8 as it reads them, and leaves the clear shade beside them (PNG's tRNS) as it is.
+# Pillow spreads 2 and 4 bits of grey to 8 as it reads them, and leaves the clear shade beside them (PNG's tRNS) as it
+# is.
 _SPREAD = {"L;2": 85, "L;4": 17}
 
 
@@ -28,14 +30,14 @@ def open_picture(source: Any) -> Image.Image:
     """A picture from wherever it is, decoded.
 
     Args:
-        source: a path, an http(s) URL, a `data:` URI or base64 (`str`; `os.PathLike` for paths), the bytes of a file, what
-            `datasets.Image(decode=False)` has in a row (a `dict` with `bytes` and `path`), or a PIL picture.
+        source: a path, an http(s) URL, a `data:` URI or base64 (`str`; `os.PathLike` for paths), the bytes of a file,
+            what `datasets.Image(decode=False)` has in a row (a `dict` with `bytes` and `path`), or a PIL picture.
     Returns:
         the first frame, upright by its EXIF tag (as `datasets` and transformers' `load_image` turn it), 16 bits of grey
         brought to 8, transparency as an alpha channel.
     Raises:
-        ValueError: for a file that is no picture or a damaged one (the message names it), a picture that does not say what
-            white is, and for anything else.
+        ValueError: for a file that is no picture or a damaged one (the message names it), a picture that does not say
+            what white is, and for anything else.
     """
     if isinstance(source, Image.Image):
         try:
@@ -61,8 +63,8 @@ def open_picture(source: Any) -> Image.Image:
         if isinstance(source, str) and len(source) < 200 and not source.startswith(("http://", "https://", "data:")):
             reason = reason if os.path.exists(source) else "there is no such file"
         raise ValueError(
-            f"Cannot read a picture from {shown}: {reason}. Expected the path or URL of an undamaged picture file, a data: "
-            "URI, base64 or the file's bytes."
+            f"Cannot read a picture from {shown}: {reason}. Expected the path or URL of an undamaged picture file, a "
+            "data: URI, base64 or the file's bytes."
         ) from error
     return _upright(image)
 
@@ -101,8 +103,8 @@ def _upright(image: Image.Image) -> Image.Image:
         return Image.fromarray(eight)
     if image.mode in ("I", "F"):
         raise ValueError(
-            f"A picture has the mode '{image.mode}', which does not say what white is. Expected 8 or 16 bits a channel; "
-            "scale it to 0..255 and convert it to 'L' or 'RGB'."
+            f"A picture has the mode '{image.mode}', which does not say what white is. Expected 8 or 16 bits a "
+            "channel; scale it to 0..255 and convert it to 'L' or 'RGB'."
         )
     return image if clear is None or "A" in image.getbands() else image.convert("RGBA")
 
@@ -115,10 +117,11 @@ def picture_of_array(array: np.ndarray, do_rescale: bool, channels: str | None =
     """An array as the picture that it shows; all of one rule, which transformers' `do_rescale` tells apart.
 
     Args:
-        array: `[H, W]`, `[H, W, C]` or `[C, H, W]`, C from 1 (grey) to 4 (RGB and alpha; 2: grey and alpha). bool: black and
-            white; uint16: 0..65535; any other dtype, floats included: 0..255, or with `do_rescale=False` floats in 0..1.
-            Fractions are rounded to 8 bits.
-        channels: "channels_first" or "channels_last" (transformers' `input_data_format`), where the shape leaves it open.
+        array: `[H, W]`, `[H, W, C]` or `[C, H, W]`, C from 1 (grey) to 4 (RGB and alpha; 2: grey and alpha). bool:
+            black and white; uint16: 0..65535; any other dtype, floats included: 0..255, or with `do_rescale=False`
+            floats in 0..1. Fractions are rounded to 8 bits.
+        channels: "channels_first" or "channels_last" (transformers' `input_data_format`), where the shape leaves it
+            open.
     Raises:
         ValueError: if values are out of this range, or in 0..1 where 0..255 is expected, or the shape is no picture's.
     """
@@ -127,8 +130,8 @@ def picture_of_array(array: np.ndarray, do_rescale: bool, channels: str | None =
         first, last = (pixels.shape[axis] in _MODES for axis in (0, -1))
         if channels is None and first and last and pixels.shape[0] * pixels.shape[-1] > 1:
             raise ValueError(
-                f"An array has the shape {list(array.shape)}, in which the channels may be the first or the last. Say it: "
-                "input_data_format='channels_first' or 'channels_last'."
+                f"An array has the shape {list(array.shape)}, in which the channels may be the first or the last. Say "
+                "it: input_data_format='channels_first' or 'channels_last'."
             )
         channels = channels or ("channels_last" if last else "channels_first")
         if getattr(channels, "value", channels) == "channels_first":
@@ -138,8 +141,8 @@ def picture_of_array(array: np.ndarray, do_rescale: bool, channels: str | None =
         raise ValueError(f"A picture is empty: its shape is {list(array.shape)}; expected at least 1x1 pixels.")
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] not in _MODES):
         raise ValueError(
-            f"An array of the shape {list(array.shape)} is no picture; expected [H, W], [H, W, C] or [C, H, W] with 1 to 4 "
-            "channels."
+            f"An array of the shape {list(array.shape)} is no picture; expected [H, W], [H, W, C] or [C, H, W] with 1 "
+            "to 4 channels."
         )
     return Image.fromarray(np.ascontiguousarray(pixels))
 
@@ -157,8 +160,8 @@ def _eight_bits(array: np.ndarray, do_rescale: bool) -> np.ndarray:
     found = f"A picture is an array of {array.dtype} in {least:g}..{most:g}"
     if not (least >= 0 and most <= top):  # NaN too
         raise ValueError(
-            f"{found}; expected 0..{top}. Arrays are in 0..255, uint16 in 0..65535, and floats in 0..1 where do_rescale=False "
-            "says so."
+            f"{found}; expected 0..{top}. Arrays are in 0..255, uint16 in 0..65535, and floats in 0..1 where "
+            "do_rescale=False says so."
         )
     if top == 255 and 0 < most <= 1:
         raise ValueError(f"{found}; expected 0..255. For floats in 0..1, pass do_rescale=False.")

@@ -20,10 +20,12 @@ class PictureLayout:
 
     Args:
         begin, end: ids that open and close a picture; one id may do both.
-        codes: the id of code 0, 1, ..., K - 1: a range in a JAM; where codes are no ids (Janus), numbers behind the vocabulary.
+        codes: the id of code 0, 1, ..., K - 1: a range in a JAM; where codes are no ids (Janus), numbers behind the
+            vocabulary.
         grid: rows and columns of codes; `None`: codes alone, as many as come.
         prefix, row_end, suffix: ids between `begin` and the first code, behind each row, and behind the last row.
-        placeholder: id of the token that stands for a picture, or for each of its codes, in text; `None`: there is none.
+        placeholder: id of the token that stands for a picture, or for each of its codes, in text; `None`: there is
+            none.
     """
 
     begin: int

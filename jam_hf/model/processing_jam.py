@@ -1,11 +1,13 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
-# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
-# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific
-# language governing permissions and limitations under the License.
-"""Documents in and out: text with `<image>` placeholders and pictures to model inputs, and written ids to text and pictures.
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""Documents in and out: text with `<image>` placeholders and pictures to model inputs, and written ids to text and
+pictures.
 
-It knows the tokenizer, the image processor and how a picture is laid out: `<break>`, N codes, `<break>`, or more than that
+It knows the tokenizer, the image processor and how a picture is laid out: `<break>`, N codes, `<break>`, or more than
+that
 where the layout has it. It does not know the codebook: the model turns pixels into codes and codes into pixels.
 """
 
@@ -51,11 +53,12 @@ class JamProcessor(ProcessorMixin):
     Args:
         image_seq_length (`int`): codes in one picture (N), as in [`JamConfig`].
         image_token, break_token (`str`): the placeholder in text, and the mark on both sides of a picture.
-        image_end_token, image_row_end_token (`str`, *optional*), image_prefix_tokens, image_suffix_tokens (`list[str]`): the
-            tokens whose ids [`JamConfig`] has under `image_end_token_id` and so on, for layouts of pictures that have them.
-            They are special tokens of the tokenizer; rows are those of a square grid of N codes.
-        image_code_token (`str`, defaults to `"<img:{}>"`): how the tokenizer names codes. A prompt that spells such a name is
-            text.
+        image_end_token, image_row_end_token (`str`, *optional*), image_prefix_tokens, image_suffix_tokens
+            (`list[str]`): the tokens whose ids [`JamConfig`] has under `image_end_token_id` and so on, for layouts of
+            pictures that have them. They are special tokens of the tokenizer; rows are those of a square grid of N
+            codes.
+        image_code_token (`str`, defaults to `"<img:{}>"`): how the tokenizer names codes. A prompt that spells such a
+            name is text.
     """
 
     valid_processor_kwargs = JamProcessorKwargs
@@ -94,8 +97,8 @@ class JamProcessor(ProcessorMixin):
         ):
             if token_id is None or token_id == tokenizer.unk_token_id:
                 raise ValueError(
-                    f"JamProcessor: the tokenizer does not know the {name} {token!r}. Add it as a special token, or name "
-                    f"the token that plays its part."
+                    f"JamProcessor: the tokenizer does not know the {name} {token!r}. Add it as a special token, or "
+                    f"name the token that plays its part."
                 )
         self.image_end_token, self.image_row_end_token = image_end_token, image_row_end_token
         self.image_prefix_tokens, self.image_suffix_tokens = list(image_prefix_tokens), list(image_suffix_tokens)
@@ -103,7 +106,9 @@ class JamProcessor(ProcessorMixin):
         self._check_layout()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> JamProcessor:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> JamProcessor:
         """As in `ProcessorMixin`; codes get names in the tokenizer where a folder was fused before they had any.
 
         Raises:
@@ -115,14 +120,19 @@ class JamProcessor(ProcessorMixin):
 
     def _check_layout(self) -> None:
         added = self.tokenizer.added_tokens_decoder
-        for token in (self.image_end_token, *self.image_prefix_tokens, self.image_row_end_token, *self.image_suffix_tokens):
+        for token in (
+            self.image_end_token,
+            *self.image_prefix_tokens,
+            self.image_row_end_token,
+            *self.image_suffix_tokens,
+        ):
             if token is None:
                 continue
             entry = added.get(self.tokenizer.convert_tokens_to_ids(token))
             if entry is None or entry.content != token or not entry.special:
                 raise ValueError(
-                    f"JamProcessor: {token!r} is a token of the layout of pictures, but no special token of the tokenizer. Add "
-                    f"it with tokenizer.add_tokens([{token!r}], special_tokens=True)."
+                    f"JamProcessor: {token!r} is a token of the layout of pictures, but no special token of the "
+                    f"tokenizer. Add it with tokenizer.add_tokens([{token!r}], special_tokens=True)."
                 )
         if self.image_row_end_token is not None and math.isqrt(self.image_seq_length) ** 2 != self.image_seq_length:
             raise ValueError(
@@ -133,7 +143,8 @@ class JamProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """As in `ProcessorMixin`; the folder carries the code that it needs (remote_code_jam.py).
 
-        What transformers notes on the processor for the file leaves it again: a processor that was saved equals a loaded one.
+        What transformers notes on the processor for the file leaves it again: a processor that was saved equals a
+        loaded one.
         """
         try:
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -144,16 +155,16 @@ class JamProcessor(ProcessorMixin):
         """As in `ProcessorMixin`; where pictures come as one list per prompt, each prompt is checked on its own."""
         if text is None and images is not None:
             raise ValueError(
-                "JamProcessor: pictures need a prompt that says where they stand, e.g. text='<image>'. For pixels alone, "
-                "call processor.image_processor(images)."
+                "JamProcessor: pictures need a prompt that says where they stand, e.g. text='<image>'. For pixels "
+                "alone, call processor.image_processor(images)."
             )
         nested = isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images)
         if nested and isinstance(text, list):
             if len(images) != len(text):
                 raise ValueError(
-                    f"JamProcessor: the {self.image_token} tokens in the prompts should be the same as the number of pictures, "
-                    f"prompt by prompt; got {len(text)} prompt(s) and {len(images)} list(s) of pictures. Expected one list "
-                    "(possibly empty) for each prompt."
+                    f"JamProcessor: the {self.image_token} tokens in the prompts should be the same as the number of "
+                    f"pictures, prompt by prompt; got {len(text)} prompt(s) and {len(images)} list(s) of pictures. "
+                    "Expected one list (possibly empty) for each prompt."
                 )
             for index, (sample, pictures) in enumerate(zip(text, images)):
                 expected, got = sample.count(self.image_token), len(pictures or [])
@@ -170,8 +181,8 @@ class JamProcessor(ProcessorMixin):
         Args:
             images: PIL pictures, arrays, paths or URLs: one, a list for the whole batch in reading order, or a list of
                 lists, one for each prompt.
-            text (`str` or `list[str]`): prompts; `<image>` marks the place of each picture. The tokenizer puts `<s>` first,
-                once: a prompt that brings its own, as chat templates do, gets no second one.
+            text (`str` or `list[str]`): prompts; `<image>` marks the place of each picture. The tokenizer puts `<s>`
+                first, once: a prompt that brings its own, as chat templates do, gets no second one.
             kwargs: of the tokenizer and the image processor; batches of prompts want `padding=True`.
         Returns:
             `BatchFeature`: `input_ids`, `attention_mask` `[B, T]` and, where there are pictures, `pixel_values`
@@ -189,7 +200,8 @@ class JamProcessor(ProcessorMixin):
             nested = any(entry is None or isinstance(entry, (list, tuple)) for entry in images)
             if nested:  # one list for each prompt, None for an empty one
                 images = [
-                    list(entry) if isinstance(entry, (list, tuple)) else [entry] * (entry is not None) for entry in images
+                    list(entry) if isinstance(entry, (list, tuple)) else [entry] * (entry is not None)
+                    for entry in images
                 ]
             images = self.image_processor.fetch_images(list(images))
             if nested or not images:
@@ -203,7 +215,9 @@ class JamProcessor(ProcessorMixin):
         if bos and text is not None and kwargs.get("add_special_tokens", True):
             text = text.removeprefix(bos) if isinstance(text, str) else [sample.removeprefix(bos) for sample in text]
             # transformers tokenizes such texts piece by piece and puts nothing in front
-            if kwargs.get("sanitize_control_tokens") and self.tokenizer("")["input_ids"] == [self.tokenizer.bos_token_id]:
+            if kwargs.get("sanitize_control_tokens") and self.tokenizer("")["input_ids"] == [
+                self.tokenizer.bos_token_id
+            ]:
                 text = bos + text if isinstance(text, str) else [bos + sample for sample in text]
                 kwargs["add_special_tokens"] = False
         reader = reading_names_as_text(self, [text] if isinstance(text, str) else text or [])
@@ -213,13 +227,14 @@ class JamProcessor(ProcessorMixin):
         """As in `ProcessorMixin`; a message may be a list of texts and pictures.
 
         Args:
-            conversation: one chat or a list of them. A picture part names its picture under "image", "url", "path", "base64"
-                or, as OpenAI has it, "image_url", as anything that the image processor reads.
-            args, kwargs: of `ProcessorMixin.apply_chat_template`. With `tokenize=True`, `images=` are the pictures of the parts
-                (and of placeholders typed into texts) that name none, in reading order: a list, or one for each chat.
+            conversation: one chat or a list of them. A picture part names its picture under "image", "url", "path",
+                "base64" or, as OpenAI has it, "image_url", as anything that the image processor reads.
+            args, kwargs: of `ProcessorMixin.apply_chat_template`. With `tokenize=True`, `images=` are the pictures of
+                the parts (and of placeholders typed into texts) that name none, in reading order: a list, or one for
+                each chat.
         Raises:
-            ValueError: if the template would not write the parts as text or leaves out a picture; with `tokenize=True`, if a
-                picture part brings no picture, or more pictures came than places.
+            ValueError: if the template would not write the parts as text or leaves out a picture; with `tokenize=True`,
+                if a picture part brings no picture, or more pictures came than places.
         """
         stock = super().apply_chat_template
         if "prepared_chats" in OFFERED or not _is_text_alone(conversation) or "images" in kwargs:
@@ -258,8 +273,8 @@ class JamProcessor(ProcessorMixin):
         """What `pipeline("any-to-any")` shows.
 
         Args:
-            generated_outputs: int64 `[B, T]` as `generate()` returns it; for "image" the pixels of `decode_image_tokens`, float
-                `[P, 3, H, W]` in [-1, 1].
+            generated_outputs: int64 `[B, T]` as `generate()` returns it; for "image" the pixels of
+                `decode_image_tokens`, float `[P, 3, H, W]` in [-1, 1].
             skip_special_tokens (`bool`, defaults to True): leave markup and image codes out of the text.
             generation_mode (`str`, *optional*): "text" (also where `None`) or "image".
             kwargs: of the tokenizer's `decode`.
@@ -267,11 +282,13 @@ class JamProcessor(ProcessorMixin):
             ValueError: on another mode, or ids in place of pixels.
         """
         if generation_mode in (None, "text"):
-            return self.post_process_image_text_to_text(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+            return self.post_process_image_text_to_text(
+                generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs
+            )
         if generation_mode != "image":
             raise ValueError(
-                f"generation_mode must be 'text' or 'image' here, got {generation_mode!r}. Documents with both are what "
-                "post_process_interleaved(generated, model=...) takes apart."
+                f"generation_mode must be 'text' or 'image' here, got {generation_mode!r}. Documents with both are "
+                "what post_process_interleaved(generated, model=...) takes apart."
             )
         if not torch.is_tensor(generated_outputs) or not generated_outputs.is_floating_point():
             raise ValueError(
@@ -288,42 +305,48 @@ class JamProcessor(ProcessorMixin):
         Args:
             generated: int64 `[B, T]` as `generate()` returns it, or its output object with `.sequences`.
             model: the JAM that wrote them; it decodes the codes.
-            prompt_length (`int`, defaults to 0): leading ids to leave out, e.g. `inputs["input_ids"].shape[1]`. A picture that
-                was begun there and went on behind comes whole.
-            skip_special_tokens (`bool`, defaults to True): leave markup such as `<s>` out of the text. Padding and the marks
-                of pictures are always left out.
+            prompt_length (`int`, defaults to 0): leading ids to leave out, e.g. `inputs["input_ids"].shape[1]`. A
+                picture that was begun there and went on behind comes whole.
+            skip_special_tokens (`bool`, defaults to True): leave markup such as `<s>` out of the text. Padding and the
+                marks of pictures are always left out.
         Returns:
             one list per row: `{"type": "text", "text": str}` or `{"type": "image", "image": PIL.Image}`, in order. A
-            picture that was not finished is `{"type": "image", "image": None, "image_tokens": [...]}` with the codes that it
-            has. What the layout of pictures has beside the codes (prefix, row ends, suffix) is in neither, and text that is
-            only white space is no segment.
+            picture that was not finished is `{"type": "image", "image": None, "image_tokens": [...]}` with the codes
+            that it has. What the layout of pictures has beside the codes (prefix, row ends, suffix) is in neither, and
+            text that is only white space is no segment.
         Raises:
-            ValueError: if `generated` is not `[B, T]`, the prompt is longer than that, or the model's pictures have another
-                number of codes than the processor's.
+            ValueError: if `generated` is not `[B, T]`, the prompt is longer than that, or the model's pictures have
+                another number of codes than the processor's.
         """
         sequences = torch.as_tensor(getattr(generated, "sequences", generated))
         if sequences.ndim != 2:
             raise ValueError(f"post_process_interleaved: expected ids [B, T], got the shape {list(sequences.shape)}.")
         if not 0 <= prompt_length <= sequences.shape[1]:
             raise ValueError(
-                f"post_process_interleaved: prompt_length is {prompt_length}, but the rows have {sequences.shape[1]} ids; "
-                "expected the length of the padded prompts."
+                f"post_process_interleaved: prompt_length is {prompt_length}, but the rows have {sequences.shape[1]} "
+                "ids; expected the length of the padded prompts."
             )
         begun = PictureGrammar(model.config).state(sequences[:, :prompt_length]).position.tolist()
         rows = [ids[prompt_length - count :] for ids, count in zip(sequences.tolist(), begun)]
         return self.segments(rows, model, skip_special_tokens)
 
-    def segments(self, rows: list[list[int]], model: JamForCausalLM, skip_special_tokens: bool) -> list[list[dict[str, Any]]]:
+    def segments(
+        self, rows: list[list[int]], model: JamForCausalLM, skip_special_tokens: bool
+    ) -> list[list[dict[str, Any]]]:
         config = model.config
         if config.image_seq_length != self.image_seq_length:
             raise ValueError(
-                f"JamProcessor: its pictures have {self.image_seq_length} codes, the model's {config.image_seq_length}. Load "
-                "both from one folder, or set processor.image_seq_length."
+                f"JamProcessor: its pictures have {self.image_seq_length} codes, the model's "
+                f"{config.image_seq_length}. Load both from one folder, or set processor.image_seq_length."
             )
         layout = config.picture_layout
         marks = {layout.begin, layout.end}
         left_out: set[int | None] = set(layout.structure)
-        left_out |= {config.pad_token_id} - {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, *config.eos_token_ids}
+        left_out |= {config.pad_token_id} - {
+            self.tokenizer.bos_token_id,
+            self.tokenizer.eos_token_id,
+            *config.eos_token_ids,
+        }
         documents: list[list[dict[str, Any]]] = []
         pictures: list[tuple[dict[str, Any], list[int]]] = []
         for ids in rows:
@@ -332,7 +355,9 @@ class JamProcessor(ProcessorMixin):
             in_picture = False
             for token in [*(t for t in ids if t not in left_out), None]:
                 is_code = token is not None and token in layout.codes
-                if run and (token is None or is_code != in_picture or (in_picture and len(run) == self.image_seq_length)):
+                if run and (
+                    token is None or is_code != in_picture or (in_picture and len(run) == self.image_seq_length)
+                ):
                     if in_picture:
                         segment: dict[str, Any] = {"type": "image", "image": None}
                         if len(run) == self.image_seq_length:

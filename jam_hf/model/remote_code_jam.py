@@ -7,9 +7,9 @@ Every folder that a JAM, its config or its processor is saved to carries the cod
 from typing import Any
 
 
-# transformers copies the file of a class that is saved, and the files that are named by lines of this form in it, and in
-# those. It reads lines and runs nothing, so the list is a text: an import, were it for types alone, would close a circle.
-# Each class that is saved imports this file, so that whichever is saved, all files go together.
+# transformers copies the file of a class that is saved, and the files that are named by lines of this form in it, and
+# in those. It reads lines and runs nothing, so the list is a text: an import, were it for types alone, would close a
+# circle. Each class that is saved imports this file, so that whichever is saved, all files go together.
 FILES = """
 from .configuration_jam import JamConfig
 from .image_processing_jam import JamImageProcessor
@@ -17,7 +17,8 @@ from .modeling_jam import JamForCausalLM
 from .processing_jam import JamProcessor
 """
 
-# `file.Class` for each Auto class, as `auto_map` in config.json has it. transformers itself records only the class it saves.
+# `file.Class` for each Auto class, as `auto_map` in config.json has it. transformers itself records only the class it
+# saves.
 AUTO_MAP = {
     "AutoConfig": "configuration_jam.JamConfig",
     "AutoModel": "modeling_jam.JamModel",

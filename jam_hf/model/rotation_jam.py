@@ -1,8 +1,10 @@
-"""Rotary positions that depend on how long a sequence is (`longrope`, `dynamic`), and who may share a forward under them.
+"""Rotary positions that depend on how long a sequence is (`longrope`, `dynamic`), and who may share a forward under
+them.
 
-transformers rotates all that a forward feeds by the longest position in it: `longrope` by one of two sets of frequencies,
-`dynamic` beyond the trained positions by another set at each length. A sequence in one forward with a longer one is rotated
-otherwise than alone. Whatever puts sequences together asks here. It knows configs and the state of transformers' modules.
+transformers rotates all that a forward feeds by the longest position in it: `longrope` by one of two sets of
+frequencies, `dynamic` beyond the trained positions by another set at each length. A sequence in one forward with a
+longer one is rotated otherwise than alone. Whatever puts sequences together asks here. It knows configs and the state
+of transformers' modules.
 """
 
 from __future__ import annotations
@@ -38,8 +40,9 @@ def one_rotation(configs: Sequence[Any], longest: int) -> bool:
 
 @contextmanager
 def rotated_alone(model: torch.nn.Module) -> Iterator[None]:
-    """Forwards inside are rotated by their own lengths, not by what `dynamic` modules remember of longer ones; behind it the
-    modules remember what they did before."""
+    """Forwards inside are rotated by their own lengths, not by what `dynamic` modules remember of longer ones; behind
+    it the modules remember what they did before.
+    """
     remembered = []
     for module in model.modules():
         if "dynamic" in str(getattr(module, "rope_type", "")) and hasattr(module, "original_inv_freq"):

@@ -1,12 +1,13 @@
 """What transformers' Trainer does with labels outside of a model's `forward`, made right for a JAM.
 
 A Trainer takes the labels away before `forward` for label smoothing and for `compute_loss_func`, and hands them to
-`compute_metrics`; trl's preference losses take `input_ids` themselves for labels. There the placeholders `<image>` would stand
-where codes belong. And it shifts labels for smoothing only where it finds the *name* of the class in a static table, which it
-does not once a wrapper (FSDP2, `torch.compile`) or a subclass has another. So a Trainer that trains a JAM gets codes in ids and
-labels as soon as the batch is on its device, and a smoother that shifts. What trl's GRPO and RLOO pass through there are
-prompts, which keep their pixels. It imports no Trainer: where there is none, nothing is changed, and for other models nothing
-is either.
+`compute_metrics`; trl's preference losses take `input_ids` themselves for labels. There the placeholders `<image>`
+would stand where codes belong. And it shifts labels for smoothing only where it finds the *name* of the class in a
+static table, which it does not once a wrapper (FSDP2, `torch.compile`) or a subclass has another. So a Trainer that
+trains a JAM gets codes in ids and labels as soon as the batch is on its device, and a smoother that shifts. What trl's
+GRPO and RLOO pass through there are
+prompts, which keep their pixels. It imports no Trainer: where there is none, nothing is changed, and for other models
+nothing is either.
 """
 
 from __future__ import annotations
@@ -48,14 +49,18 @@ def with_codes(model: nn.Module, jam: nn.Module, inputs: Mapping[str, Any]) -> d
         beside = {  # the same prompts once more: trl's KTO, beside other answers (`KL_input_ids`)
             name: caller.encode_pictures(value, None, inputs["pixel_values"])[0]
             for name, value in inputs.items()
-            if name.endswith("_input_ids") and "pixel_values" in inputs and bool((value == jam.config.image_token_id).any())
+            if name.endswith("_input_ids")
+            and "pixel_values" in inputs
+            and bool((value == jam.config.image_token_id).any())
         }
     inputs = {name: value for name, value in inputs.items() if name != "pixel_values"} | {"input_ids": ids} | beside
     return inputs if labels is None else inputs | {"labels": labels}
 
 
 def teach_trainers() -> None:
-    """Make `Trainer._prepare_inputs` put codes into the batches of JAMs; once, and only where the Trainer is imported."""
+    """Make `Trainer._prepare_inputs` put codes into the batches of JAMs; once, and only where the Trainer is
+    imported.
+    """
     trainer = sys.modules.get("transformers.trainer")
     if trainer is None or hasattr(trainer.Trainer._prepare_inputs, "gives_jam_codes"):
         return
@@ -70,13 +75,18 @@ def teach_trainers() -> None:
         if isinstance(self.label_smoother, trainer.LabelSmoother):
             self.label_smoother = functools.partial(self.label_smoother, shift_labels=True)
         given = isinstance(inputs, Mapping) and inputs.get("input_ids") is not None
-        # Trainers that write what they learn from (trl's GRPO and RLOO) pass prompts through here, and need their pixels again.
-        of_prompts = type(self)._prepare_inputs is not _prepare_inputs and not {"labels", "completion_mask"} & set(inputs)
+        # Trainers that write what they learn from (trl's GRPO and RLOO) pass prompts through here, and need their
+        # pixels again.
+        of_prompts = type(self)._prepare_inputs is not _prepare_inputs and not {"labels", "completion_mask"} & set(
+            inputs
+        )
         if not given or of_prompts:
             return inputs
         inputs = with_codes(self.model, jam, inputs)
         if "inputs" in self.args.include_for_metrics and isinstance(raw, MutableMapping):
-            raw["input_ids"] = inputs["input_ids"]  # what `EvalPrediction.inputs` shows is read from the batch as it came
+            raw["input_ids"] = inputs[
+                "input_ids"
+            ]  # what `EvalPrediction.inputs` shows is read from the batch as it came
             raw.pop("pixel_values", None)
         return inputs
 

@@ -1,9 +1,9 @@
 """The room of private symbols: whatever the model's code uses of other libraries that they do not promise to keep.
 
 `from .transformers_private_jam import NAME` is the only way to one, and imports no other. Each line says since which
-version of the library it is so ("-": before transformers 5.20) and why nothing public does it; modeling_tests/contracts/
-has what is relied on. Layers of the families come by their fact sheets (families_jam.py); what stays at home has
-jam_hf/integrations/private.py.
+version of the library it is so ("-": before transformers 5.20) and why nothing public does it;
+modeling_tests/contracts/ has what is relied on. Layers of the families come by their fact sheets (families_jam.py);
+what stays at home has jam_hf/integrations/private.py.
 """
 
 from collections.abc import Callable

@@ -24,7 +24,10 @@ CELL_NAMES = {
 SIZE_NAMES = {"small": ("small", "little"), "large": ("large", "big")}
 _BACKGROUNDS = ("on a {0} background", "on {0}", "against a {0} backdrop")
 _PICTURES = ("a picture of", "an image of", "")
-_FIRST_STEPS = ("Start {background} and put a {object} in the {cell}.", "Begin {background}: draw a {object} in the {cell}.")
+_FIRST_STEPS = (
+    "Start {background} and put a {object} in the {cell}.",
+    "Begin {background}: draw a {object} in the {cell}.",
+)
 _NEXT_STEPS = (
     "Then add a {object} in the {cell}.",
     "Now draw a {object} in the {cell}.",
@@ -56,14 +59,17 @@ def join(parts: list[str]) -> str:
 
 
 def steps(rng: np.random.Generator, names: list[tuple[str, str]], background: str) -> list[str]:
-    """How to build a picture, one sentence for each object; `names` are (object, cell) in words, in the order of the steps.
+    """How to build a picture, one sentence for each object; `names` are (object, cell) in words, in the order of the
+    steps.
 
     E.g. Step 1. Start on a white background and put a small red circle in the top left.
     """
     texts = []
     for number, (name, cell) in enumerate(names, 1):
         text = _pick(rng, _FIRST_STEPS if number == 1 else _NEXT_STEPS)
-        texts.append(f"Step {number}. " + text.format(background=f"on a {background} background", object=name, cell=cell))
+        texts.append(
+            f"Step {number}. " + text.format(background=f"on a {background} background", object=name, cell=cell)
+        )
     return texts
 
 
@@ -76,7 +82,9 @@ def caption(rng: np.random.Generator, picture: Picture) -> str:
         raise ValueError("caption: the picture has no objects; expected at least one.")
     objects = [picture.objects[i] for i in rng.permutation(len(picture.objects))]
     if rng.integers(4) == 0:
-        return " ".join(steps(rng, [(object_name(rng, o), cell_name(rng, o.cell)) for o in objects], picture.background))
+        return " ".join(
+            steps(rng, [(object_name(rng, o), cell_name(rng, o.cell)) for o in objects], picture.background)
+        )
     things = join([placed_object(rng, o) for o in objects])
     background = _pick(rng, _BACKGROUNDS).format(picture.background)
     if rng.integers(3) == 0:

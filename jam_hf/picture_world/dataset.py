@@ -102,7 +102,9 @@ def build_texts(seed: int, sizes: PictureWorldSizes) -> DatasetDict:
         text = document(rng)
         if text not in held_out:
             train.append(text)
-    return DatasetDict({"train": Dataset.from_dict({"text": train}), "validation": Dataset.from_dict({"text": list(held_out)})})
+    return DatasetDict(
+        {"train": Dataset.from_dict({"text": train}), "validation": Dataset.from_dict({"text": list(held_out)})}
+    )
 
 
 def build_howtos(seed: int, sizes: PictureWorldSizes) -> DatasetDict:

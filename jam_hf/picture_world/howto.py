@@ -36,7 +36,9 @@ def howto(rng: np.random.Generator, num_steps: int) -> tuple[list[dict[str, Any]
     final = sample_picture(rng, num_steps)
     objects = [final.objects[i] for i in rng.permutation(num_steps)]
     background = f"on a {final.background} background"
-    names = [(object_name(rng, o), cell_name(rng, o.cell)) for o in objects]  # the answer keeps to the words of the request
+    names = [
+        (object_name(rng, o), cell_name(rng, o.cell)) for o in objects
+    ]  # the answer keeps to the words of the request
     things = join([f"a {name} in the {cell}" for name, cell in names])
     request = _choice(rng, _REQUESTS).format(things=things, background=background)
     content: list[dict[str, str]] = []

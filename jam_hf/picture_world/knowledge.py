@@ -1,7 +1,8 @@
-"""Text-only documents with knowledge that no caption contains: colours and shapes of things, little sums, little stories.
+"""Text-only documents with knowledge that no caption contains: colours and shapes of things, little sums, little
+stories.
 
-It knows facts and sentences, and borrows words from captions; it knows no pictures. Held-out documents are new sentences of
-the same kinds.
+It knows facts and sentences, and borrows words from captions; it knows no pictures. Held-out documents are new
+sentences of the same kinds.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ THING_SHAPES = {
 _NAMES = ("Anna", "Ben", "Clara", "David", "Ella", "Felix", "Grace", "Hugo")
 _PLACES = ("market", "garden", "harbour", "school", "forest", "museum")
 _NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen"
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen"
 ).split()
 _COLOUR_FACTS = (
     "What colour is {a} {thing}? {A} {thing} is {colour}.",
@@ -179,7 +181,9 @@ def _tidied(rng: np.random.Generator) -> str:
 
 
 def document(rng: np.random.Generator) -> str:
-    """One document: three or four sentences, a story with a list that is told again, or a request and its answer in steps."""
+    """One document: three or four sentences, a story with a list that is told again, or a request and its answer in
+    steps.
+    """
     kind = rng.integers(3)
     if kind == 0:
         return _retold(rng)

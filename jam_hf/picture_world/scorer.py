@@ -1,7 +1,7 @@
 """Reading a picture back: which objects it shows, so that drawing can be measured without a person.
 
-It compares each cell with what every object would look like there, on the background that the whole picture suggests. It
-knows pixels and the world's rules, not where the picture came from.
+It compares each cell with what every object would look like there, on the background that the whole picture suggests.
+It knows pixels and the world's rules, not where the picture came from.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ MAX_ERROR = 0.01
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read. `picture` is None where some cell shows nothing of this world; `errors` is `[3, 3]`, see MAX_ERROR."""
+    """What was read. `picture` is None where some cell shows nothing of this world; `errors` is `[3, 3]`, see
+    MAX_ERROR.
+    """
 
     picture: Picture | None
     errors: np.ndarray

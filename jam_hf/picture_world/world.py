@@ -1,4 +1,5 @@
-"""Picture world: pictures of a few objects on a 3x3 grid, their rendering, and which of them are held out from training.
+"""Picture world: pictures of a few objects on a 3x3 grid, their rendering, and which of them are held out from
+training.
 
 It knows pictures, not words (captions.py) and not models. Everything is seeded; nothing is downloaded.
 """
@@ -192,7 +193,9 @@ def sample_picture(rng: np.random.Generator, num_objects: int, held_out: str | N
     return Picture(_sample_objects(rng, num_objects, background), background)
 
 
-def _sample_objects(rng: np.random.Generator, num_objects: int, background: str | None = None) -> tuple[PictureObject, ...]:
+def _sample_objects(
+    rng: np.random.Generator, num_objects: int, background: str | None = None
+) -> tuple[PictureObject, ...]:
     """Objects in different cells; with a background, only such as training may show together."""
     objects: tuple[PictureObject, ...] = ()
     tries = 0

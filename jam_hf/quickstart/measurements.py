@@ -115,7 +115,9 @@ class _Measurements:
         vq, pairs = self.run.vq(), self.run.data("pairs")
         processor = JamImageProcessor.from_vq_config(vq.config)
         images = [image for split in ("validation", "unseen_single", "unseen_pair") for image in pairs[split]["image"]]
-        expected = [Picture.from_json(p) for s in ("validation", "unseen_single", "unseen_pair") for p in pairs[s]["picture"]]
+        expected = [
+            Picture.from_json(p) for s in ("validation", "unseen_single", "unseen_pair") for p in pairs[s]["picture"]
+        ]
         codes = torch.from_numpy(encode_images(vq, images))
         decoded = [picture for part in codes.split(100) for picture in processor.postprocess(vq.decode(part))]
         scores = [score_picture(image, picture) for image, picture in zip(decoded, expected)]
@@ -169,7 +171,9 @@ class _SharedParents(_Measurements):
 
 
 class _UnlikeParents(_Measurements):
-    """Each parent reads in its own ids; what is compared is what both say of the same texts and the same image codes."""
+    """Each parent reads in its own ids; what is compared is what both say of the same texts and the same image
+    codes.
+    """
 
     def __init__(self, run: Run):
         super().__init__(run)
@@ -228,8 +232,12 @@ class _UnlikeParents(_Measurements):
 
 
 @torch.no_grad()
-def draw_with_chameleon(model: Any, tokenizer: Any, vq: Any, captions: list[str], batch_size: int = 50) -> list[Image.Image]:
-    """One picture for each caption by a Chameleon alone, greedily: its own `generate`, with nothing but codes allowed."""
+def draw_with_chameleon(
+    model: Any, tokenizer: Any, vq: Any, captions: list[str], batch_size: int = 50
+) -> list[Image.Image]:
+    """One picture for each caption by a Chameleon alone, greedily: its own `generate`, with nothing but codes
+    allowed.
+    """
     config, size = with_image_logits(model).config, vq.config.grid_size
     codes = code_ids(config, config.vocab_size, vq.config.num_vq_embeddings, tokenizer, None, "image parent")
     begin = picture_layout(config, tokenizer, codes, size, "image parent").begin

@@ -1,6 +1,7 @@
 """The quickstart's page: interleaved documents that the model wrote, loss curves, and a table of measured figures.
 
-It reads a run folder and writes HTML with everything inside; it trains and measures nothing but the documents it writes.
+It reads a run folder and writes HTML with everything inside; it trains and measures nothing but the documents it
+writes.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ def write_documents(run: Run, folder: Path) -> None:
             index = start + offset
             expected = [Picture.from_json(text) for text in howtos[index]["pictures"]]
             drawn = [s["image"] for s in segments if s["type"] == "image"]
-            scores = [image is not None and score_picture(image, picture).correct for image, picture in zip(drawn, expected)]
+            scores = [
+                image is not None and score_picture(image, picture).correct for image, picture in zip(drawn, expected)
+            ]
             pictures += len(expected)
             right += sum(scores)
             if index < settings.num_documents:
@@ -159,7 +162,8 @@ def _perplexity(value: float | None) -> str:
 def _figures(results: dict[str, Any]) -> str:
     head = (
         "<tr><th>model</th><th>text ppl</th><th>caption+image ppl</th><th>image ppl</th><th>KL to LLM</th>"
-        "<th>KL to image parent</th><th>1 object</th><th>1 object, guided</th><th>2 objects</th><th>2 objects, guided</th></tr>"
+        "<th>KL to image parent</th><th>1 object</th><th>1 object, guided</th><th>2 objects</th><th>2 objects, "
+        "guided</th></tr>"
     )
     rows = []
     for name, figures in results["models"].items():
@@ -180,7 +184,8 @@ def verdicts(results: dict[str, Any]) -> list[tuple[str, bool]]:
     final, llm, image = (models[n] for n in ("jam-cross, stage 2", "LLM parent", "image parent"))
     trip, drawing = results["vq_round_trip"], final["drawing"]
     text = final["perplexity"]["text"] / llm["perplexity"]["text"] - 1
-    # Perplexities of captions compare only where both models read them in the same tokens; image codes are the same to all.
+    # Perplexities of captions compare only where both models read them in the same tokens; image codes are the same to
+    # all.
     same_tokens = "caption_image" in image["perplexity"]
     what, kind = ("Caption+image", "caption_image") if same_tokens else ("Image", "image")
     ours, theirs = final["perplexity"][kind], image["perplexity"][kind]
@@ -205,9 +210,9 @@ def verdicts(results: dict[str, Any]) -> list[tuple[str, bool]]:
 def _note(run: Run) -> str:
     if run.settings.family == "unlike":
         return (
-            "jam-cross in the preserving form says of a text exactly what the LLM parent says. It reads captions in the LLM's "
-            "tokens, the image parent in its own; the KL to the image parent is what that costs before training. The image "
-            "parent's perplexity is among image codes alone."
+            "jam-cross in the preserving form says of a text exactly what the LLM parent says. It reads captions in "
+            "the LLM's tokens, the image parent in its own; the KL to the image parent is what that costs before "
+            "training. The image parent's perplexity is among image codes alone."
         )
     return (
         "No fusion into one stock decoder preserves a parent exactly, since its norms see both halves;\n"
@@ -228,7 +233,9 @@ def render_page(run: Run) -> str:
     times = read_json(times_path) if times_path.is_file() else {}
     documents = []
     for document in written["documents"]:
-        segments = [{**s, "image": _picture(folder, s["file"]) if s.get("file") else None} for s in document["segments"]]
+        segments = [
+            {**s, "image": _picture(folder, s["file"]) if s.get("file") else None} for s in document["segments"]
+        ]
         documents.append(document_html(document["prompt"], segments))
     tiles = []
     for tile in written["tiles"]:
@@ -243,7 +250,9 @@ def render_page(run: Run) -> str:
         ("stage 2, jam-cross (how-tos)", "jam-cross"),
     ):
         curves.append(_curve(f"{title}, loss", _history(run.path(place) / "history.json", "loss")))
-    checks = "".join(f'<li class="{"ok" if reached else "no"}">{html.escape(text)}</li>' for text, reached in verdicts(results))
+    checks = "".join(
+        f'<li class="{"ok" if reached else "no"}">{html.escape(text)}</li>' for text, reached in verdicts(results)
+    )
     share = written["howto_pictures_right"] / max(written["howto_pictures"], 1)
     path = run.path("fused") / "report.txt"
     report = f"<h2>Fusion</h2><pre>{html.escape(path.read_text(encoding='utf-8'))}</pre>\n" if path.is_file() else ""

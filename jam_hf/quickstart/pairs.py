@@ -1,7 +1,7 @@
 """The quickstart's parents: two of one family over one tokenizer, or two unlike ones, each with a tokenizer of its own.
 
-What depends on the pair is in their files: tokenizers, classes, how each parent's documents are encoded. How long anything is
-trained, and in which order, is stages.py.
+What depends on the pair is in their files: tokenizers, classes, how each parent's documents are encoded. How long
+anything is trained, and in which order, is stages.py.
 """
 
 from __future__ import annotations

@@ -31,13 +31,13 @@ class Run:
             changed = sorted(k for k in described if before.get(k) != described[k] and k != "train_all")
             if changed:
                 raise ValueError(
-                    f"'{self.folder}' holds a run with other settings ({', '.join(changed)}). Choose another folder, or "
-                    "delete it to begin again."
+                    f"'{self.folder}' holds a run with other settings ({', '.join(changed)}). Choose another folder, "
+                    "or delete it to begin again."
                 )
         elif self.folder.is_dir() and any(found.name != f".{path.name}.partial" for found in self.folder.iterdir()):
             raise ValueError(
-                f"'{self.folder}' is not empty and holds no run of the quickstart, which would put its toys there. Choose "
-                "a new folder."
+                f"'{self.folder}' is not empty and holds no run of the quickstart, which would put its toys there. "
+                "Choose a new folder."
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(described, indent=1) + "\n")
@@ -57,7 +57,9 @@ class Run:
         return load_saved_dataset(self.need("data", "picture-world") / name)
 
     def vq(self) -> JamVQModel:
-        return JamVQModel.from_pretrained(self.need("vq", "train-vq"), use_safetensors=True, trust_remote_code=False).eval()
+        return JamVQModel.from_pretrained(
+            self.need("vq", "train-vq"), use_safetensors=True, trust_remote_code=False
+        ).eval()
 
     @property
     def modes(self) -> tuple[str, ...]:

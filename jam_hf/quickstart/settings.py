@@ -14,7 +14,9 @@ FAMILIES = ("llama", "opt", "unlike")
 
 
 def _recipe(max_steps: int, learning_rate: float, muon_learning_rate: float, decay: float, **settings: Any) -> Any:
-    """A field with a recipe of the quickstart's: Muon, small batches, linear decay over the last share `decay` of the steps."""
+    """A field with a recipe of the quickstart's: Muon, small batches, linear decay over the last share `decay` of
+    the steps.
+    """
     return field(
         default_factory=lambda: RecipeSettings(
             max_steps=max_steps,
@@ -78,10 +80,13 @@ class QuickstartSettings:
         if self.family not in FAMILIES:
             raise ValueError(f"QuickstartSettings: family must be one of {', '.join(FAMILIES)}, got {self.family!r}.")
         if (self.family == "unlike") != (self.image_parent is not None):
-            raise ValueError("QuickstartSettings: the family 'unlike' and image_parent need each other; see of_family().")
+            raise ValueError(
+                "QuickstartSettings: the family 'unlike' and image_parent need each other; see of_family()."
+            )
         if self.family == "unlike" and self.train_all:
             raise ValueError(
-                "QuickstartSettings: unlike parents fuse as jam-cross only, so train_all has nothing to add. Leave it out."
+                "QuickstartSettings: unlike parents fuse as jam-cross only, so train_all has nothing to add. Leave it "
+                "out."
             )
 
     @classmethod

@@ -50,7 +50,10 @@ class SharedParents:
         vq = self.run.vq()
         for name in ("texts", "pairs", "howtos"):
             documents = encoded(
-                self.run.data(name), name, tokenizer=self.tokenizer, encode_images=lambda images: encode_images(vq, images)
+                self.run.data(name),
+                name,
+                tokenizer=self.tokenizer,
+                encode_images=lambda images: encode_images(vq, images),
             )
             documents.save_to_disk(str(folder / name))
 

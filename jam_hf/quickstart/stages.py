@@ -1,7 +1,7 @@
 """The stages of the quickstart: data, VQ model, parents, fusion, stage 1, stage 2, documents and measurements.
 
-Each stage reads what earlier stages left in the run folder and leaves one folder or file of its own, whole or not at all; a
-stage whose result is there is not run again. What depends on the pair of parents is pairs.py, what is measured
+Each stage reads what earlier stages left in the run folder and leaves one folder or file of its own, whole or not at
+all; a stage whose result is there is not run again. What depends on the pair of parents is pairs.py, what is measured
 measurements.py, the page that shows it all page.py.
 """
 
@@ -140,12 +140,16 @@ def instruct(run: Run) -> None:
             run.settings.seed + 1,
         )
         source = run.need("pretrained", "pretrain") / f"jam-{mode}"
-        _train_jam(run, source, target, recipe, data, mean_spans=0.0, whole_segment_probability=0.03, text_segments_only=True)
+        _train_jam(
+            run, source, target, recipe, data, mean_spans=0.0, whole_segment_probability=0.03, text_segments_only=True
+        )
     for mode in run.modes:  # a JAM that is not trained stands beside the others as it was fused
         if mode not in run.trained_modes and not run.path(f"jam-{mode}").exists():
             source = run.need("fused", "fuse") / f"jam-{mode}"
             with whole_folder(run.path(f"jam-{mode}")) as folder:
-                JamForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False).save_pretrained(folder)
+                JamForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False).save_pretrained(
+                    folder
+                )
                 JamProcessor.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
 
 

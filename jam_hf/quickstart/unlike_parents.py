@@ -1,4 +1,6 @@
-"""Two unlike parents, each with a tokenizer of its own: how they are made, how their documents are encoded, how they fuse."""
+"""Two unlike parents, each with a tokenizer of its own: how they are made, how their documents are encoded, how
+they fuse.
+"""
 
 from __future__ import annotations
 
@@ -41,13 +43,13 @@ from .run import Run
 class UnlikeParents:
     """A Qwen2 that reads texts, and a Chameleon that draws captions: no size, layer kind, tokenizer or id in common.
 
-    Each parent's documents are in its own ids and its own layout of pictures. The JAM's, in the fused tokenizer's, can only be
-    encoded once the parents are fused.
+    Each parent's documents are in its own ids and its own layout of pictures. The JAM's, in the fused tokenizer's, can
+    only be encoded once the parents are fused.
     """
 
     words = (
-        "A text LLM (Qwen2) and an autoregressive image model (Chameleon) of other sizes, each with a tokenizer of its own, "
-        "fused, then trained in two stages."
+        "A text LLM (Qwen2) and an autoregressive image model (Chameleon) of other sizes, each with a tokenizer of its "
+        "own, fused, then trained in two stages."
     )
 
     def __init__(self, run: Run):
@@ -140,7 +142,8 @@ class UnlikeParents:
 
     def _chameleon_config(self, tokenizer: Any) -> ChameleonConfig:
         s, sizes = self.settings, self.settings.image_parent
-        # Every Chameleon of transformers has a VQ model, without a decoder. The codes here are those of the quickstart's own.
+        # Every Chameleon of transformers has a VQ model, without a decoder. The codes here are those of the
+        # quickstart's own.
         vq_config = {
             "embed_dim": 4,
             "num_embeddings": s.num_codes,
@@ -202,17 +205,21 @@ class UnlikeParents:
 def with_image_logits(model: ChameleonForConditionalGeneration) -> ChameleonForConditionalGeneration:
     """Let a Chameleon's forward keep the logits of image codes, which it sets to minus infinity, for the loss as well.
 
-    The model in memory then draws instead of looking: its own VQ model's codes have no ids any more. Nothing of it is saved.
+    The model in memory then draws instead of looking: its own VQ model's codes have no ids any more. Nothing of it is
+    saved.
     """
     model.model.vocabulary_mapping.image_tokens = []
     return model
 
 
 def qwen_like(texts: list[str], vocab_size: int) -> Qwen2Tokenizer:
-    """Qwen2's own tokenizer over other words: `<|endoftext|>` ends and pads, nothing begins a document or marks a picture.
+    """Qwen2's own tokenizer over other words: `<|endoftext|>` ends and pads, nothing begins a document or marks a
+    picture.
 
-    The chat template may hold pictures; their placeholder is a token of the JAM's. The class is Qwen2's, since transformers
-    takes no other for a Qwen2: beside its config, another tokenizer's splitting of words would be replaced without a word.
+    The chat template may hold pictures; their placeholder is a token of the JAM's. The class is Qwen2's, since
+    transformers
+    takes no other for a Qwen2: beside its config, another tokenizer's splitting of words would be replaced without a
+    word.
     """
     tokenizer = Qwen2Tokenizer(padding_side="left").train_new_from_iterator(
         texts, vocab_size, new_special_tokens=list(ROLES), show_progress=False
@@ -244,7 +251,9 @@ def chameleon_like(captions: list[str], vocab_size: int, num_codes: int, seed: i
 
 
 def _codes_again(documents: Dataset, layout: PictureLayout) -> EncodeImages:
-    """The raw codes of documents of one picture each, in their order: what `encode_images` found when they were encoded."""
+    """The raw codes of documents of one picture each, in their order: what `encode_images` found when they were
+    encoded.
+    """
     codes = np.asarray(layout.codes)
     code_of = np.full(int(codes.max()) + 1, -1)
     code_of[codes] = np.arange(len(codes))

@@ -1,4 +1,5 @@
-"""A memory of captioned pictures: built with a JAM's VQ model and CLIP, searched with FAISS, put before prompts and documents.
+"""A memory of captioned pictures: built with a JAM's VQ model and CLIP, searched with FAISS, put before prompts and
+documents.
 
 The model knows nothing of this folder: what it asks of a memory is a protocol, jam_hf/generation/retrieval_prompts.py.
 FAISS is an extra: `pip install jam_hf[retrieval]`.

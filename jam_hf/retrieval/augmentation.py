@@ -1,4 +1,5 @@
-"""Training documents with a memory: retrieved documents first, the pair last [C]. What trains on them is not known here.
+"""Training documents with a memory: retrieved documents first, the pair last [C]. What trains on them is not known
+here.
 
 The rows go through `encode_documents`, and so through CM3 and the collator, as all documents do.
 """
@@ -36,8 +37,9 @@ def documents_with_memory(
 ) -> Dataset:
     """Captioned pictures behind documents that were retrieved for them.
 
-    For each pair a number of documents is drawn, evenly from 0 to `max_documents` (ours [R]; CM3leon is measured with 0, 1
-    and 2 [C]), by the seed and the pair's number. The query is the pair, text and picture; it is itself never retrieved.
+    For each pair a number of documents is drawn, evenly from 0 to `max_documents` (ours [R]; CM3leon is measured with
+    0, 1 and 2 [C]), by the seed and the pair's number. The query is the pair, text and picture; it is itself never
+    retrieved.
 
         rows = documents_with_memory(index, model, pairs, max_length=4096)
         encode_documents(rows, processor.tokenizer, stack_codes, config=model.config, max_length=4096)
@@ -47,13 +49,17 @@ def documents_with_memory(
         max_documents: the number of the index's settings where `None`.
         max_length: in tokens; retrieved documents that do not fit are left out, the least similar first.
     Returns:
-        a dataset with `text` (captions, `<image>` behind each), `images` (raw codes) and `memory_ids`, row by row as `pairs`.
+        a dataset with `text` (captions, `<image>` behind each), `images` (raw codes) and `memory_ids`, row by row as
+        `pairs`.
     Raises:
-        ValueError: if the index's codes are not those of the model, columns are missing, or a caption is blank or has markup.
+        ValueError: if the index's codes are not those of the model, columns are missing, or a caption is blank or has
+            markup.
     """
     most = index.settings.num_documents if max_documents is None else max_documents
     if isinstance(most, bool) or not isinstance(most, int) or most < 0:
-        raise ValueError(f"documents_with_memory: max_documents must be a whole number, 0 or more, got {max_documents!r}.")
+        raise ValueError(
+            f"documents_with_memory: max_documents must be a whole number, 0 or more, got {max_documents!r}."
+        )
     index.check_codes(model.model.vq_model)
     dataset = index.documents if pairs is None else as_pairs(pairs)
     by_caption: dict[str, list[int]] = defaultdict(list)

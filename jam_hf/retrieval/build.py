@@ -44,8 +44,8 @@ def build_index(
     """Encode and embed captioned pictures and write the index of them. An interrupted run leaves nothing.
 
     Args:
-        documents: rows with `text` (or `caption`) and `image` (PIL or a path), or, encoded already by this VQ model, `codes`
-            (int `[N]`, raw); `id` where rows have names of their own, otherwise their number is it.
+        documents: rows with `text` (or `caption`) and `image` (PIL or a path), or, encoded already by this VQ model,
+            `codes` (int `[N]`, raw); `id` where rows have names of their own, otherwise their number is it.
         model: the JAM that will use the index, or its VQ model alone.
         embedder: CLIP ViT-B/32 [C] where `None`.
         settings: how many documents are retrieved, and what is a near-duplicate.
@@ -53,8 +53,9 @@ def build_index(
     Returns:
         the index, read from its folder.
     Raises:
-        ValueError: if `batch_size` is no number of pictures, the embedder's vectors are not of length 1, columns are missing,
-            ids are not unique, a caption is blank or has markup, a picture cannot be read, or codes are none of the VQ model's.
+        ValueError: if `batch_size` is no number of pictures, the embedder's vectors are not of length 1, columns are
+            missing, ids are not unique, a caption is blank or has markup, a picture cannot be read, or codes are none
+            of the VQ model's.
         FileExistsError: if `output_dir` holds anything and `overwrite` is False.
         ImportError: if FAISS is not installed.
     """

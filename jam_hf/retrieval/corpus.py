@@ -1,4 +1,6 @@
-"""The documents of a memory: captions as ids, pictures as codes and as what is embedded. It knows no index and no embedder."""
+"""The documents of a memory: captions as ids, pictures as codes and as what is embedded. It knows no index and no
+embedder.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,8 @@ def as_pairs(documents: Dataset | Sequence[dict[str, Any]]) -> Dataset:
         documents = list(documents)
         if strange := next((row for row in documents if not isinstance(row, dict)), None):
             raise ValueError(
-                f"Expected a Dataset, or a list with one dict for each document (text and image or codes); got {strange!r:.80} "
-                "among the rows. Of a dict of columns Dataset.from_dict(...) makes one."
+                "Expected a Dataset, or a list with one dict for each document (text and image or codes); got "
+                f"{strange!r:.80} among the rows. Of a dict of columns Dataset.from_dict(...) makes one."
             )
         dataset = Dataset.from_list(documents)
     dataset = dataset.with_format(None)
@@ -41,8 +43,8 @@ def as_pairs(documents: Dataset | Sequence[dict[str, Any]]) -> Dataset:
     if not len(dataset) or "text" not in columns or not {"image", "codes"} & set(columns):
         found = ", ".join(columns) or "none"
         raise ValueError(
-            f"Expected documents with the columns text and image, or text and codes; got {len(dataset)} rows with the columns "
-            f"{found}."
+            f"Expected documents with the columns text and image, or text and codes; got {len(dataset)} rows with the "
+            f"columns {found}."
         )
     if "id" in columns and len(set(dataset["id"])) < len(dataset):
         raise ValueError("The documents' ids are not unique: by its id a user tells which document was used.")
@@ -75,7 +77,9 @@ def codes_and_pictures(
 def codebook_of(vq_model: JamVQModel) -> dict[str, Any]:
     """What codes depend on: the codebook's digest, its size (K) and the codes of a picture (N)."""
     config = vq_model.config
-    entries = torch.arange(config.num_vq_embeddings, device=vq_model.device if vq_model.device.type != "meta" else "cpu")
+    entries = torch.arange(
+        config.num_vq_embeddings, device=vq_model.device if vq_model.device.type != "meta" else "cpu"
+    )
     with torch.no_grad():  # through its module, so that an offloaded one is found too
         digest = fingerprint(vq_model.vq.quantize.embedding(entries))
     return {"codebook": digest, "num_codes": config.num_vq_embeddings, "codes_per_picture": config.image_seq_length}
@@ -97,7 +101,8 @@ def caption_ids(processor: JamProcessor, captions: Sequence[str]) -> list[list[i
     """Ids of captions that stand in one document, each before its picture: as the tokenizer has them there.
 
     Raises:
-        ValueError: if a caption is no text, is blank or has a special token, which would be markup and not a caption's words.
+        ValueError: if a caption is no text, is blank or has a special token, which would be markup and not a caption's
+            words.
     """
     for caption in captions:
         if not isinstance(caption, str) or not caption.strip():
@@ -114,8 +119,8 @@ def caption_ids(processor: JamProcessor, captions: Sequence[str]) -> list[list[i
         elif token in special:
             caption = captions[min(len(rows), len(captions)) - 1]
             raise ValueError(
-                f"The caption {caption!r} has the special token {tokenizer.convert_ids_to_tokens(token)!r}, which is markup. "
-                "Take it out of the caption."
+                f"The caption {caption!r} has the special token {tokenizer.convert_ids_to_tokens(token)!r}, which is "
+                "markup. Take it out of the caption."
             )
         else:
             rows[-1].append(token)

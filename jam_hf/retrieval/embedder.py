@@ -43,8 +43,9 @@ class Embedder(Protocol):
 class ClipEmbedder:
     """CLIP's text and image models, and the mean of the two embeddings [C].
 
-    Text and picture are scaled to length 1 before the mean, and the mean after it; a query with several pictures has the mean
-    of theirs (ours [R]: a score is then at most 1, which a threshold of 0.9 supposes). Texts are cut at CLIP's 77 tokens.
+    Text and picture are scaled to length 1 before the mean, and the mean after it; a query with several pictures has
+    the mean of theirs (ours [R]: a score is then at most 1, which a threshold of 0.9 supposes). Texts are cut at CLIP's
+    77 tokens.
 
     Args:
         name (`str`): folder or Hub id of a CLIP model with tokenizer and image processor, in safetensors.
@@ -61,8 +62,8 @@ class ClipEmbedder:
             self.model, self.tokenizer, self.image_processor = read_clip(self.name, revision=revision)
         except Exception as error:  # of the file system, the Hub, safetensors or json
             raise ValueError(
-                f"The embedder '{name}' cannot be read as a CLIP model: {error} Expected the folder or Hub id of one, with its "
-                "tokenizer and image processor."
+                f"The embedder '{name}' cannot be read as a CLIP model: {error} Expected the folder or Hub id of one, "
+                "with its tokenizer and image processor."
             ) from error
         self.model.requires_grad_(False).eval().to(device)
         self.revision = extract_commit_hash(cached_file(self.name, "config.json", revision=revision), None) or revision
@@ -125,8 +126,8 @@ def embedded(embedder: Embedder, texts: Sequence[str | None], images: Sequence[S
     if not of_length_one.all():
         wrong = int(np.argmin(of_length_one))
         raise ValueError(
-            f"The embedder '{embedder.name}' gave a vector of length {lengths[wrong]} for input {wrong}; expected length 1, as "
-            "the scores are inner products. Divide by the length."
+            f"The embedder '{embedder.name}' gave a vector of length {lengths[wrong]} for input {wrong}; expected "
+            "length 1, as the scores are inner products. Divide by the length."
         )
     return vectors
 

@@ -1,7 +1,8 @@
 """The index of a memory: captions, codes of their pictures and embeddings, searched for what is similar to a query.
 
-A folder of it holds `documents/` (datasets' own files), `documents.faiss` and `index.json`. It knows a JAM's processor and,
-when asked for the documents of prompts, the JAM; how they are laid out in a prompt is retrieval_prompts.py's business.
+A folder of it holds `documents/` (datasets' own files), `documents.faiss` and `index.json`. It knows a JAM's processor
+and, when asked for the documents of prompts, the JAM; how they are laid out in a prompt is retrieval_prompts.py's
+business.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ DOCUMENTS, FAISS_FILE, DESCRIPTION, FORMAT = "documents", "documents.faiss", "in
 class RetrievalSettings:
     """How many documents are taken, and which are too similar to be of use.
 
-    num_documents: at most so many; CM3leon is measured with 0, 1 and 2 [C]. max_score: documents that score more than this
-    are near-duplicates and dropped [C: 0.9]; 1 drops none. We hold them against the query, as well as against each document
-    that was taken already [R].
+    num_documents: at most so many; CM3leon is measured with 0, 1 and 2 [C]. max_score: documents that score more than
+    this are near-duplicates and dropped [C: 0.9]; 1 drops none. We hold them against the query, as well as against each
+    document that was taken already [R].
     """
 
     num_documents: int = 2
@@ -44,13 +45,17 @@ class RetrievalSettings:
 
     def __post_init__(self) -> None:
         if isinstance(self.num_documents, bool) or not isinstance(self.num_documents, int) or self.num_documents < 0:
-            raise ValueError(f"RetrievalSettings: num_documents must be a whole number, 0 or more, got {self.num_documents!r}.")
+            raise ValueError(
+                f"RetrievalSettings: num_documents must be a whole number, 0 or more, got {self.num_documents!r}."
+            )
         if not isinstance(self.max_score, (int, float)) or not -1 <= self.max_score <= 1:
             raise ValueError(f"RetrievalSettings: max_score must be in -1..1, got {self.max_score!r}.")
 
 
 class RetrievedDocument(NamedTuple):
-    """id: the document's name. score: its similarity to the query, at most 1. text: its caption. codes: int64 `[N]`, raw."""
+    """id: the document's name. score: its similarity to the query, at most 1. text: its caption. codes: int64
+    `[N]`, raw.
+    """
 
     id: str
     score: float
@@ -59,8 +64,8 @@ class RetrievedDocument(NamedTuple):
 
 
 def without_near_duplicates(scores: Sequence[float], vectors: np.ndarray, wanted: int, max_score: float) -> list[int]:
-    """Which candidates are taken, from the most similar on: none that scores above `max_score` against the query, or against
-    one that was taken before.
+    """Which candidates are taken, from the most similar on: none that scores above `max_score` against the query, or
+    against one that was taken before.
 
     Args:
         scores: against the query, falling. vectors: float32 `[candidates, D]`, of length 1.
@@ -108,7 +113,9 @@ def load_index(
     check_faiss()
     folder = Path(folder)
     if not (folder / DESCRIPTION).is_file():
-        raise ValueError(f"'{folder}' holds no index: there is no {DESCRIPTION}. Build one with build_index or `jam-hf index`.")
+        raise ValueError(
+            f"'{folder}' holds no index: there is no {DESCRIPTION}. Build one with build_index or `jam-hf index`."
+        )
     try:
         description = read_json(folder / DESCRIPTION)
         if description["format"] != FORMAT:
@@ -118,18 +125,22 @@ def load_index(
         documents = load_saved_dataset(folder / DOCUMENTS)
         documents.load_faiss_index("embedding", str(folder / FAISS_FILE))
     except Exception as error:  # json, datasets and faiss have no common base class
-        raise ValueError(f"The index '{folder}' is damaged or of another version ({type(error).__name__}: {error}).") from error
+        raise ValueError(
+            f"The index '{folder}' is damaged or of another version ({type(error).__name__}: {error})."
+        ) from error
     if embedder is None:
         if not named.get("on_hub", not Path(named["name"]).is_absolute()):
             raise ValueError(
-                f"The index '{folder}' was built with an embedder that is not on the Hub, '{public_name(named['name'])}'. Say "
-                "where it lies: embedder=ClipEmbedder('path/to/it') (--memory-embedder)."
+                f"The index '{folder}' was built with an embedder that is not on the Hub, "
+                f"'{public_name(named['name'])}'. Say where it lies: embedder=ClipEmbedder('path/to/it') "
+                "(--memory-embedder)."
             )
         embedder = ClipEmbedder(named["name"], named["revision"], device)
     if embedder.fingerprint != named["fingerprint"] or embedder.size != named["size"]:
         raise ValueError(
-            f"The embedder '{embedder.name}' is not the one that the index '{folder}' was built with, '{named['name']}' "
-            f"(revision {named['revision']}): scores would mean nothing. Pass that one, or build the index again."
+            f"The embedder '{embedder.name}' is not the one that the index '{folder}' was built with, "
+            f"'{named['name']}' (revision {named['revision']}): scores would mean nothing. Pass that one, or build the "
+            "index again."
         )
     return MemoryIndex(documents, description, processor, embedder, settings)
 
@@ -137,8 +148,8 @@ def load_index(
 class MemoryIndex:
     """Documents to be retrieved: `generate(memory=index)`. `load_index` and `build_index` make one.
 
-    `settings` may be replaced at any time. `len(index)` is the number of documents; `index.documents` is their dataset, with
-    the columns `id`, `text`, `codes` and `embedding`.
+    `settings` may be replaced at any time. `len(index)` is the number of documents; `index.documents` is their dataset,
+    with the columns `id`, `text`, `codes` and `embedding`.
     """
 
     def __init__(
@@ -211,21 +222,26 @@ class MemoryIndex:
                 best = sorted(zip((-scores.clip(-1, 1)).tolist(), rows.tolist()))  # rounding makes a 1 a little more
                 ranked = [(-negative, row) for negative, row in best if row not in left_out[i]]
                 vectors = self._embeddings([row for _, row in ranked])
-                kept = without_near_duplicates([score for score, _ in ranked], vectors, wanted[i], self.settings.max_score)
+                kept = without_near_duplicates(
+                    [score for score, _ in ranked], vectors, wanted[i], self.settings.max_score
+                )
                 if len(kept) == wanted[i] or candidates == total:
                     answers[i] = [ranked[k] for k in kept]
             candidates *= 2
         return [answers[i] for i in range(len(queries))]
 
     def _embeddings(self, rows: Sequence[int]) -> np.ndarray:
-        """float32 `[len(rows), D]`, as FAISS keeps them: another view of the dataset would be a copy of its index too."""
+        """float32 `[len(rows), D]`, as FAISS keeps them: another view of the dataset would be a copy of its index
+        too.
+        """
         vectors = self.documents.get_index("embedding").faiss_index
         return vectors.reconstruct_batch(np.array(rows, dtype=np.int64))
 
     def _named(self, found: list[tuple[float, int]]) -> list[RetrievedDocument]:
         rows = [self.documents[row] for _, row in found]
         return [
-            RetrievedDocument(row["id"], score, row["text"], np.array(row["codes"])) for (score, _), row in zip(found, rows)
+            RetrievedDocument(row["id"], score, row["text"], np.array(row["codes"]))
+            for (score, _), row in zip(found, rows)
         ]
 
     def check_codes(self, vq_model: JamVQModel) -> None:
@@ -234,14 +250,15 @@ class MemoryIndex:
         given = codebook_of(vq_model)
         if own != given:
             raise ValueError(
-                f"The codes of this index are those of another VQ model: {own['codes_per_picture']} of {own['num_codes']}, "
-                f"codebook {own['codebook'][:12]}; the JAM has {given['codes_per_picture']} of {given['num_codes']}, codebook "
-                f"{given['codebook'][:12]}. Build the index with this JAM's VQ model."
+                f"The codes of this index are those of another VQ model: {own['codes_per_picture']} of "
+                f"{own['num_codes']}, codebook {own['codebook'][:12]}; the JAM has {given['codes_per_picture']} of "
+                f"{given['num_codes']}, codebook {given['codebook'][:12]}. Build the index with this JAM's VQ model."
             )
 
     def documents_for(self, model: JamForCausalLM, queries: Sequence[MemoryQuery]) -> list[list[MemoryDocument]]:
-        """See [`Memory`]. A prompt's text is what its ids say without special tokens; its pictures are those that came as
-        pixels, and what the VQ model decodes of those that came as codes."""
+        """See [`Memory`]. A prompt's text is what its ids say without special tokens; its pictures are those that came
+        as pixels, and what the VQ model decodes of those that came as codes.
+        """
         self.check_codes(model.model.vq_model)
         texts: list[str | None] = []
         pictures: list[list[Any]] = []
@@ -255,18 +272,24 @@ class MemoryIndex:
             pictures.append([*given, *decoded])
         for row, (text, images) in enumerate(zip(texts, pictures)):
             if text is None and not images:
-                raise ValueError(f"Prompt {row} has neither text nor a whole picture for which the memory could be searched.")
+                raise ValueError(
+                    f"Prompt {row} has neither text nor a whole picture for which the memory could be searched."
+                )
         answers = []
         for found in self.search(embedded(self.embedder, texts, pictures)):
             documents = self._named(found)
             captions = caption_ids(self.processor, [document.text for document in documents])
-            answers.append([MemoryDocument(d.id, d.score, ids, d.codes.tolist()) for d, ids in zip(documents, captions)])
+            answers.append(
+                [MemoryDocument(d.id, d.score, ids, d.codes.tolist()) for d, ids in zip(documents, captions)]
+            )
         return answers
 
     def augment(self, model: JamForCausalLM, inputs: Any, max_new_tokens: int | None = None) -> AugmentedPrompts:
         """What `generate(memory=index)` makes of the processor's output, for use without it; see `augment_prompts`."""
         names = ("input_ids", "attention_mask", "pixel_values")
-        return augment_prompts(model, self, **{n: inputs[n] for n in names if n in inputs}, max_new_tokens=max_new_tokens)
+        return augment_prompts(
+            model, self, **{n: inputs[n] for n in names if n in inputs}, max_new_tokens=max_new_tokens
+        )
 
 
 def described(embedder: Embedder, vq_model: JamVQModel, settings: RetrievalSettings) -> dict[str, Any]:

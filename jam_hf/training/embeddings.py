@@ -1,7 +1,8 @@
 """A head start for image codes: embedding rows that know which codes look alike, and which words they come with.
 
-A language model that meets its image codes as strangers must learn from counts alone that two of them show the same colour, or
-the same shape. The codebook knows what codes look like; captions know what they are called. It trains nothing.
+A language model that meets its image codes as strangers must learn from counts alone that two of them show the same
+colour, or the same shape. The codebook knows what codes look like; captions know what they are called. It trains
+nothing.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ def word_features(
 ) -> torch.Tensor:
     """Latent semantic features of image codes, float `[K, size]`: what they are called. code_ids: int64 `[K]`.
 
-    The left singular vectors (times the root of their singular values) of the pointwise mutual information of "code occurs in
-    the document" and "text token occurs in the document". Codes that never occur, and tokens in fewer than 0.5 % of the
-    documents, count as zero.
+    The left singular vectors (times the root of their singular values) of the pointwise mutual information of "code
+    occurs in the document" and "text token occurs in the document". Codes that never occur, and tokens in fewer than
+    0.5 % of the documents, count as zero.
     """
     code_of = np.full(vocab_size, -1)
     code_of[code_ids.numpy()] = np.arange(len(code_ids))
@@ -54,7 +55,8 @@ def initialise_image_embeddings(
 ) -> int:
     """Set the input and output embedding rows of image codes to a random rotation of what is known of them (ours [R]).
 
-    Known are the codebook vectors and, where encoded `documents` are given, the `word_features` (with twice the weight).
+    Known are the codebook vectors and, where encoded `documents` are given, the `word_features` (with twice the
+    weight).
 
     Args:
         model: causal LM whose vocabulary holds the image codes.
@@ -69,12 +71,14 @@ def initialise_image_embeddings(
     if isinstance(code_ids, int):
         code_ids = torch.arange(code_ids, code_ids + len(codebook))
     if len(code_ids) != len(codebook):
-        raise ValueError(f"There are {len(code_ids)} ids for the {len(codebook)} codes of the VQ model; expected as many.")
+        raise ValueError(
+            f"There are {len(code_ids)} ids for the {len(codebook)} codes of the VQ model; expected as many."
+        )
     tables = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
     if int(code_ids.max()) >= len(tables[0]):
         raise ValueError(
-            f"The image codes would take the ids {int(code_ids.min())}..{int(code_ids.max())}, but the model's vocabulary has "
-            f"{len(tables[0])}."
+            f"The image codes would take the ids {int(code_ids.min())}..{int(code_ids.max())}, but the model's "
+            f"vocabulary has {len(tables[0])}."
         )
     norms = codebook.norm(dim=1)
     used = norms <= 3 * norms.median()

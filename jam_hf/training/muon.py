@@ -1,9 +1,10 @@
 """Muon for the matrices of a decoder, AdamW for all else, as one optimizer with one state (Jordan et al. 2024).
 
-Muon (https://kellerjordan.github.io/posts/muon/) orthogonalises the momentum of a weight matrix before each step. In the
-quickstart it needs about a third of AdamW's steps. `torch.optim.Muon` has the same update, in bfloat16 and matrix by matrix,
-which costs most of the gain where bfloat16 is slow; here the products keep the dtype of the weights and matrices of one shape
-go together. Which parameters it takes is said by `muon_parameter_groups`; it knows modules, not what they model.
+Muon (https://kellerjordan.github.io/posts/muon/) orthogonalises the momentum of a weight matrix before each step. In
+the quickstart it needs about a third of AdamW's steps. `torch.optim.Muon` has the same update, in bfloat16 and matrix
+by matrix, which costs most of the gain where bfloat16 is slow; here the products keep the dtype of the weights and
+matrices of one shape go together. Which parameters it takes is said by `muon_parameter_groups`; it knows modules, not
+what they model.
 """
 
 from __future__ import annotations
@@ -96,7 +97,9 @@ class MuonAdamW(torch.optim.AdamW):
                     parameter.add_(direction, alpha=-rate)
 
 
-def muon_parameter_groups(model: nn.Module, muon_learning_rate: float, learning_rate: float, weight_decay: float) -> list[dict]:
+def muon_parameter_groups(
+    model: nn.Module, muon_learning_rate: float, learning_rate: float, weight_decay: float
+) -> list[dict]:
     """Trainable parameters as groups for `MuonAdamW`: matrices of linear layers, other matrices, and the rest.
 
     Output heads (`nn.Linear` modules whose name ends in "head") and embedding tables stay with AdamW: their rows are

@@ -11,12 +11,12 @@ from transformers import GenerationConfig, PreTrainedModel
 def check_savable(model: PreTrainedModel, tokenizer: Any = None) -> None:
     """Save config, generation config and tokenizer (or processor) to a folder that is thrown away.
 
-    transformers refuses some that it loads: a generation config with a temperature and without do_sample, say, once anything
-    in it was changed.
+    transformers refuses some that it loads: a generation config with a temperature and without do_sample, say, once
+    anything in it was changed.
 
     Raises:
-        ValueError: if one of them cannot be saved, or the generation config cannot be read back; the message says what to
-            change.
+        ValueError: if one of them cannot be saved, or the generation config cannot be read back; the message says what
+            to change.
     """
     parts = {
         "config": (model.config, "model.config"),
@@ -33,6 +33,6 @@ def check_savable(model: PreTrainedModel, tokenizer: Any = None) -> None:
                     GenerationConfig.from_pretrained(folder)
             except Exception as error:  # validators raise classes of their own
                 raise ValueError(
-                    f"The trained model could not be saved: its {name} cannot be written as it is. Correct {where} before "
-                    f"training. transformers says: {error}"
+                    f"The trained model could not be saved: its {name} cannot be written as it is. Correct {where} "
+                    f"before training. transformers says: {error}"
                 ) from error

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 
-# What the assistant writes, its end included, is marked, so that a trainer can learn from that alone (assistant_only_loss).
+# What the assistant writes, its end included, is marked, so that a trainer can learn from that alone
+# (assistant_only_loss).
 CHAT_TEMPLATE = (
     "{% macro written(content) %}"
     "{% if content is string %}{{ content }}"
@@ -36,7 +37,9 @@ CHAT_TEMPLATE = (
 
 
 def special_tokens(num_mask_tokens: int = 8) -> list[str]:
-    """The special tokens in the order of their ids: 0 `<pad>`, 1 `<s>`, 2 `</s>`, 3 `<break>`, 4 `<image>`, 5 `<mask>`, ..."""
+    """The special tokens in the order of their ids: 0 `<pad>`, 1 `<s>`, 2 `</s>`, 3 `<break>`, 4 `<image>`, 5
+    `<mask>`, ...
+    """
     if num_mask_tokens < 1:
         raise ValueError(f"num_mask_tokens must be at least 1, got {num_mask_tokens}.")
     sentinels = ["<mask>", *(f"<mask:{i}>" for i in range(1, num_mask_tokens))]
@@ -87,7 +90,9 @@ def train_tokenizer(
         raise ValueError(f"num_image_tokens must be at least 1, got {num_image_tokens}.")
     tokenizer = byte_level_bpe(texts, vocab_size, specials)
     tokenizer.add_special_tokens([AddedToken(f"<img:{i}>", special=True) for i in range(num_image_tokens)])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", specials.index("<s>"))])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", specials.index("<s>"))]
+    )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
     )

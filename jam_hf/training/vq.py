@@ -1,10 +1,11 @@
 """Training the image tokenizer: a `JamVQModel` (diffusers' VQModel) on pictures.
 
-It knows pixels and codes, not what the pictures show. Codebooks collapse when they start far from what the encoder says, and
-an autoencoder learns slowly through an untrained bottleneck. So training begins with a teacher [R]: the principal
-components of the patch behind each code. The encoder learns to say them, the decoder learns to undo them, both at once and
-neither waiting for the other; the codebook starts from k-means over them. Then comes ordinary VQ training, in which codes
-that fall out of use are moved to latents that are badly served. Codes stay local, which a language model learns easily.
+It knows pixels and codes, not what the pictures show. Codebooks collapse when they start far from what the encoder
+says, and an autoencoder learns slowly through an untrained bottleneck. So training begins with a teacher [R]: the
+principal components of the patch behind each code. The encoder learns to say them, the decoder learns to undo them,
+both at once and neither waiting for the other; the codebook starts from k-means over them. Then comes ordinary VQ
+training, in which codes that fall out of use are moved to latents that are badly served. Codes stay local, which a
+language model learns easily.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from ..model.modeling_jam_vq import JamVQModel
 class VQTrainingSettings:
     """Settings of [`train_vq`].
 
-    steps: optimizer steps in all. warmup_steps: of them with the teacher, without quantisation. commitment: weight of the
-    commitment loss. revive_every: steps between revivals of unused codes (none in the last quarter, so that codes settle).
+    steps: optimizer steps in all. warmup_steps: of them with the teacher, without quantisation. commitment: weight of
+    the
+    commitment loss. revive_every: steps between revivals of unused codes (none in the last quarter, so that codes
+    settle).
     """
 
     steps: int = field(default=600, metadata={"help": "optimizer steps in all"})
@@ -49,7 +52,8 @@ def pixels_of(images: Sequence[Image.Image], model: JamVQModel, batch_size: int 
     """Pictures to float `[P, 3, H, W]` in `config.pixel_range`, by the same image processor that inference uses."""
     processor = JamImageProcessor.from_vq_config(model.config)
     parts = [
-        processor(images[i : i + batch_size], return_tensors="pt")["pixel_values"] for i in range(0, len(images), batch_size)
+        processor(images[i : i + batch_size], return_tensors="pt")["pixel_values"]
+        for i in range(0, len(images), batch_size)
     ]
     return torch.cat(parts)
 
@@ -58,7 +62,8 @@ def encode_images(model: JamVQModel, images: Sequence[Image.Image], batch_size: 
     """Pictures to raw codes, int64 `[P, N]`."""
     device = model.device
     parts = [
-        model.encode(pixels_of(images[i : i + batch_size], model).to(device)).cpu() for i in range(0, len(images), batch_size)
+        model.encode(pixels_of(images[i : i + batch_size], model).to(device)).cpu()
+        for i in range(0, len(images), batch_size)
     ]
     return torch.cat(parts).numpy()
 
@@ -72,8 +77,8 @@ def _distances(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
 def _kmeans(points: torch.Tensor, count: int, generator: torch.Generator, iterations: int = 10) -> torch.Tensor:
     """Centres `[count, E]` of `points` `[P, E]`: k-means++ seeding by blocks, then Lloyd's iterations.
 
-    Where the points have fewer than `count` places, the surplus centres are put far from all of them: a second centre in
-    the same place would be a synonym.
+    Where the points have fewer than `count` places, the surplus centres are put far from all of them: a second centre
+    in the same place would be a synonym.
     """
     far = 4 * points.norm(dim=1).max() * F.normalize(torch.randn(count, points.shape[1], generator=generator), dim=1)
     negligible = 1e-4 * points.var(0).sum().sqrt()
@@ -99,7 +104,8 @@ def train_vq(
     """Train the tokenizer in place on PIL pictures.
 
     Returns:
-        the loss curve: `{"step", "reconstruction", "commitment", "codes"}` every 25 steps; `codes` is how many codes the
+        the loss curve: `{"step", "reconstruction", "commitment", "codes"}` every 25 steps; `codes` is how many codes
+            the
         last 25 batches used.
     Raises:
         ValueError: if there are fewer pictures than a batch needs, or the model is not diffusers' VQModel.
@@ -165,7 +171,9 @@ def train_vq(
     return history
 
 
-def _teacher(model: JamVQModel, pixels: torch.Tensor, generator: torch.Generator) -> Callable[[torch.Tensor], torch.Tensor]:
+def _teacher(
+    model: JamVQModel, pixels: torch.Tensor, generator: torch.Generator
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function from pixels `[B, C, H, W]` to what the latents `[B, E, G, G]` shall first be.
 
     The E principal components of the pixels behind a code, each divided by the fourth root of its variance (between the
@@ -207,7 +215,8 @@ def _start_codebook(
 def _revive(model: JamVQModel, unused: torch.Tensor, latents: torch.Tensor, generator: torch.Generator) -> None:
     """Move unused codes to latents `[B, E, G, G]` of the last batch that lie far from their code.
 
-    Far: more than four times the mean squared distance. Where all are served alike, more codes would only make synonyms.
+    Far: more than four times the mean squared distance. Where all are served alike, more codes would only make
+    synonyms.
     """
     points = latents.permute(0, 2, 3, 1).flatten(0, 2)
     weight = model.vq.quantize.embedding.weight

@@ -16,8 +16,12 @@ class Options:
     """measure what a JAM keeps of its parents, and write it into its model card"""
 
     model: str = option("folder of the JAM (with --no-write also a Hub id)")
-    text_parent: str | None = option("text parent: folder or Hub id; needs --texts", None, unset="texts are not measured")
-    image_parent: str | None = option("image parent: folder or Hub id; needs --pairs", None, unset="pairs are not measured")
+    text_parent: str | None = option(
+        "text parent: folder or Hub id; needs --texts", None, unset="texts are not measured"
+    )
+    image_parent: str | None = option(
+        "image parent: folder or Hub id; needs --pairs", None, unset="pairs are not measured"
+    )
     texts: str | None = option("text file (UTF-8) whose paragraphs are documents", None, unset="none")
     pairs: str | None = option(
         "folder of pictures with metadata.jsonl, or of a saved dataset with image and text", None, unset="none"

@@ -15,7 +15,9 @@ RESUMES = False
 class Options:
     """an image parent's VQ model, as `fuse --vq` takes it"""
 
-    source: str = option("folder or Hub id (transformers' Chameleon, Janus, Emu3) or file of weights (taming, LlamaGen)")
+    source: str = option(
+        "folder or Hub id (transformers' Chameleon, Janus, Emu3) or file of weights (taming, LlamaGen)"
+    )
     output: str = option("folder of the converted VQ model")
     layout: str | None = option("layout of the weights", None, unset="found by their keys", choices=LAYOUTS)
     sample_size: int | None = option("side of the pictures in pixels", None, unset="what the config says")

@@ -55,7 +55,9 @@ class Options:
     image_size: int | None = option(
         "side of a picture in pixels, where the VQ model takes any (Emu3)", None, unset="what the VQ model says"
     )
-    image_token_offset: int | None = option("id of image code 0 in a plain causal LM", None, unset="its tokenizer's <img:0>")
+    image_token_offset: int | None = option(
+        "id of image code 0 in a plain causal LM", None, unset="its tokenizer's <img:0>"
+    )
     cross_attention_interval: int | None = option("cross blocks after every so many-th layer", None, unset="2")
     dtype: str | None = option("of the decoders, e.g. bfloat16", None, unset="the parents'")
     seed: int | None = option("of what is drawn at random", None, unset="0")
@@ -75,7 +77,9 @@ def run(options: Options) -> None:
     else:
         missing = [f"--{name}" for name in ("text", "image", "mode") if name not in settings]
         if missing:
-            raise ValueError(f"{', '.join(missing)} is missing (`jam-hf quickstart fuse` fuses a run folder's parents).")
+            raise ValueError(
+                f"{', '.join(missing)} is missing (`jam-hf quickstart fuse` fuses a run folder's parents)."
+            )
         recipe = FusionRecipe.of(settings, "fuse")
     writes = not options.dry_run and options.explain is None
     if writes and options.output is None:

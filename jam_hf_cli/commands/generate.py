@@ -50,10 +50,14 @@ class Options:
     chat: bool = option("put the prompts through the chat template", False)
     image: list[str] = option("picture for an <image> in the prompts, in order: one each", [], action="append")
     guidance_scale: float | None = option("classifier-free guidance inside pictures", None, unset=BY_CHECKPOINT)
-    image_guidance_scale: float | None = option("a scale of its own for the pictures of the context", None, unset=BY_CHECKPOINT)
+    image_guidance_scale: float | None = option(
+        "a scale of its own for the pictures of the context", None, unset=BY_CHECKPOINT
+    )
     negative_prompt: str | None = option("what guidance turns away from", None, unset="nothing")
     temperature: float | None = option("sample with this temperature", None, unset="greedy")
-    image_temperature: float | None = option("sample, with this temperature inside pictures", None, unset="--temperature")
+    image_temperature: float | None = option(
+        "sample, with this temperature inside pictures", None, unset="--temperature"
+    )
     image_top_k: int | None = option("sample among so many codes inside pictures", None, unset=BY_CHECKPOINT)
     min_new_images: int | None = option("pictures that each document has at least", None, unset=BY_CHECKPOINT)
     max_new_images: int | None = option("pictures that each document has at most", None, unset=BY_CHECKPOINT)
@@ -79,7 +83,9 @@ def _check(options: Options) -> None:
     for name, needed in (("memory_embedder", ("memory",)), ("seed", SAMPLED)):
         if given(name) and not given(*needed):
             flags = ", ".join(f"--{other.replace('_', '-')}" for other in needed)
-            raise ValueError(f"{given(name)[0]} has nothing to act on: it needs {'one of ' if len(needed) > 1 else ''}{flags}.")
+            raise ValueError(
+                f"{given(name)[0]} has nothing to act on: it needs {'one of ' if len(needed) > 1 else ''}{flags}."
+            )
 
 
 def _checked_output(options: Options) -> Path:
@@ -117,7 +123,9 @@ def _settings(options: Options, processor: Any) -> dict[str, Any]:
 
 
 def _prompt_segments(prompt: str, image_token: str, pictures: Iterator[Any]) -> list[dict[str, Any]]:
-    """The prompt as it goes before what was written: each of its pictures, as the model sees it, in the place of its mark."""
+    """The prompt as it goes before what was written: each of its pictures, as the model sees it, in the place of
+    its mark.
+    """
     segments: list[dict[str, Any]] = []
     for index, text in enumerate(prompt.split(image_token)):
         if index:
@@ -156,7 +164,9 @@ def run(options: Options) -> None:
     except FileExistsError:  # it came meanwhile
         given, target = target, _free_name(target)
         save(documents, target)
-        raise FileExistsError(f"--output {given} was written by others meanwhile; the document is in {target}.") from None
+        raise FileExistsError(
+            f"--output {given} was written by others meanwhile; the document is in {target}."
+        ) from None
     print(f"document: {target}")
 
 

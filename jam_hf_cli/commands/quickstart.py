@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from ..options import option
 
 
-# The quickstart's stages in words: importing the stages themselves would bring along all that they train and measure with.
+# The quickstart's stages in words: importing the stages themselves would bring along all that they train and measure
+# with.
 STAGES = {
     "picture-world": "Make the picture world: texts, caption-image pairs, how-tos",
     "tokenizer": "Train the BPE tokenizer that the parents share, or one for each of unlike parents",
@@ -30,7 +31,12 @@ class Options:
     """a toy from nothing to a picture book: data, parents, fusions, training and a page; or one STAGE of it"""
 
     stage: str | None = option(
-        "one stage alone", None, unset="all that are not done, in order", nargs="?", choices=tuple(STAGES), positional=True
+        "one stage alone",
+        None,
+        unset="all that are not done, in order",
+        nargs="?",
+        choices=tuple(STAGES),
+        positional=True,
     )
     run: str = option("folder of the run: a new one, or one that an earlier run made", "runs/quickstart")
     seed: int = option("of data, initialisation and training", 0)

@@ -2,8 +2,9 @@
 
     python modeling_tests/benchmarks/continuous_batching.py [--rounds 5] [--hidden 256] [--requests 8]
 
-Requests of one length, then of unlike ones (where `generate` pads, and goes on until the longest is done). A ratio above 1:
-`generate_batch` takes longer. The last line is JSON: the median of the ratios of rounds for each case, and what the parts took.
+Requests of one length, then of unlike ones (where `generate` pads, and goes on until the longest is done). A ratio
+above 1: `generate_batch` takes longer. The last line is JSON: the median of the ratios of rounds for each case, and
+what the parts took.
 """
 
 import argparse
@@ -85,7 +86,9 @@ def main() -> None:
         found[name] = {}
         for index, way in enumerate(("ratio", "ratio_of_pages"), start=1):
             found[name][way] = round(statistics.median(times[index][0] / times[0][0] for times in rounds), 3)
-            found[name][f"processor_{way}"] = round(statistics.median(times[index][1] / times[0][1] for times in rounds), 3)
+            found[name][f"processor_{way}"] = round(
+                statistics.median(times[index][1] / times[0][1] for times in rounds), 3
+            )
         found[name]["generate_s"] = round(statistics.median(times[0][0] for times in rounds), 3)
         print(name, found[name], flush=True)
     print(json.dumps({"benchmark": "continuous_batching", "requests": arguments.requests, "cases": found}))

@@ -1,25 +1,29 @@
-"""What writing costs: guided pictures, documents, the grammar, memory of guidance, compiled steps, and pictures on a GPU.
+"""What writing costs: guided pictures, documents, the grammar, memory of guidance, compiled steps, and pictures on a
+GPU.
 
-    python modeling_tests/benchmarks/decoding.py            # all that the machine has, under 40 minutes on 2 quiet cores
-    python modeling_tests/benchmarks/decoding.py --quick    # small pictures, under 2 minutes
+    python modeling_tests/benchmarks/decoding.py            # all that the machine has, under 40 minutes on 2 quiet
+    cores python modeling_tests/benchmarks/decoding.py --quick    # small pictures, under 2 minutes
 
-Models: Llama trunks with random weights, 32,000 text ids and 8,192 codes, pictures of 1,024 codes. The peer of a uniform JAM is
-a stock LlamaForCausalLM that holds the same modules, guided as stock `generate(guidance_scale=3)` guides. A cross JAM (--models
-d512-cross) has no stock decoder; its peer is itself without a grammar, guided by the same stock logits processor.
+Models: Llama trunks with random weights, 32,000 text ids and 8,192 codes, pictures of 1,024 codes. The peer of a
+uniform JAM is a stock LlamaForCausalLM that holds the same modules, guided as stock `generate(guidance_scale=3)`
+guides. A cross JAM (--models d512-cross) has no stock decoder; its peer is itself without a grammar, guided by the same
+stock logits processor.
 
 Cases and goals (ours / peer, as many tokens on both sides, sampled; prompts of 64 tokens):
   guided     a picture, `generate(generation_mode="image", guidance_scale=3)`: 0.60 in bfloat16, 0.85 in float32.
-  document   as many text tokens as codes; the peer is guided all along, as the stock one cannot do otherwise: 0.55 in bfloat16.
-  machinery  unguided, each mode against the peer's unguided step, and against our own `generation_mode=None`: 1.03. Also
+  document   as many text tokens as codes; the peer is guided all along, as the stock one cannot do otherwise: 0.55 in
+  bfloat16. machinery  unguided, each mode against the peer's unguided step, and against our own `generation_mode=None`:
+  1.03. Also
              measured from within, as calls differ by more than that: the part of a step that is the machinery's, 0.03.
-  memory     keys and values alive at the end of a picture, after a prompt of 1,000 tokens: guidance may add those of its short
-             context, `<bos> <mask> <break>` and the codes, and the room of a block of the cache.
+  memory     keys and values alive at the end of a picture, after a prompt of 1,000 tokens: guidance may add those of
+             its short context, `<bos> <mask> <break>` and the codes, and the room of a block of the cache.
   compiled   a static cache and a compiled step, warm, against our own eager one: the factor, without a goal.
   gpu        seconds per guided picture at 1B and 7B shapes in bfloat16, and against reading the weights once per code.
 
-Steps are timed one by one in the middle of a picture: their cost grows linearly with the position, so the middle is the mean.
-`--whole` writes whole pictures and documents instead, and times the calls. Every round times both sides, who goes first takes
-turns, and the ratio is the median over the rounds. It knows no data. The last line is JSON; `met` says which goals were met,
+Steps are timed one by one in the middle of a picture: their cost grows linearly with the position, so the middle is the
+mean. `--whole` writes whole pictures and documents instead, and times the calls. Every round times both sides, who goes
+first takes turns, and the ratio is the median over the rounds. It knows no data. The last line is JSON; `met` says
+which goals were met,
 and the exit status speaks only of the measurement itself. Where others compute, threads wait long for each other: use
 `--processor-time`.
 """
@@ -90,7 +94,9 @@ class Bench:
         return self.write(self.jam, prompt, new, generation_mode=mode, guidance_scale=scale, **settings)
 
     def theirs(self, prompt: torch.Tensor, new: int, guided: bool) -> float:
-        """The stock unconditional branch starts at the last token of the prompt, and has seen what was written behind it."""
+        """The stock unconditional branch starts at the last token of the prompt, and has seen what was written
+        behind it.
+        """
         settings: dict[str, Any] = {"generation_mode": None} if self.peer is self.jam else {}
         if guided:
             seen = prompt[:, min(PROMPT, prompt.shape[1] - 1) :]
@@ -98,12 +104,15 @@ class Bench:
             settings["logits_processor"] = [processor]
         return self.write(self.peer, prompt, new, **settings)
 
-    # ----- cases: what is timed in turn, by name -----------------------------------------------------------------------------
+    # ----- cases: what is timed in turn, by name ----------------------------------------------------------------------
 
     def guided(self) -> dict[str, Side]:
         start, new = (0, self.codes) if self.whole else (self.codes // 2, self.steps)
         prompt = self.prompt(PROMPT, start)
-        return {"ours": [lambda: self.ours(prompt, new, "image", SCALE)], "stock": [lambda: self.theirs(prompt, new, True)]}
+        return {
+            "ours": [lambda: self.ours(prompt, new, "image", SCALE)],
+            "stock": [lambda: self.theirs(prompt, new, True)],
+        }
 
     def document(self) -> dict[str, Side]:
         opens = {"logits_processor": [PictureAt(PROMPT + self.codes)]}
@@ -124,7 +133,9 @@ class Bench:
         return sides
 
     def machinery_share(self) -> dict[str, float]:
-        """By mode, what the grammar, the reading of states and the choice of the head's rows take of an unguided step."""
+        """By mode, what the grammar, the reading of states and the choice of the head's rows take of an unguided
+        step.
+        """
         methods = [(PictureGrammarLogitsProcessor, "__call__"), (PictureSteps, "prepare"), (PictureSteps, "take")]
         found = {}
         for mode in GENERATION_MODES:
@@ -138,7 +149,9 @@ class Bench:
         prompt, sides = self.prompt(PROMPT, self.codes // 2), {}
         for part, scale in (("unguided", None), ("guided", SCALE)):
             for way, more in (("eager", {}), ("compiled", self.static_and_compiled())):
-                sides[f"{part} {way}"] = [lambda scale=scale, more=more: self.ours(prompt, self.steps, "image", scale, **more)]
+                sides[f"{part} {way}"] = [
+                    lambda scale=scale, more=more: self.ours(prompt, self.steps, "image", scale, **more)
+                ]
         return sides
 
     def static_and_compiled(self) -> dict[str, Any]:
@@ -157,11 +170,12 @@ class Bench:
             raise SystemExit(f"broken measurement: {found}")
         return found
 
-    # ----- memory ----------------------------------------------------------------------------------------------------------
+    # ----- memory -----------------------------------------------------------------------------------------------------
 
     def cached_bytes(self, scale: float | None) -> int:
-        """Bytes of the tensors of four dimensions and more (keys, values, masks) that are alive because of a call, at the
-        last code but few of a picture after a long prompt."""
+        """Bytes of the tensors of four dimensions and more (keys, values, masks) that are alive because of a call, at
+        the last code but few of a picture after a long prompt.
+        """
         prompt, found = self.prompt(LONG_PROMPT, self.codes - 8), []
         before = set(_live_storages())
 
@@ -251,9 +265,13 @@ def measure(bench: Bench, case: str, dtype: str, rounds: int) -> tuple[dict[str,
     found = {name: round(1e3 * statistics.median(values), 2) for name, values in seconds.items()}
     goal = GOALS.get(f"{case} {dtype}")
     met = {} if goal is None else {k: v <= goal for k, v in ratios.items()}
-    if case == "machinery" and not bench.whole:  # steps differ by more than the goal from call to call; their parts do not
+    if (
+        case == "machinery" and not bench.whole
+    ):  # steps differ by more than the goal from call to call; their parts do not
         shares = bench.machinery_share()
-        return {"ratios": ratios, "milliseconds": found, "shares": shares}, met | {k: v <= goal - 1 for k, v in shares.items()}
+        return {"ratios": ratios, "milliseconds": found, "shares": shares}, met | {
+            k: v <= goal - 1 for k, v in shares.items()
+        }
     return {"ratios": ratios, "milliseconds": found}, met
 
 
@@ -284,8 +302,12 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="pictures of 64 codes, one model, one row, no compiled steps")
-    parser.add_argument("--cases", nargs="+", choices=CASES, help="for every model, dtype and batch; all where left out")
+    parser.add_argument(
+        "--quick", action="store_true", help="pictures of 64 codes, one model, one row, no compiled steps"
+    )
+    parser.add_argument(
+        "--cases", nargs="+", choices=CASES, help="for every model, dtype and batch; all where left out"
+    )
     parser.add_argument("--models", nargs="+", choices=[shape + end for shape in SHAPES for end in ("", "-cross")])
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--batches", nargs="+", type=int)

@@ -1,11 +1,13 @@
-"""Time and peak memory of a fusion, beside mergekit's linear merge of the same two parents and a plain copy of the output.
+"""Time and peak memory of a fusion, beside mergekit's linear merge of the same two parents and a plain copy of the
+output.
 
     python modeling_tests/benchmarks/fusion.py --work runs/fusion-benchmark --mergekit path/to/mergekit-yaml
 
-Two bf16 Llamas of 1.1B parameters (random weights, made once in the work folder, 4.1 GiB) are fused as uniform, width and cross
-by `jam-hf fuse`, each a process of its own, start and imports included; mergekit likewise, in whatever environment its command
-lies. Copies are made by `cp`, and sync. Rounds are interleaved; medians. It ends with one line of JSON: seconds, peak
-resident MiB, ratios to mergekit and to the copies. Without --mergekit there is nothing of it. The outputs are removed.
+Two bf16 Llamas of 1.1B parameters (random weights, made once in the work folder, 4.1 GiB) are fused as uniform, width
+and cross by `jam-hf fuse`, each a process of its own, start and imports included; mergekit likewise, in whatever
+environment its command lies. Copies are made by `cp`, and sync. Rounds are interleaved; medians. It ends with one line
+of JSON: seconds, peak resident MiB, ratios to mergekit and to the copies. Without --mergekit there is nothing of it.
+The outputs are removed.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ SIZES = {
 
 def make_parents(work: Path, size: str) -> None:
     tokenizer = train_tokenizer(["a small red circle"], 300, NUM_CODES)
-    config = LlamaConfig(vocab_size=32000, num_key_value_heads=4, max_position_embeddings=2048, dtype="bfloat16", **SIZES[size])
+    config = LlamaConfig(
+        vocab_size=32000, num_key_value_heads=4, max_position_embeddings=2048, dtype="bfloat16", **SIZES[size]
+    )
     for seed, name in ((1, "text"), (2, "image")):
         folder = work / name
         if (folder / "config.json").is_file():
@@ -87,9 +91,17 @@ def main() -> None:
     recipe = work / "linear.yaml"
     parents = [{"model": str(work / name), "parameters": {"weight": 0.5}} for name in ("text", "image")]
     recipe.write_text(json.dumps({"merge_method": "linear", "models": parents, "dtype": "bfloat16"}))
-    fuse = [str(Path(sys.executable).with_name("jam-hf")), "fuse", "--text", str(work / "text"), "--image", str(work / "image")]
+    fuse = [
+        str(Path(sys.executable).with_name("jam-hf")),
+        "fuse",
+        "--text",
+        str(work / "text"),
+        "--image",
+        str(work / "image"),
+    ]
     commands = {
-        mode: [*fuse, "--vq", str(work / "vq"), "--mode", mode, "--output", str(out)] for mode in ("uniform", "width", "cross")
+        mode: [*fuse, "--vq", str(work / "vq"), "--mode", mode, "--output", str(out)]
+        for mode in ("uniform", "width", "cross")
     }
     if args.mergekit:
         commands["mergekit"] = [args.mergekit, str(recipe), str(out)]
@@ -108,7 +120,9 @@ def main() -> None:
             timed(["cp", "-r", str(out), str(copy)])
             os.sync()  # a fusion's files lie on the disk when it ends, too
             seconds.setdefault(f"copy of {name}", []).append(time.perf_counter() - start)
-            print(f"round {index + 1}: {name} {took:.1f} s, {peak:.0f} MiB; copy {seconds[f'copy of {name}'][-1]:.1f} s")
+            print(
+                f"round {index + 1}: {name} {took:.1f} s, {peak:.0f} MiB; copy {seconds[f'copy of {name}'][-1]:.1f} s"
+            )
     for folder in (out, copy):
         shutil.rmtree(folder, ignore_errors=True)
     medians = {name: round(statistics.median(values), 2) for name, values in seconds.items()}

@@ -1,18 +1,19 @@
-"""What a JAM costs beside the stock decoders that it is made of: forward, forward and backward, and one cached decode step.
+"""What a JAM costs beside the stock decoders that it is made of: forward, forward and backward, and one cached decode
+step.
 
     python modeling_tests/benchmarks/overhead.py
 
-Peers, in the same process and in turn, call by call: a stock causal LM of the same config (uniform and width), and for cross
-the two stock parents, text then image. The ratio is the median over the rounds of `JAM seconds / peer seconds` of one round,
-so that what else the machine does hits both alike. Heads, losses and positions are computed on both sides.
+Peers, in the same process and in turn, call by call: a stock causal LM of the same config (uniform and width), and for
+cross the two stock parents, text then image. The ratio is the median over the rounds of `JAM seconds / peer seconds` of
+one round, so that what else the machine does hits both alike. Heads, losses and positions are computed on both sides.
 
-Uniform and width should take at most 1.03 of their decoder. A cross JAM should take at most 1.10 of its two streams and its
-cross blocks by parameters, that is of
+Uniform and width should take at most 1.03 of their decoder. A cross JAM should take at most 1.10 of its two streams and
+its cross blocks by parameters, that is of
 
     seconds of both parents * (1 + parameters of all cross blocks / parameters of all layers of both parents)
 
-It knows no data: ids are drawn at random, weights too. The last line is JSON; `met` says which goals were met, and the exit
-status speaks only of the measurement itself.
+It knows no data: ids are drawn at random, weights too. The last line is JSON; `met` says which goals were met, and the
+exit status speaks only of the measurement itself.
 """
 
 from __future__ import annotations
@@ -46,14 +47,18 @@ def decoder_config(family: str, hidden_size: int, layers: int) -> PreTrainedConf
     return OPTConfig(**common, ffn_dim=4 * hidden_size, word_embed_proj_dim=hidden_size, dropout=0.0)
 
 
-def models(family: str, mode: str, form: str, hidden_size: int, layers: int) -> tuple[JamForCausalLM, list[nn.Module], float]:
+def models(
+    family: str, mode: str, form: str, hidden_size: int, layers: int
+) -> tuple[JamForCausalLM, list[nn.Module], float]:
     """The JAM, its peers, and the factor for its cross blocks."""
     stock = {"llama": LlamaForCausalLM, "opt": OPTForCausalLM}[family]
     config = decoder_config(family, hidden_size, layers)
     vq = {"block_out_channels": (8, 16, 16, 16), "layers_per_block": 1, "latent_channels": 16, "sample_size": 64}
     vq |= {"num_vq_embeddings": CODES, "norm_num_groups": 4, "mid_block_add_attention": False}
     torch.manual_seed(0)
-    jam = JamForCausalLM(JamConfig(fusion_mode=mode, cross_form=form, text_config=copy.deepcopy(config), vq_config=vq)).eval()
+    jam = JamForCausalLM(
+        JamConfig(fusion_mode=mode, cross_form=form, text_config=copy.deepcopy(config), vq_config=vq)
+    ).eval()
     peers = [stock(copy.deepcopy(config)).eval() for _ in range(2 if mode == "cross" else 1)]
 
     def count(model: nn.Module, *parts: str) -> int:
@@ -141,7 +146,9 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--families", nargs="+", choices=("llama", "opt"), default=["llama", "opt"])
     parser.add_argument(
-        "--processor-time", action="store_true", help="one thread, and its processor time: for a machine that others use"
+        "--processor-time",
+        action="store_true",
+        help="one thread, and its processor time: for a machine that others use",
     )
     arguments = parser.parse_args()
     clock = time.process_time if arguments.processor_time else time.perf_counter

@@ -2,10 +2,11 @@
 
     python modeling_tests/benchmarks/quantisation.py --checkpoint runs/quickstart/jam-cross
 
-Without a checkpoint it makes a tiny one, whose VQ model has attention, and trains it for a minute. Documents are picture
-world's validation texts and pairs. Each variant is loaded by `from_pretrained` as a user would; a "plain call" names no module.
-Only by hand is the VQ model quantised (its weights rounded, one scale for each output channel): no library finds it. The last
-line is JSON.
+Without a checkpoint it makes a tiny one, whose VQ model has attention, and trains it for a minute. Documents are
+picture world's validation texts and pairs. Each variant is loaded by `from_pretrained` as a user would; a "plain call"
+names no module.
+Only by hand is the VQ model quantised (its weights rounded, one scale for each output channel): no library finds it.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -130,8 +131,8 @@ def measure(
 ) -> dict[str, float]:
     """Perplexities, KL(original || model) per token over the whole vocabulary, and the VQ model against the original's.
 
-    codes_agree: share of codes that both make of `images`. pixel_error: root mean square between their pixels (of [-1, 1])
-    for the same codes.
+    codes_agree: share of codes that both make of `images`. pixel_error: root mean square between their pixels (of [-1,
+    1]) for the same codes.
     """
     first, vocabulary = original.config.image_token_offset, (0, original.config.vocab_size)
     codes = (first, first + original.config.num_image_tokens)
@@ -155,7 +156,9 @@ def print_row(name: str, row: dict[str, float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", help="folder of a JAM whose tokenizer is beside it; a tiny one is made where left out")
+    parser.add_argument(
+        "--checkpoint", help="folder of a JAM whose tokenizer is beside it; a tiny one is made where left out"
+    )
     parser.add_argument("--documents", type=int, default=100, help="validation texts, and as many pairs")
     arguments = parser.parse_args()
     for name in ("bitsandbytes", "torchao", "transformers"):

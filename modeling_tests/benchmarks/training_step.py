@@ -2,9 +2,9 @@
 
     python modeling_tests/benchmarks/training_step.py
 
-Peer, in the same run and step by step in turn: the same model, batches and optimizer with the attention and the precision of
-matrix products that transformers and torch choose by themselves (sdpa, "highest"). It knows no data: ids are drawn at random,
-in packed rows as long as the quickstart's. The last line is JSON.
+Peer, in the same run and step by step in turn: the same model, batches and optimizer with the attention and the
+precision of matrix products that transformers and torch choose by themselves (sdpa, "highest"). It knows no data: ids
+are drawn at random, in packed rows as long as the quickstart's. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -63,7 +63,11 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     result = {f"{name}_seconds": round(value, 4) for name, value in medians.items()}
     result |= {"ratio": round(medians["recipe"] / medians["defaults"], 3), "steps": steps}
-    print(json.dumps({"benchmark": "training_step", **result, "threads": torch.get_num_threads(), "torch": torch.__version__}))
+    print(
+        json.dumps(
+            {"benchmark": "training_step", **result, "threads": torch.get_num_threads(), "torch": torch.__version__}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""safetensors files in blocks of rows, against the safetensors package: what one writes the other reads, and refuses alike."""
+"""safetensors files in blocks of rows, against the safetensors package: what one writes the other reads, and
+refuses alike.
+"""
 
 import json
 import struct
@@ -17,7 +19,9 @@ SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 NAMES = st.text("abc.", min_size=1, max_size=8) | st.text(
     st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8
 ).filter(lambda name: name != "__metadata__")
-quick = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def random_tensor(shape, dtype, seed):
@@ -119,7 +123,10 @@ DAMAGED = {
     "no dtype": (raw({"a": {"shape": [1], "data_offsets": [0, 4]}}, b"1234"), "no 'dtype'"),
     "entry is no mapping": (raw({"a": 3}), "damaged"),
     "lying shape": (raw({"a": entry([3], 0, 4)}, b"1234"), "'a' of shape \\[3\\].* takes 4 bytes, not 12"),
-    "wraps to nothing": (raw({"a": entry([2**32, 2**32], 0, 0)}), "'a' has the shape .* more elements than can be counted"),
+    "wraps to nothing": (
+        raw({"a": entry([2**32, 2**32], 0, 0)}),
+        "'a' has the shape .* more elements than can be counted",
+    ),
     "wraps to four": (raw({"a": entry([2**61 + 1, 8], 0, 32)}, b"1234" * 8), "'a' has the shape"),
     "wraps in bytes": (raw({"a": entry([2**62], 0, 0)}), "'a' has the shape"),
     "negative shape": (raw({"a": entry([-1, -1], 0, 4)}, b"1234"), "'a' has the shape"),
@@ -157,7 +164,9 @@ def test_dtypes_that_no_parent_should_have_are_named(tmp_path):
 
 
 def test_padded_headers_and_metadata(tmp_path):
-    (tmp_path / "x.safetensors").write_bytes(raw({"__metadata__": {"by": "x"}, "a": entry([1], 0, 4)}, b"\0\0\x80\x3f", b"   "))
+    (tmp_path / "x.safetensors").write_bytes(
+        raw({"__metadata__": {"by": "x"}, "a": entry([1], 0, 4)}, b"\0\0\x80\x3f", b"   ")
+    )
     file = TensorFile(tmp_path / "x.safetensors")
     assert file.specs.keys() == {"a"} and file.read("a").tolist() == [1.0]
 

@@ -1,4 +1,6 @@
-"""The command line from outside: every command explains itself, and the scripts of conversion/ are commands by another name."""
+"""The command line from outside: every command explains itself, and the scripts of conversion/ are commands by
+another name.
+"""
 
 import ast
 import dataclasses
@@ -71,7 +73,9 @@ def test_help_has_every_option_and_every_default(command, capsys, monkeypatch):
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_the_code_of_a_command_reads_every_option(command):
-    """What a command gets is the dataclass alone, and each field is read: `options.name`, or a name of a table of settings."""
+    """What a command gets is the dataclass alone, and each field is read: `options.name`, or a name of a table of
+    settings.
+    """
     module = cli.COMMANDS[command]
     tree = ast.parse(inspect.getsource(module))
     assert list(inspect.signature(module.run).parameters) == ["options"]
@@ -96,7 +100,9 @@ def test_defaults_are_those_of_the_library():
     from jam_hf.retrieval.embedder import DEFAULT_EMBEDDER
 
     def defaults(function):
-        return {name: p.default for name, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
+        return {
+            name: p.default for name, p in inspect.signature(function).parameters.items() if p.default is not p.empty
+        }
 
     def unlike(command, library):
         ours = {field.name: field for field in dataclasses.fields(cli.COMMANDS[command].Options)}
@@ -116,7 +122,9 @@ def test_defaults_are_those_of_the_library():
     exceptions = {("fuse", "mode")}  # asked for, so that nobody gets a mode by accident
     assert {pair for command in libraries for pair in unlike(command, defaults(libraries[command]))} == exceptions
     assert not list(unlike("index", {**defaults(RetrievalSettings), **defaults(build_index)}))
-    choices = {field.name: field.metadata["arguments"].get("choices") for field in dataclasses.fields(quickstart.Options)}
+    choices = {
+        field.name: field.metadata["arguments"].get("choices") for field in dataclasses.fields(quickstart.Options)
+    }
     assert choices["family"] == FAMILIES and choices["stage"] == tuple(STAGES)
     assert {name: method.__doc__.strip().rstrip(".") for name, (_, method) in STAGES.items()} == quickstart.STAGES
     assert cli.COMMANDS["convert-vq"].LAYOUTS == LAYOUTS
@@ -151,7 +159,7 @@ def test_errors_and_interruptions_end_in_one_line(command, capsys, monkeypatch):
                 cli.main(["--debug", command, *REQUIRED[command]])
 
 
-# ----- flags that would have nothing to act on ----------------------------------------------------------------------------
+# ----- flags that would have nothing to act on ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -163,11 +171,17 @@ def test_errors_and_interruptions_end_in_one_line(command, capsys, monkeypatch):
         ("generate x --mode text --image-top-k 2 --temperature 1", "--image-top-k: --mode text writes no pictures"),
         ("certify --model a --texts t --text-parent p --image-tokenizer i", "--image-tokenizer has nothing to act on"),
         ("certify --model a --texts t --text-parent p --image-token-offset 7", "without --image-parent"),
-        ("certify --model a --pairs t --image-parent p --softmax all", "--softmax has nothing to act on without --text-parent"),
+        (
+            "certify --model a --pairs t --image-parent p --softmax all",
+            "--softmax has nothing to act on without --text-parent",
+        ),
         ("certify --model a --pairs t --image-parent p --max-tokens 9", "--max-tokens has nothing to act on"),
         ("certify --model a --texts t", "it needs both"),
         ("fuse --text a --image b --mode cross --dry-run --explain c", "give one of them"),
-        ("fuse --text a --image b --mode cross --dry-run --overwrite", "--overwrite has nothing to act on without --output"),
+        (
+            "fuse --text a --image b --mode cross --dry-run --overwrite",
+            "--overwrite has nothing to act on without --output",
+        ),
         ("quickstart --force", "--force is for one stage"),
         ("quickstart --train-all --family unlike", "jam-cross only"),
     ],
@@ -189,7 +203,7 @@ def test_a_run_folder_is_nobody_elses_folder(tmp_path, capsys):
     assert "jam-hf quickstart picture-world --run" in capsys.readouterr().err
 
 
-# ----- earlier spellings --------------------------------------------------------------------------------------------------
+# ----- earlier spellings ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -219,7 +233,7 @@ def test_fuse_is_the_fusion_of_two_parents(arguments, monkeypatch):
     assert cli.main(arguments.split()) == 0 and len(reached) == 1
 
 
-# ----- parsers from dataclasses -------------------------------------------------------------------------------------------
+# ----- parsers from dataclasses ---------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -251,7 +265,7 @@ def test_types_and_defaults_come_from_the_dataclass():
             read(*wrong)
 
 
-# ----- processes of their own ---------------------------------------------------------------------------------------------
+# ----- processes of their own -----------------------------------------------------------------------------------------
 
 
 def child(code, *arguments):
@@ -290,7 +304,7 @@ def test_importing_the_package_brings_no_other_along():
     assert done.returncode == 0, done.stderr
 
 
-# ----- scripts of conversion/ ---------------------------------------------------------------------------------------------
+# ----- scripts of conversion/ -----------------------------------------------------------------------------------------
 
 
 def run_script(script, arguments, monkeypatch):

@@ -21,7 +21,17 @@ def written(fused, tmp_path):
 
     def write(prompts, count, *options):
         images = [argument for path in paths[:count] for argument in ("--image", str(path))]
-        arguments = ["--model", str(folder), "--mode", "text", "--max-new-tokens", "2", "--output", str(target), *options]
+        arguments = [
+            "--model",
+            str(folder),
+            "--mode",
+            "text",
+            "--max-new-tokens",
+            "2",
+            "--output",
+            str(target),
+            *options,
+        ]
         status = cli.main(["generate", *prompts, *images, *arguments])
         return JamProcessor.load_json(target) if status == 0 else status
 

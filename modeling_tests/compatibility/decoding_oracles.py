@@ -28,7 +28,8 @@ BREAK = 3
 
 
 def unequal_streams(text_family: str = "llama") -> JamForCausalLM:
-    """A cross JAM whose streams differ: 4 heads on 2 key/value heads and width 32, beside 8 heads, all their own, and 64.
+    """A cross JAM whose streams differ: 4 heads on 2 key/value heads and width 32, beside 8 heads, all their own,
+    and 64.
 
     An OPT text stream has 4 heads, all their own.
     """
@@ -40,7 +41,10 @@ def unequal_streams(text_family: str = "llama") -> JamForCausalLM:
         text = {"model_type": "opt", "ffn_dim": 48, "dropout": 0.0, "word_embed_proj_dim": 32, **sizes, **common}
     image = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8}
     config = JamConfig(
-        fusion_mode="cross", text_config=text, image_config={**image, "intermediate_size": 80, **common}, vq_config=VQ_SETTINGS
+        fusion_mode="cross",
+        text_config=text,
+        image_config={**image, "intermediate_size": 80, **common},
+        vq_config=VQ_SETTINGS,
     )
     model = JamForCausalLM(config).eval()
     randomise(model, seed=5)
@@ -69,7 +73,9 @@ def greedy(
 
 
 def picture_scores(model: nn.Module, prompt_length: int, mode: str, scale: float, max_length: int) -> Callable:
-    """`process` for one row: guidance by a second full forward over `<bos> <mask> <break>` and the codes, then the grammar."""
+    """`process` for one row: guidance by a second full forward over `<bos> <mask> <break>` and the codes, then the
+    grammar.
+    """
     config, grammar = model.config, PictureGrammar(model.config)
 
     def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -94,7 +100,9 @@ def picture_scores(model: nn.Module, prompt_length: int, mode: str, scale: float
 
 
 def sample(model: nn.Module, ids: torch.Tensor, steps: int, temperature: float = 1.0) -> torch.Tensor:
-    """int64 `[B, T]` -> `[B, T + steps]`, drawn with torch's global generator: one draw for the whole batch per step."""
+    """int64 `[B, T]` -> `[B, T + steps]`, drawn with torch's global generator: one draw for the whole batch per
+    step.
+    """
     for _ in range(steps):
         chances = (next_logits(model, ids) / temperature).softmax(-1)
         ids = torch.cat((ids, torch.multinomial(chances, num_samples=1)), dim=1)
@@ -122,9 +130,9 @@ def beam_search(
 ) -> list[tuple[float, list[int]]]:
     """The `num_beams` best continuations of at most `steps` ids and their scores, best first.
 
-    All `num_beams` x V continuations stand in one table. Twice as many candidates are chosen as there are beams, so that
-    enough are left where some of them end; only one among the first `num_beams` candidates may end. A score is a sum of log
-    probabilities over length ** length_penalty.
+    All `num_beams` x V continuations stand in one table. Twice as many candidates are chosen as there are beams, so
+    that enough are left where some of them end; only one among the first `num_beams` candidates may end. A score is a
+    sum of log probabilities over length ** length_penalty.
     """
     # All but one start so low that they matter only where there is too little to choose from, as in a picture's markup.
     beams: list[tuple[float, list[int]]] = [(0.0, []), *[(-1e9, [])] * (num_beams - 1)]

@@ -1,7 +1,7 @@
 """A stand-in for the package flash-attn, in plain torch, so that transformers' own way to it runs on the CPU.
 
-It has flash-attn's signatures and meaning (causal masks aligned at the bottom right; lengths that add up), and notes what it
-was called with. It knows nothing of JAM.
+It has flash-attn's signatures and meaning (causal masks aligned at the bottom right; lengths that add up), and notes
+what it was called with. It knows nothing of JAM.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from transformers.modeling_utils import PreTrainedModel
 
 @dataclass
 class Calls:
-    """lengths: of each call on rows of equal length, its (queries, keys). cumulative: of each call on packed rows, the sums."""
+    """lengths: of each call on rows of equal length, its (queries, keys). cumulative: of each call on packed rows,
+    the sums.
+    """
 
     lengths: list[tuple[int, int]] = field(default_factory=list)
     cumulative: list[list[int]] = field(default_factory=list)

@@ -1,7 +1,8 @@
 """Loads JAM folders as someone does who has transformers and diffusers, but not jam_hf. test_remote_code.py runs it.
 
-`python -I -S remote_child.py ARGUMENTS.json`: without site (`-S`) no editable install is found, and a guard refuses jam_hf
-where it lies among the other packages. It writes what it found to a file of tensors; judging is the test's business.
+`python -I -S remote_child.py ARGUMENTS.json`: without site (`-S`) no editable install is found, and a guard refuses
+jam_hf where it lies among the other packages. It writes what it found to a file of tensors; judging is the test's
+business.
 """
 
 from __future__ import annotations
@@ -118,12 +119,16 @@ def load(folder: str, save_to: Path | None) -> dict[str, Any]:
 
 
 def refusals(model: Any, processor: Any, inputs: Any) -> dict[str, str]:
-    """What each thing that a checkpoint does not carry says when it is asked for, by what stands for it in the message."""
+    """What each thing that a checkpoint does not carry says when it is asked for, by what stands for it in the
+    message.
+    """
     import tempfile
 
     parts = [{"role": "user", "content": [{"type": "text", "text": "a ruby"}]}]
     processor, one = copy.copy(processor), SimpleNamespace(pp_size=1, tp_size=1)
-    processor.chat_template = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    processor.chat_template = (
+        "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    )
     sampled = {**inputs, "generation_mode": "image", "do_sample": True}
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/story"

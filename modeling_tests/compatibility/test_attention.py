@@ -24,7 +24,9 @@ GREEDY = {"do_sample": False, "eos_token_id": None, "generation_mode": None}
 
 @pytest.fixture
 def flash(monkeypatch):
-    """flash-attn is not installed here: a stand-in of plain torch behind transformers' own dispatch; gives its calls."""
+    """flash-attn is not installed here: a stand-in of plain torch behind transformers' own dispatch; gives its
+    calls.
+    """
     return install(monkeypatch)
 
 
@@ -58,7 +60,9 @@ def _logits(model, back_end, inputs):
 
 
 @pytest.mark.sampled("mode", "back_end", "padded", pairs=True)
-@pytest.mark.feature(SECTION, "eager = sdpa = flex = flash-attention 2 in logits (flash: dispatch, arithmetic in torch)")
+@pytest.mark.feature(
+    SECTION, "eager = sdpa = flex = flash-attention 2 in logits (flash: dispatch, arithmetic in torch)"
+)
 @pytest.mark.parametrize(
     ("back_end", "padded"),
     [("sdpa", True), ("flex_attention", True), ("flash_attention_2", True), ("flash_attention_2", False)],
@@ -151,7 +155,12 @@ def test_a_back_end_for_each_stream(text, image, init, when, fused, flash, flex,
 
         def spy(module, query, key, value, mask, *args, real=ALL_ATTENTION_FUNCTIONS[name], name=name, **kwargs):
             seen_by.append(
-                (name, module.config is model.config.text_config, type(mask), mask.dim() if torch.is_tensor(mask) else 4)
+                (
+                    name,
+                    module.config is model.config.text_config,
+                    type(mask),
+                    mask.dim() if torch.is_tensor(mask) else 4,
+                )
             )
             return real(module, query, key, value, mask, *args, **kwargs)
 
@@ -199,14 +208,18 @@ def test_flash_in_one_stream_under_a_static_cache(text, image, jam, flash):
 def test_flash_attention_that_is_not_installed_is_refused_by_transformers(family, mode, init, fused):
     if torch.cuda.is_available():
         pytest.skip("this machine may have flash-attn or fetch its kernel")
-    with pytest.raises(ImportError, match="FlashAttention2 .*the package for FlashAttention2 doesn't seem to be installed"):
+    with pytest.raises(
+        ImportError, match="FlashAttention2 .*the package for FlashAttention2 doesn't seem to be installed"
+    ):
         JamForCausalLM.from_pretrained(fused(family, mode, init), attn_implementation="flash_attention_2")
     with pytest.raises(ImportError, match="FlashAttention2"):
         JamForCausalLM.from_pretrained(fused(family, mode, init)).set_attn_implementation("flash_attention_2")
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash-attention and the backward of flex need an accelerator")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="flash-attention and the backward of flex need an accelerator"
+)
 @pytest.mark.feature(SECTION, "flex and flash-attention 2 on an accelerator, forward and backward")
 @pytest.mark.parametrize("back_end", ["flex_attention", "flash_attention_2"])
 @by_mode
@@ -257,7 +270,9 @@ def test_packed_documents_do_not_see_each_other(family, mode, init, back_end, ja
         apart = _alone(parent, documents)[:, 5:]
         assert not torch.allclose(parent(**batch, use_cache=False).logits[:, 5:], apart, atol=0.01)
         assert not torch.allclose(found[:, 5:], expected[:, 5:], atol=0.01)
-        pytest.skip("the stock OPT decoder makes its mask without position_ids; only flash-attention keeps documents apart")
+        pytest.skip(
+            "the stock OPT decoder makes its mask without position_ids; only flash-attention keeps documents apart"
+        )
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     if back_end == "flash_attention_2":
         assert flash.cumulative == [[0, 5, 8, 14]] * len(model.config.per_layer_config)

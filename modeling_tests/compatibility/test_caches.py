@@ -1,4 +1,6 @@
-"""Caches under `generate()`: static, offloaded, quantised, returned and taken up again, filled in chunks; against no cache."""
+"""Caches under `generate()`: static, offloaded, quantised, returned and taken up again, filled in chunks; against
+no cache.
+"""
 
 import copy
 
@@ -28,7 +30,9 @@ def _padded(model) -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
 def test_static_cache(family, mode, init, jam):
     model = jam(family, mode, init)
     rows, ids, mask = _padded(model)
-    output = model.generate(input_ids=ids, attention_mask=mask, cache_implementation="static", max_new_tokens=6, **GREEDY)
+    output = model.generate(
+        input_ids=ids, attention_mask=mask, cache_implementation="static", max_new_tokens=6, **GREEDY
+    )
     assert output[:, 6:].tolist() == [greedy(model, row, 6) for row in rows]
 
 
@@ -62,7 +66,11 @@ def test_continuation_from_a_returned_cache(family, mode, init, implementation, 
     """Twice: with nothing added, as a document goes on, and with ids added, as a chat does."""
     model = jam(family, mode, init)
     ids = random_ids(model, 1, 6)
-    cache = DynamicCache(config=model.config) if implementation == "dynamic" else StaticCache(model.config, max_cache_len=32)
+    cache = (
+        DynamicCache(config=model.config)
+        if implementation == "dynamic"
+        else StaticCache(model.config, max_cache_len=32)
+    )
     settings = {"past_key_values": cache, "max_new_tokens": 4, "return_dict_in_generate": True, **GREEDY}
     first = model.generate(input_ids=ids, **settings)
     second = model.generate(input_ids=first.sequences, **(settings | {"past_key_values": first.past_key_values}))
@@ -80,7 +88,11 @@ def test_continuation_of_a_padded_batch(family, mode, init, jam):
     first = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, return_dict_in_generate=True, **GREEDY)
     mask = torch.cat((mask, torch.ones(2, 3, dtype=mask.dtype)), dim=1)
     second = model.generate(
-        input_ids=first.sequences, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=3, **GREEDY
+        input_ids=first.sequences,
+        attention_mask=mask,
+        past_key_values=first.past_key_values,
+        max_new_tokens=3,
+        **GREEDY,
     )
     assert second[:, 6:].tolist() == [greedy(model, row, 6) for row in rows]
 
@@ -92,7 +104,9 @@ def test_continuation_inside_a_picture(family, mode, init, jam):
     row = [1, 30, BREAK]
     settings = {"generation_mode": "interleaved", "guidance_scale": 2.0, "do_sample": False}
     first = model.generate(input_ids=torch.tensor([row]), max_new_tokens=7, return_dict_in_generate=True, **settings)
-    second = model.generate(input_ids=first.sequences, past_key_values=first.past_key_values, max_new_tokens=10, **settings)
+    second = model.generate(
+        input_ids=first.sequences, past_key_values=first.past_key_values, max_new_tokens=10, **settings
+    )
     assert second[0, 3:].tolist() == greedy(model, row, 17, process=picture_scores(model, 3, "interleaved", 2.0, 20))
 
 
@@ -102,7 +116,9 @@ def test_one_prompt_filled_once_and_continued_twice(family, mode, init, jam):
     model = jam(family, mode, init)
     prompt = random_ids(model, 1, 6)
     with torch.no_grad():
-        filled = model(input_ids=prompt, past_key_values=DynamicCache(config=model.config), use_cache=True).past_key_values
+        filled = model(
+            input_ids=prompt, past_key_values=DynamicCache(config=model.config), use_cache=True
+        ).past_key_values
     for seed in (3, 4):
         ids = torch.cat((prompt, random_ids(model, 1, 2, seed)), dim=1)
         output = model.generate(input_ids=ids, past_key_values=copy.deepcopy(filled), max_new_tokens=4, **GREEDY)
@@ -117,7 +133,9 @@ def test_chunked_prefill(family, mode, init, implementation, jam):
     model = jam(family, mode, init)
     rows, ids, mask = _padded(model)
     lengths = []
-    hook = model.register_forward_pre_hook(lambda _, __, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    hook = model.register_forward_pre_hook(
+        lambda _, __, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
     output = model.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -158,7 +176,9 @@ class _NoStream:
 
 @pytest.fixture
 def pretend_to_offload(monkeypatch):
-    """Offloaded layers are marked instead of moved; one that is used before it was fetched raises. Returns the fetches."""
+    """Offloaded layers are marked instead of moved; one that is used before it was fetched raises. Returns the
+    fetches.
+    """
     fetched = []
 
     def fetch(layer):
@@ -193,7 +213,9 @@ def test_offloaded_layers_are_fetched_before_their_turn(family, mode, init, impl
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the offloaded caches of transformers need streams of an accelerator")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="the offloaded caches of transformers need streams of an accelerator"
+)
 @pytest.mark.feature(SECTION, "offloaded cache, dynamic and static, on an accelerator")
 @pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
 @by_mode
@@ -216,7 +238,11 @@ def _quantised_error(model, cache_config: dict) -> tuple[float, torch.nn.Module]
         max_new_tokens=6,
         output_logits=True,
         return_dict_in_generate=True,
-        **(GREEDY if hasattr(model.generation_config, "generation_mode") else {"do_sample": False, "eos_token_id": None}),
+        **(
+            GREEDY
+            if hasattr(model.generation_config, "generation_mode")
+            else {"do_sample": False, "eos_token_id": None}
+        ),
     )
     with torch.no_grad():
         full = model(input_ids=output.sequences[:, :-1], use_cache=False).logits[:, 5:]
@@ -242,8 +268,17 @@ def test_fp8_cache(family, mode, init, jam, parents):
 @pytest.mark.parametrize(("package", "backend", "axis"), [("optimum.quanto", "quanto", 0), ("hqq", "hqq", 1)])
 @by_mode
 def test_caches_quantised_in_groups(family, mode, init, package, backend, axis, jam, parents):
-    pytest.importorskip(package, reason=f"the {backend} backend of transformers' quantised cache needs the package {package}")
-    settings = {"backend": backend, "nbits": 4, "axis_key": axis, "axis_value": axis, "q_group_size": 8, "residual_length": 2}
+    pytest.importorskip(
+        package, reason=f"the {backend} backend of transformers' quantised cache needs the package {package}"
+    )
+    settings = {
+        "backend": backend,
+        "nbits": 4,
+        "axis_key": axis,
+        "axis_value": axis,
+        "q_group_size": 8,
+        "residual_length": 2,
+    }
     error, _ = _quantised_error(jam(family, mode, init), settings)
     parent, _ = _quantised_error(AutoModelForCausalLM.from_pretrained(parents("llama")[0]).eval(), settings)
     assert 0 < error < max(4 * parent, 0.1)

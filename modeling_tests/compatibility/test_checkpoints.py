@@ -1,4 +1,6 @@
-"""Checkpoints: shards and their index, base and causal-LM weights out of each other's folders, round trips without loss."""
+"""Checkpoints: shards and their index, base and causal-LM weights out of each other's folders, round trips without
+loss.
+"""
 
 import json
 
@@ -22,7 +24,9 @@ EVERY = pytest.mark.parametrize(("mode", "init", "family"), CASES)
 
 
 def assert_equal_states(left: torch.nn.Module, right: torch.nn.Module, prefix: str = "") -> None:
-    """Every tensor of `left` is the one of `right` under the same name (behind the prefix), bit for bit and in dtype."""
+    """Every tensor of `left` is the one of `right` under the same name (behind the prefix), bit for bit and in
+    dtype.
+    """
     expected = right.state_dict()
     assert len(left.state_dict()) > 20
     for name, tensor in left.state_dict().items():
@@ -103,7 +107,10 @@ def test_round_trips_keep_every_tensor(mode, init, family, dtype, jam, tmp_path)
         assert_equal_states(loaded, model)
         assert {p.dtype for p in loaded.model.vq_model.parameters()} == {torch.float32}
         assert {p.device.type for p in loaded.parameters()} | {b.device.type for b in loaded.buffers()} == {"cpu"}
-        for name, buffer in buffers.items():  # those that no checkpoint holds: rotary frequencies, float32 in a stock Llama too
+        for (
+            name,
+            buffer,
+        ) in buffers.items():  # those that no checkpoint holds: rotary frequencies, float32 in a stock Llama too
             assert torch.equal(loaded.get_buffer(name), buffer), name
 
 

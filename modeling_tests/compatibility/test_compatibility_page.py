@@ -48,7 +48,9 @@ def test_a_cell_says_no_more_than_the_results(results, expected):
 
 
 def test_reasons_are_numbered_once():
-    table = feature_table([result("skipped", "no GPU"), result("skipped", "no GPU", name="static cache"), result("passed")])
+    table = feature_table(
+        [result("skipped", "no GPU"), result("skipped", "no GPU", name="static cache"), result("passed")]
+    )
     assert table.count("[1]") == 3 and "[2]" not in table
     assert "| beams | - | - | partly [1] |" in table
 

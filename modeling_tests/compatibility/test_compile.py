@@ -1,7 +1,8 @@
 """torch.compile without graph breaks, without recompilation from step to step; torch.export of the decode step.
 
-The graphs run by torch's "eager" backend, which shows graph breaks and wrong graphs and does not wait for code generation.
-Every day the decode step in each mode, and of what is slower one case each, all modes among them; the rest is nightly.
+The graphs run by torch's "eager" backend, which shows graph breaks and wrong graphs and does not wait for code
+generation. Every day the decode step in each mode, and of what is slower one case each, all modes among them; the rest
+is nightly.
 """
 
 import pytest
@@ -98,7 +99,9 @@ def test_pictures_are_in_the_graph(family, mode, init, jam):
 
 
 def _decode(model, ids, mask, prefill, positions=True):
-    """Logits of `ids` `[B, T]` after the first `prefill`, step by step, by a compiled step on a static cache; the counter."""
+    """Logits of `ids` `[B, T]` after the first `prefill`, step by step, by a compiled step on a static cache; the
+    counter.
+    """
     counter = CompileCounter()
     step = torch.compile(model, fullgraph=True, backend=counter)
     cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + 4)
@@ -106,7 +109,9 @@ def _decode(model, ids, mask, prefill, positions=True):
     settings = {"past_key_values": cache, "use_cache": True}
     logits = []
     with torch.no_grad():
-        model(input_ids=ids[:, :prefill], attention_mask=mask[:, :prefill], position_ids=places[:, :prefill], **settings)
+        model(
+            input_ids=ids[:, :prefill], attention_mask=mask[:, :prefill], position_ids=places[:, :prefill], **settings
+        )
         # A mask as long as the cache: its shape does not change from step to step.
         padded = torch.nn.functional.pad(mask, (0, 4), value=1)
         for place in range(prefill, ids.shape[1]):
@@ -153,7 +158,12 @@ def _compile_on_a_cpu(counter) -> CompileConfig:
 @one_of(SHORT, CROSS)
 def test_generate_compiles_its_decode_step(family, mode, init, jam):
     model, counter = jam(family, mode, init), CompileCounter()
-    settings = {"cache_implementation": "static", "compile_config": _compile_on_a_cpu(counter), "max_new_tokens": 6, **GREEDY}
+    settings = {
+        "cache_implementation": "static",
+        "compile_config": _compile_on_a_cpu(counter),
+        "max_new_tokens": 6,
+        **GREEDY,
+    }
     for seed in (0, 1):
         ids = random_ids(model, 1, 6, seed)
         assert model.generate(input_ids=ids, **settings)[0, 6:].tolist() == greedy(model, ids[0].tolist(), 6)
@@ -206,7 +216,9 @@ def test_export_of_the_decode_step(family, mode, init, jam):
 @pytest.mark.feature(SECTION, "torch.export of the decode step (static cache), OPT")
 @pytest.mark.parametrize(
     ("mode", "init"),
-    every_day([("uniform", "average"), ("width", "copy"), ("cross", "preserving"), ("cross", "paper")], ("cross", "paper")),
+    every_day(
+        [("uniform", "average"), ("width", "copy"), ("cross", "preserving"), ("cross", "paper")], ("cross", "paper")
+    ),
 )
 def test_export_of_the_decode_step_of_opt(mode, init, jam, parents):
     if mode == "cross":

@@ -1,4 +1,6 @@
-"""Continuous batching (`generate_batch`) against ordinary `generate()`, request by request: text, pictures, what is refused."""
+"""Continuous batching (`generate_batch`) against ordinary `generate()`, request by request: text, pictures, what is
+refused.
+"""
 
 import copy
 import logging
@@ -41,7 +43,9 @@ def prompts_of(model):
 
 
 def one_by_one(model, prompts, config, **settings):
-    outputs = [model.generate(torch.tensor([ids]), generation_config=config, **settings)[0, len(ids) :] for ids in prompts]
+    outputs = [
+        model.generate(torch.tensor([ids]), generation_config=config, **settings)[0, len(ids) :] for ids in prompts
+    ]
     return [output.tolist() for output in outputs]
 
 
@@ -145,7 +149,9 @@ def test_a_saved_layout_is_for_interleaved_requests(jam, monkeypatch):
 @pytest.mark.feature(SECTION, "interleaved documents")
 @pytest.mark.parametrize("bound", [{}, {"max_length": 40}, {"max_length": 40, "max_new_tokens": 25}])
 def test_documents_end_where_those_of_generate_do(bound, jam):
-    """By the model's positions where nothing is said, and by `max_length`, which counts from each prompt's beginning."""
+    """By the model's positions where nothing is said, and by `max_length`, which counts from each prompt's
+    beginning.
+    """
     model = jam("llama", "uniform", "average")
     settings = {"generation_mode": "interleaved", "do_sample": False, "pad_token_id": 0, **bound}
     prompts = [[1, 30], [1, 31, 32, 33, 34, 35, 36], [1, 37, BREAK, model.config.image_token_offset]]
@@ -164,7 +170,10 @@ def test_documents_end_where_those_of_generate_do(bound, jam):
         ({"guidance_scale": 3.0, "generation_mode": "image"}, r"guidance_scale=3.0 \(it runs each request by itself"),
         ({"contrastive_alpha": 0.1, "contrastive_k": 3}, r"contrastive_alpha=0.1 .*contrastive_k=3"),
         ({"generation_mode": "image", "image_top_k": 5}, r"image_top_k=5 \(it has no settings by modality"),
-        ({"generation_mode": "image", "max_new_tokens": 10}, r"needs room for 1 picture\(s\) of 16 codes.*got room for 10"),
+        (
+            {"generation_mode": "image", "max_new_tokens": 10},
+            r"needs room for 1 picture\(s\) of 16 codes.*got room for 10",
+        ),
         (
             {"generation_mode": "interleaved", "min_new_images": 3},
             r"min_new_images=3 needs room for 3 .*max_new_tokens=54.* for 40",
@@ -189,7 +198,12 @@ TELLING = {
     **{"min_length": 5, "min_new_tokens": 5, "max_time": 1e-9, "stop_strings": ["a"], "num_beams": 2, "use_mtp": True},
     **{"use_cache": False, "cache_implementation": "static", "min_p": 0.5, "top_h": 0.4, "typical_p": 0.5},
     **{"epsilon_cutoff": 0.1, "eta_cutoff": 0.1, "repetition_penalty": 1.3, "encoder_repetition_penalty": 1.3},
-    **{"no_repeat_ngram_size": 2, "encoder_no_repeat_ngram_size": 2, "bad_words_ids": [[30]], "renormalize_logits": True},
+    **{
+        "no_repeat_ngram_size": 2,
+        "encoder_no_repeat_ngram_size": 2,
+        "bad_words_ids": [[30]],
+        "renormalize_logits": True,
+    },
     **{"forced_bos_token_id": 1, "forced_eos_token_id": 2, "remove_invalid_values": True, "suppress_tokens": [30]},
     **{"exponential_decay_length_penalty": (1, 1.1), "begin_suppress_tokens": [30], "sequence_bias": [[[30], 1.0]]},
     **{"token_healing": True, "guidance_scale": 2.0, "watermarking_config": {"bias": 2.0}, "output_attentions": True},
@@ -263,7 +277,9 @@ def test_pools_are_as_large_as_the_requests_need(mode_and_init, jam, monkeypatch
     model = jam("llama", *mode_and_init)
     made = []
     original = PagedAttentionCache.__init__
-    monkeypatch.setattr(PagedAttentionCache, "__init__", lambda self, *a, **k: original(self, *a, **k) or made.append(self))
+    monkeypatch.setattr(
+        PagedAttentionCache, "__init__", lambda self, *a, **k: original(self, *a, **k) or made.append(self)
+    )
     prompts = [[1, 30], [1, *range(30, 60)]]
     config = GenerationConfig(max_new_tokens=40, do_sample=False, generation_mode="text")
     model.generate_batch(prompts, config, ContinuousBatchingConfig(page_size=32))
@@ -345,7 +361,13 @@ def test_what_else_is_refused(jam):
         batched(model, [[1, 30]], config, continuous_batching_config=asynchronous)
     with pytest.raises(ValueError, match=r"different key/value heads \(number, size\): \[\(2, 8\), \(8, 8\)\]"):
         batched(unequal_streams(), [[1, 30]], config)
-    text = {"model_type": "mistral", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    text = {
+        "model_type": "mistral",
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+    }
     text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "sliding_window": 4}
     for mode in ("uniform", "cross"):
         windowed = JamForCausalLM(JamConfig(fusion_mode=mode, text_config=text, vq_config=VQ_SETTINGS)).eval()

@@ -93,11 +93,19 @@ def test_beam_search(family, mode, init, jam):
 @pytest.mark.feature(SECTION, "beam search")
 @by_mode
 def test_beam_search_that_ends(family, mode, init, jam):
-    """`early_stopping="never"` without a length penalty is the textbook's beam search; an <eos> that is likely ends beams."""
+    """`early_stopping="never"` without a length penalty is the textbook's beam search; an <eos> that is likely ends
+    beams.
+    """
     model = jam(family, mode, init)
     ids = _prompt(model)
     end = beam_search(model, ids[0].tolist(), 4, 3)[1][1][1]
-    settings = {"num_beams": 4, "early_stopping": "never", "length_penalty": 0.0, "max_new_tokens": 6, "do_sample": False}
+    settings = {
+        "num_beams": 4,
+        "early_stopping": "never",
+        "length_penalty": 0.0,
+        "max_new_tokens": 6,
+        "do_sample": False,
+    }
     output = model.generate(input_ids=ids, num_return_sequences=4, **settings, **(PLAIN | {"eos_token_id": end}))
     expected = [row for _, row in beam_search(model, ids[0].tolist(), 4, 6, end=end, length_penalty=0.0)]
     assert any(len(row) < 6 for row in expected)
@@ -139,7 +147,9 @@ def test_what_moved_to_the_hub_is_refused_as_for_a_stock_llama(family, mode, ini
                 candidate.generate(input_ids=_prompt(model), max_new_tokens=3, do_sample=False, **settings)
             messages.append(str(error.value))
         assert messages[0] == messages[1], name
-    pytest.skip("transformers 5 moved them to custom_generate repositories on the Hub; a stock Llama refuses them the same way")
+    pytest.skip(
+        "transformers 5 moved them to custom_generate repositories on the Hub; a stock Llama refuses them the same way"
+    )
 
 
 @pytest.mark.feature(SECTION, "custom_generate, own decoding loop")

@@ -53,7 +53,12 @@ def oracle():
 def _check(model, oracle, key, generation_mode: str, scale: float, **settings) -> None:
     rows, steps = _rows(model), CODES + 3
     output = model.generate(
-        **_batch(rows), generation_mode=generation_mode, guidance_scale=scale, max_new_tokens=steps, do_sample=False, **settings
+        **_batch(rows),
+        generation_mode=generation_mode,
+        guidance_scale=scale,
+        max_new_tokens=steps,
+        do_sample=False,
+        **settings,
     )
     wanted = oracle(model, key, generation_mode, scale, steps)
     for written, expected in zip(output[:, max(map(len, rows)) :].tolist(), wanted):
@@ -184,7 +189,13 @@ def test_a_picture_in_the_prompt(family, mode, init, use_cache, jam):
     assert len(set(codes)) > 1 and len(codes) == CODES <= NUM_CODES
     placeholders = torch.tensor([[1, 30, BREAK, *[model.config.image_token_id] * CODES, BREAK, 31]])
     row = [1, 30, BREAK, *codes, BREAK, 31]
-    settings = {"max_new_tokens": 8, "do_sample": False, "use_cache": use_cache, "generation_mode": None, "eos_token_id": None}
+    settings = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "use_cache": use_cache,
+        "generation_mode": None,
+        "eos_token_id": None,
+    }
     expected = greedy(model, row, 8)
     by_pixels = model.generate(input_ids=placeholders, pixel_values=pixels, **settings)
     assert by_pixels[0].tolist() == row + expected

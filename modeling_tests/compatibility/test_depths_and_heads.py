@@ -120,7 +120,9 @@ def test_states_hop_once_for_each_border(case):
 @pytest.mark.parametrize("method", ["torchao", "8bit"])
 @torch.no_grad()
 def test_quantisers_take_an_mlp_unless_their_skip_list_names_it(method, tmp_path):
-    """As they do in a stock Janus; a linear image head they leave by themselves, since it is the model's last module."""
+    """As they do in a stock Janus; a linear image head they leave by themselves, since it is the model's last
+    module.
+    """
     test_quantisation = pytest.importorskip("test_quantisation")
     model = build("uniform, head")
     model.save_pretrained(tmp_path)

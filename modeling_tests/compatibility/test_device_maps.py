@@ -1,7 +1,9 @@
-"""Device maps and offloading: a depth stays together, hidden states hop no more than in a plain stack, numbers stay equal.
+"""Device maps and offloading: a depth stays together, hidden states hop no more than in a plain stack, numbers stay
+equal.
 
 Several devices are played on one machine: tensors without data that remember a device, under accelerate's own hooks. An
-operation on tensors of two devices raises there as it would on accelerators, and each copy from device to device is counted.
+operation on tensors of two devices raises there as it would on accelerators, and each copy from device to device is
+counted.
 """
 
 import copy
@@ -37,7 +39,9 @@ def build(family: str, mode: str, form: str, depth: int = 8) -> JamForCausalLM:
 def infer(model: nn.Module, devices: int) -> dict[str, int]:
     """The map that `device_map="auto"` finds on so many devices, balanced between them."""
     memory = dict.fromkeys(range(devices), 10**9)
-    with mock.patch.object(device_maps, "get_max_memory", lambda max_memory: dict(max_memory)):  # there is no such device
+    with mock.patch.object(
+        device_maps, "get_max_memory", lambda max_memory: dict(max_memory)
+    ):  # there is no such device
         return device_maps._get_device_map(model, "auto", memory, None)
 
 
@@ -110,7 +114,9 @@ def test_a_device_map_splits_no_depth(mode, form, family):
 def test_states_hop_as_often_as_in_the_stock_decoder(mode, form, family):
     """Each stream of a cross JAM makes the journey that the states of one stock decoder make."""
     for devices in (2, 4):
-        stock = parent_model(family, 301, 1, num_hidden_layers=8, tie_word_embeddings=False, attn_implementation="eager")
+        stock = parent_model(
+            family, 301, 1, num_hidden_layers=8, tie_word_embeddings=False, attn_implementation="eager"
+        )
         stock_moves = count_moves(stock, infer(stock, devices))
         model = build(family, mode, form)
         device_map = infer(model, devices)
@@ -128,7 +134,9 @@ def test_states_hop_as_often_as_in_the_stock_decoder(mode, form, family):
             last = f"cpu:{pieces - 1}"
             back_and_forth = [(last, "cpu:0"), ("cpu:0", last)]
             assert stock_moves[-2:] == [(stock_moves[-2][0], "cpu:0"), ("cpu:0", stock_moves[-2][0])]
-            assert behind == (back_and_forth[:1] if form == "paper" else [move for move in back_and_forth for _ in range(2)])
+            assert behind == (
+                back_and_forth[:1] if form == "paper" else [move for move in back_and_forth for _ in range(2)]
+            )
 
 
 @pytest.mark.sampled
@@ -137,7 +145,9 @@ def test_states_hop_as_often_as_in_the_stock_decoder(mode, form, family):
 @pytest.mark.parametrize(("mode", "form"), MODES)
 def test_every_part_may_stand_on_a_device_of_its_own(mode, form, family):
     model = build(family, mode, form, depth=2)
-    parts = [f"model.language_model.{name}" for name, _ in model.model.language_model.named_children() if name != "layers"]
+    parts = [
+        f"model.language_model.{name}" for name, _ in model.model.language_model.named_children() if name != "layers"
+    ]
     parts += [f"model.language_model.layers.{depth}" for depth in range(2)]
     parts += ["model.vq_model"] + [name for name, _ in model.named_children() if name != "model"]
     moves = count_moves(model, {part: device for device, part in enumerate(parts)})
@@ -149,7 +159,9 @@ def test_nested_decoders_would_hop_at_cross_blocks():
     jam = build("llama", "cross", "preserving")
     cross = {name: module for name, module in jam.named_modules() if name.endswith("_cross")}
     nested = nn.Module()
-    nested.text_model, nested.image_model = (LlamaModel(LlamaConfig(**jam.config.text_config.to_dict())) for _ in range(2))
+    nested.text_model, nested.image_model = (
+        LlamaModel(LlamaConfig(**jam.config.text_config.to_dict())) for _ in range(2)
+    )
     nested.cross_blocks = nn.ModuleList(cross.values())
     nested._no_split_modules, nested.all_tied_weights_keys = {"LlamaDecoderLayer", "JamCrossBlock"}, {}
     for devices in (2, 4):
@@ -157,7 +169,8 @@ def test_nested_decoders_would_hop_at_cross_blocks():
         apart = [
             depth
             for depth in jam.config.cross_attention_layers
-            if device_of(f"text_model.layers.{depth}", device_map) != device_of(f"image_model.layers.{depth}", device_map)
+            if device_of(f"text_model.layers.{depth}", device_map)
+            != device_of(f"image_model.layers.{depth}", device_map)
         ]
         # At each of them both streams travel there and back: 8 and 16 copies, where a JAM needs 2 and 4.
         assert len(apart) == {2: 2, 4: 4}[devices]

@@ -1,8 +1,9 @@
-"""Fully sharded and data-parallel training in two processes: the losses of one process, checkpoints that one process loads.
+"""Fully sharded and data-parallel training in two processes: the losses of one process, checkpoints that one process
+loads.
 
-The vocabulary is even: torch's FSDP2 lets a tied table of an odd length come apart, in a stock Llama as well. accelerate
-takes FSDP for a matter of accelerators and falls back to plain data parallelism on CPUs without a word; `fsdp_on_cpu` takes
-that decision back. All that follows it is accelerate's own code.
+The vocabulary is even: torch's FSDP2 lets a tied table of an odd length come apart, in a stock Llama as well.
+accelerate takes FSDP for a matter of accelerators and falls back to plain data parallelism on CPUs without a word;
+`fsdp_on_cpu` takes that decision back. All that follows it is accelerate's own code.
 """
 
 import copy
@@ -40,7 +41,12 @@ CASES = {
     "cross-paper": ("cross", "paper", "llama-tied"),
 }
 ALL = [(case.partition("-")[0], case) for case in CASES]
-DAILY = {"accelerate": ALL[2], "native": ALL[0], "trainer-fsdp": ALL[1], "trainer-ddp": ALL[3]}  # the others are nightly
+DAILY = {
+    "accelerate": ALL[2],
+    "native": ALL[0],
+    "trainer-fsdp": ALL[1],
+    "trainer-ddp": ALL[3],
+}  # the others are nightly
 
 
 def build(case: str) -> JamForCausalLM:
@@ -124,7 +130,10 @@ def accelerate_worker(folder: str, kind: str) -> dict[str, Any]:
     unwrapped = accelerator.unwrap_model(model)
     state = accelerator.get_state_dict(model)
     unwrapped.save_pretrained(
-        f"{folder}/{kind}", is_main_process=accelerator.is_main_process, state_dict=state, save_function=accelerator.save
+        f"{folder}/{kind}",
+        is_main_process=accelerator.is_main_process,
+        state_dict=state,
+        save_function=accelerator.save,
     )
     accelerator.save_state(f"{folder}/state")
     before = state
@@ -235,7 +244,9 @@ def cases_worker(root: str, kind: str, cases: list[str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, pytestconfig):
-    """`trained(kind, case)` -> folder, what the workers of that kind return; and what one process finds for the case."""
+    """`trained(kind, case)` -> folder, what the workers of that kind return; and what one process finds for the
+    case.
+    """
     root = tmp_path_factory.mktemp("fsdp")
     for case in CASES:
         build(case).save_pretrained(root / case / "start")
@@ -259,7 +270,9 @@ def trained(tmp_path_factory, pytestconfig):
 
 @torch.no_grad()
 def check_checkpoint(folder: Path, model: JamForCausalLM) -> None:
-    """The folder loads in one process, and is the model that one process trained; the VQ model is untouched, bit for bit."""
+    """The folder loads in one process, and is the model that one process trained; the VQ model is untouched, bit
+    for bit.
+    """
     loaded = JamForCausalLM.from_pretrained(folder).eval()
     expected = model.state_dict()
     assert loaded.state_dict().keys() == expected.keys()
@@ -314,12 +327,16 @@ def smoothed_losses(model: JamForCausalLM, rows: list[dict[str, torch.Tensor]]) 
     return losses
 
 
-@pytest.mark.feature(SECTION, "`train_causal_lm` with FSDP2: trained, evaluated by tokens, saved whole", modes=("cross",))
+@pytest.mark.feature(
+    SECTION, "`train_causal_lm` with FSDP2: trained, evaluated by tokens, saved whole", modes=("cross",)
+)
 def test_a_recipe_under_fsdp_is_that_of_one_process(recipes_in_two_processes):
     folder, parallel, alone, _ = recipes_in_two_processes
     check_units(parallel[0]["fsdp"]["units"])
     for name in ("loss", "eval_rest_loss"):
-        found, expected = ([row[name] for row in h if name in row] for h in (parallel[0]["fsdp"]["history"], alone["history"]))
+        found, expected = (
+            [row[name] for row in h if name in row] for h in (parallel[0]["fsdp"]["history"], alone["history"])
+        )
         assert found and found == pytest.approx(expected, rel=1e-3), name
     assert not (folder / "recipe.run").exists()
     saved, expected = (JamForCausalLM.from_pretrained(folder / name).state_dict() for name in ("recipe", "alone"))

@@ -21,7 +21,9 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 TASKS = Path(__file__).parent / "lm_eval_tasks"
 ROWS = [json.loads(line) for line in (TASKS / "colours.jsonl").read_text().splitlines()]
-every_mode = pytest.mark.parametrize(("mode", "init"), [("uniform", "average"), ("width", "copy"), ("cross", "preserving")])
+every_mode = pytest.mark.parametrize(
+    ("mode", "init"), [("uniform", "average"), ("width", "copy"), ("cross", "preserving")]
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,10 @@ def test_completions_are_those_of_an_uncached_greedy_loop(mode, init, jam, token
     model = jam("llama", mode, init)
     results = evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3), "jam_completions", tasks)
     first = model.config.image_token_offset
-    no_text = [*range(first, len(tokenizer)), *tokenizer.convert_tokens_to_ids(["<pad>", "<break>", "<image>", "<mask>"])]
+    no_text = [
+        *range(first, len(tokenizer)),
+        *tokenizer.convert_tokens_to_ids(["<pad>", "<break>", "<image>", "<mask>"]),
+    ]
     no_text += tokenizer.convert_tokens_to_ids([f"<mask:{i}>" for i in range(1, 8)] + ["</mask>"])
     samples = sorted(results["samples"]["jam_completions"], key=lambda sample: sample["doc_id"])
     for sample, row in zip(samples, ROWS, strict=True):
@@ -102,7 +107,12 @@ def test_a_folder_is_enough(fused, tasks):
     arguments = {"pretrained": str(folder), "dtype": "float32", "device": "cpu"}
     by_folder, by_model = (
         lm_eval.simple_evaluate(
-            model=model, model_args=extra, tasks=["jam_choices"], task_manager=tasks, bootstrap_iters=0, verbosity="ERROR"
+            model=model,
+            model_args=extra,
+            tasks=["jam_choices"],
+            task_manager=tasks,
+            bootstrap_iters=0,
+            verbosity="ERROR",
         )
         for model, extra in (("hf", arguments), (HFLM(**{**arguments, "batch_size": 2}), None))
     )

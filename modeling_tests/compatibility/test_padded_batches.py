@@ -1,4 +1,6 @@
-"""Requests of `generate_batch`, good and odd ones, and the padded batches by which a CPU writes them, against each alone."""
+"""Requests of `generate_batch`, good and odd ones, and the padded batches by which a CPU writes them, against each
+alone.
+"""
 
 import numpy as np
 import pytest
@@ -19,7 +21,14 @@ PAGES = ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64, page_size=1
 
 def text(**settings):
     return GenerationConfig(
-        **{"max_new_tokens": 5, "do_sample": False, "eos_token_id": 2, "generation_mode": "text", "pad_token_id": 0, **settings}
+        **{
+            "max_new_tokens": 5,
+            "do_sample": False,
+            "eos_token_id": 2,
+            "generation_mode": "text",
+            "pad_token_id": 0,
+            **settings,
+        }
     )
 
 
@@ -34,7 +43,9 @@ def written(results):
 def test_each_request_is_as_alone(family, memory, jam):
     """Of unlike lengths and budgets, in batches of any size; with an end that comes in the midst of them."""
     model = jam(family, "uniform", "average")
-    prompts = [random_ids(model, 1, length, seed=length)[0].clamp(min=4, max=200).tolist() for length in (1, 9, 4, 4, 17, 2)]
+    prompts = [
+        random_ids(model, 1, length, seed=length)[0].clamp(min=4, max=200).tolist() for length in (1, 9, 4, 4, 17, 2)
+    ]
     budgets = [9, 9, 4, 9, 9, 12]
     alone = [
         model.generate(torch.tensor([ids]), generation_config=text(max_new_tokens=budget))[0, len(ids) :].tolist()
@@ -79,7 +90,10 @@ def test_other_dtypes_and_kinds_of_rows(jam):
     for row in written(half.generate_batch([[1, 30], [1]], by_pages)):
         assert row[0] == row[17] == BREAK and min(row[1:17]) >= model.config.image_token_offset
     with torch.autocast("cpu", torch.bfloat16):
-        assert [len(row) for row in written(half.float().generate_batch([[1, 30], [1]], text(eos_token_id=-1)))] == [5, 5]
+        assert [len(row) for row in written(half.float().generate_batch([[1, 30], [1]], text(eos_token_id=-1)))] == [
+            5,
+            5,
+        ]
 
 
 @pytest.mark.feature(SECTION, PADDED)
@@ -100,7 +114,10 @@ def test_a_model_in_training_writes_without_dropout(pages, jam):
 @pytest.mark.feature(SECTION, PADDED)
 def test_an_interrupted_call_leaves_the_model_usable(jam, monkeypatch):
     model = jam("llama", "cross", "preserving").train()
-    settings, prompts = GenerationConfig(do_sample=False, eos_token_id=2, generation_mode="image"), [[1, 30], [1, 31, 32]]
+    settings, prompts = (
+        GenerationConfig(do_sample=False, eos_token_id=2, generation_mode="image"),
+        [[1, 30], [1, 31, 32]],
+    )
     expected, saved = written(model.generate_batch(prompts, settings)), model.generation_config.to_dict()
     forward, calls = type(model).forward, []
 

@@ -1,4 +1,6 @@
-"""transformers' pipelines on a JAM: text, text about pictures, and pictures. The oracle is `generate()` and its decoding."""
+"""transformers' pipelines on a JAM: text, text about pictures, and pictures. The oracle is `generate()` and its
+decoding.
+"""
 
 import numpy as np
 import pytest
@@ -53,7 +55,9 @@ def without_torchvision_check(monkeypatch):
 
 def chat(picture: Image.Image | None = None) -> list[dict]:
     parts = [{"type": "text", "text": "what is red?"}]
-    return [{"role": "user", "content": [{"type": "image", "image": picture}, *parts] if picture is not None else parts}]
+    return [
+        {"role": "user", "content": [{"type": "image", "image": picture}, *parts] if picture is not None else parts}
+    ]
 
 
 def continuation(model: JamForCausalLM, processor: JamProcessor, inputs: dict, **kwargs) -> list[str]:
@@ -100,12 +104,16 @@ def test_image_text_to_text(saved, pictures, mode, init):
     for picture in pictures:
         inputs = processor(text=prompt, images=[picture], return_tensors="pt")
         (expected,) = continuation(model, processor, inputs, generation_mode="text")
-        found.append(pipe(text=prompt, images=[picture], max_new_tokens=12, return_full_text=False)[0]["generated_text"])
+        found.append(
+            pipe(text=prompt, images=[picture], max_new_tokens=12, return_full_text=False)[0]["generated_text"]
+        )
         assert found[-1] == expected and expected
     assert found[0] != found[1]  # the picture is read
 
 
-def check_any_to_any_text(folder: str, model: JamForCausalLM, processor: JamProcessor, pictures: list[Image.Image]) -> None:
+def check_any_to_any_text(
+    folder: str, model: JamForCausalLM, processor: JamProcessor, pictures: list[Image.Image]
+) -> None:
     pipe = pipeline("any-to-any", model=folder, device="cpu")
     assert type(pipe.model) is JamForCausalLM and type(pipe.processor) is JamProcessor
     pipe.model.generation_config.generation_mode = "text"
@@ -128,12 +136,16 @@ def check_any_to_any_text(folder: str, model: JamForCausalLM, processor: JamProc
     assert [row["generated_text"] for row in pipe(text=PROMPTS, **settings)] == expected
 
 
-def check_any_to_any_pictures(folder: str, model: JamForCausalLM, processor: JamProcessor, pictures: list[Image.Image]) -> None:
+def check_any_to_any_pictures(
+    folder: str, model: JamForCausalLM, processor: JamProcessor, pictures: list[Image.Image]
+) -> None:
     pipe = pipeline("any-to-any", model=folder, device="cpu")
     for prompt, images in (("a ruby", None), ("<image>", pictures[:1])):  # the prompt's picture is not the drawn one
         inputs = processor(text=prompt, images=images, return_tensors="pt")
         written = model.generate(**inputs, do_sample=False, generation_mode="image")
-        (segments,) = processor.post_process_interleaved(written, model=model, prompt_length=inputs["input_ids"].shape[1])
+        (segments,) = processor.post_process_interleaved(
+            written, model=model, prompt_length=inputs["input_ids"].shape[1]
+        )
         (record,) = pipe(text=prompt, images=images, generation_mode="image")
         assert record["input_text"] == prompt and isinstance(record["generated_image"], Image.Image)
         assert same_picture(record["generated_image"], segments[0]["image"])

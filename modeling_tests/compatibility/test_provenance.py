@@ -52,7 +52,9 @@ def trainer_of(model, tmp_path):
     arguments = TrainingArguments(
         str(tmp_path / "run"), max_steps=2, save_steps=1, per_device_train_batch_size=2, report_to="none", use_cpu=True
     )
-    rows = [{"input_ids": torch.tensor(row["input_ids"]), "labels": torch.tensor(row["input_ids"])} for row in dataset()]
+    rows = [
+        {"input_ids": torch.tensor(row["input_ids"]), "labels": torch.tensor(row["input_ids"])} for row in dataset()
+    ]
     return Trainer(model=model, args=arguments, train_dataset=rows)
 
 
@@ -79,7 +81,13 @@ def test_recipes_tell_what_they_did(folder, tmp_path):
     model.lm_head.weight.data += 1
     for _ in range(2):
         model.save_pretrained(tmp_path / "edited")
-    carries(tmp_path / "edited", "freeze vq", "freeze cross_only", "the weights were changed (by training", fused_from=folder)
+    carries(
+        tmp_path / "edited",
+        "freeze vq",
+        "freeze cross_only",
+        "the weights were changed (by training",
+        fused_from=folder,
+    )
 
 
 def test_a_stock_trainer_carries_both(folder, tmp_path):
@@ -119,7 +127,9 @@ def test_what_is_pushed_carries_both(what, folder, tmp_path, monkeypatch):
             with operation.as_file() as file:
                 (uploaded / operation.path_in_repo).write_bytes(file.read())
 
-    other = SimpleNamespace(save=lambda path: open(path, "w").write("---\nlicense: mit\ntags: [x]\n---\n# Words of another\n"))
+    other = SimpleNamespace(
+        save=lambda path: open(path, "w").write("---\nlicense: mit\ntags: [x]\n---\n# Words of another\n")
+    )
     monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **kwargs: SimpleNamespace(repo_id=repo_id))
     monkeypatch.setattr(HfApi, "create_commit", create_commit)
     for module in ("transformers.utils.hub", "transformers.modeling_utils"):

@@ -86,7 +86,9 @@ def folder(tmp_path_factory, tokenizer):
 
 
 def load(path, method, **kwargs) -> JamForCausalLM:
-    return AutoModelForCausalLM.from_pretrained(path, quantization_config=METHODS[method](**kwargs), device_map="cpu").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=METHODS[method](**kwargs), device_map="cpu"
+    ).eval()
 
 
 def quantised(model: nn.Module) -> set[str]:
@@ -153,7 +155,9 @@ def test_codes_and_pixels_are_those_of_the_float_model(method, skip, mode, init,
     assert torch.equal(model.decode_image_tokens(codes), original.decode_image_tokens(codes))
     assert not any("vq_model" in name for name in quantised(model))
     assert not any(parameter.requires_grad for parameter in model.model.vq_model.parameters())
-    assert ("image_head" in quantised(model)) == (skip is not None)  # as the stock skip list: what it names, and no more
+    assert ("image_head" in quantised(model)) == (
+        skip is not None
+    )  # as the stock skip list: what it names, and no more
 
 
 @pytest.mark.sampled
@@ -161,8 +165,8 @@ def test_codes_and_pixels_are_those_of_the_float_model(method, skip, mode, init,
 @torch.no_grad()
 def test_a_quantised_checkpoint_comes_back(method, mode, init, folder, tmp_path):
     model = load(folder(mode, init), method)
-    # Saved before it runs: on CPUs for which bitsandbytes repacks 4-bit weights, it spoils a model (a stock Llama too) that
-    # is saved after it has run.
+    # Saved before it runs: on CPUs for which bitsandbytes repacks 4-bit weights, it spoils a model (a stock Llama too)
+    # that is saved after it has run.
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert isinstance(again, JamForCausalLM) and quantised(again) == quantised(model) != set()
@@ -191,7 +195,9 @@ def test_an_adapter_on_a_quantised_base_learns(method, mode, init, folder, proce
     before = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable == {name for name, _ in model.named_parameters() if "lora_" in name}
-    text = processor.tokenizer("red<break>" + "<image>" * 16 + "<break></s>", return_tensors="pt")["input_ids"].repeat(2, 1)
+    text = processor.tokenizer("red<break>" + "<image>" * 16 + "<break></s>", return_tensors="pt")["input_ids"].repeat(
+        2, 1
+    )
     batch = {"input_ids": text, "labels": text, "pixel_values": pictures(2)}
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=0.02)
     losses = []

@@ -36,7 +36,8 @@ MODEL_FOLDER = Path(jam_hf.__file__).parent / "model"
 CODE_FILES = {path.name for path in MODEL_FOLDER.glob("*.py")} - {"__init__.py"}
 MODES = ("uniform", "width", "cross")
 HUB_ID = "someone/jam"
-# A checkpoint carries what loads, generates and decodes. What it is asked for beyond that, it refuses with what to install.
+# A checkpoint carries what loads, generates and decodes. What it is asked for beyond that, it refuses with what to
+# install.
 MOST_LINES = 5_100
 
 
@@ -48,9 +49,16 @@ def run_child(folder: Path, folders: dict[str, str], save_to: dict[str, str]) ->
     """remote_child.py in an environment of its own: no site, no jam_hf, nobody to answer a prompt, empty caches."""
     folder.mkdir(exist_ok=True)
     paths = {sysconfig.get_paths()[name] for name in ("purelib", "platlib")}
-    arguments = {"site_packages": sorted(paths), "folders": folders, "save_to": save_to, "results": str(folder / "results.pt")}
+    arguments = {
+        "site_packages": sorted(paths),
+        "folders": folders,
+        "save_to": save_to,
+        "results": str(folder / "results.pt"),
+    }
     (folder / "arguments.json").write_text(json.dumps(arguments))
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_", "TRANSFORMERS_"))}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_", "TRANSFORMERS_"))
+    }
     environment |= {
         "HF_HOME": str(folder / "home"),
         "HF_MODULES_CACHE": str(folder / "modules"),
@@ -111,7 +119,16 @@ def remote(tmp_path_factory, fused):
 
 
 def assert_same(ours: dict, theirs: dict) -> None:
-    for name in ("prompt", "pixel_values", "image_processor_pixels", "tokenizer_ids", "written", "guided", "logits", "base"):
+    for name in (
+        "prompt",
+        "pixel_values",
+        "image_processor_pixels",
+        "tokenizer_ids",
+        "written",
+        "guided",
+        "logits",
+        "base",
+    ):
         torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=0, msg=lambda m, name=name: f"{name}: {m}")
     assert theirs["text"] == ours["text"] and theirs["same"]
     assert len(theirs["pictures"]) == 1 and torch.equal(theirs["pictures"][0], ours["pictures"][0])
@@ -152,7 +169,9 @@ def test_without_jam_hf_what_is_not_carried_says_what_to_install(remote):
     refused = remote.first["cross"]["refused"]
     assert len(refused) > 10
     for asked, message in refused.items():
-        assert message.startswith("ImportError: ") and "pip install jam_hf" in message and "import jam_hf" in message, asked
+        assert message.startswith("ImportError: ") and "pip install jam_hf" in message and "import jam_hf" in message, (
+            asked
+        )
         assert asked in message, message
     assert all(message == "nothing was refused" for message in remote.ours["cross"]["refused"].values())
 
@@ -215,7 +234,9 @@ def test_whatever_is_saved_carries_all_the_code(fused, tmp_path, what):
             "image_processor": JamImageProcessor,
             "config": JamConfig,
         }
-        thing = JamForCausalLM.from_pretrained(folder).model.vq_model if what == "vq" else cls[what].from_pretrained(folder)
+        thing = (
+            JamForCausalLM.from_pretrained(folder).model.vq_model if what == "vq" else cls[what].from_pretrained(folder)
+        )
         thing.save_pretrained(tmp_path)
     assert code_files(tmp_path) == CODE_FILES
     if what in ("fuse", "model", "base", "config"):

@@ -1,4 +1,5 @@
-"""Static tables of class names and model types, in transformers and in what builds on it: a JAM is found in those that matter.
+"""Static tables of class names and model types, in transformers and in what builds on it: a JAM is found in those that
+matter.
 
 Each test asks the library's own code that reads the table, not the table.
 """
@@ -109,5 +110,7 @@ def test_the_tables_hold_the_class_and_break_no_lookup():
     for table in TABLES:
         assert getattr(modeling_auto, table)[MODEL_TYPE] == CAUSAL_LM
         mapping = getattr(modeling_auto, table.removesuffix("_NAMES"))
-        assert JamForCausalLM in mapping.values()  # registered, once, and nothing of transformers.models.jam is looked for
+        assert (
+            JamForCausalLM in mapping.values()
+        )  # registered, once, and nothing of transformers.models.jam is looked for
         assert len(mapping) == len(list(mapping.keys()))

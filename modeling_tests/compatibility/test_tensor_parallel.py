@@ -44,7 +44,12 @@ CASES["cross-qwen2-qwen3"] = ("cross", "preserving", ("qwen2", "qwen3"), (LAYERW
 CASES["cross-mistral-emu3"] = ("cross", "preserving", ("mistral", "emu3_text_model"), (WINDOW, UNEQUAL))
 CASES["cross-qwen3-chameleon"] = ("cross", "preserving", ("qwen3", "chameleon"), ({"head_dim": 16}, UNEQUAL))
 DAILY = ("uniform-llama", "uniform-qwen3", "width-opt", "cross-preserving-llama", "cross-preserving-opt-projected")
-DAILY += ("cross-paper-llama-tied", "cross-unequal-heads", "cross-indivisible", "cross-qwen3-chameleon")  # others: nightly
+DAILY += (
+    "cross-paper-llama-tied",
+    "cross-unequal-heads",
+    "cross-indivisible",
+    "cross-qwen3-chameleon",
+)  # others: nightly
 DRAWN = ("uniform-llama", "width-opt", "cross-preserving-llama")
 
 
@@ -103,7 +108,9 @@ def compute(model: JamForCausalLM, picture: bool) -> dict[str, Any]:
         found[f"written-{cache}"] = model.generate(**inputs, cache_implementation=cache, **settings).numpy()
     if picture:
         settings["max_new_tokens"] = model.config.image_seq_length + 2
-        found["written-picture"] = model.generate(**inputs, generation_mode="image", guidance_scale=2.0, **settings).numpy()
+        found["written-picture"] = model.generate(
+            **inputs, generation_mode="image", guidance_scale=2.0, **settings
+        ).numpy()
     return found
 
 
@@ -113,7 +120,9 @@ def worker(folders: dict[str, str]) -> dict[str, Any]:
         try:
             model = JamForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_plan="auto")).eval()
             results[case] = compute(model, case in DRAWN)
-            local = {n: p.to_local().numel() if hasattr(p, "to_local") else p.numel() for n, p in model.named_parameters()}
+            local = {
+                n: p.to_local().numel() if hasattr(p, "to_local") else p.numel() for n, p in model.named_parameters()
+            }
             results[case]["local"] = local
             model.save_pretrained(f"{folder}-saved")
         except Exception:
@@ -123,7 +132,9 @@ def worker(folders: dict[str, str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory, pytestconfig):
-    """`both(case)` -> folder, what one process computes, what two compute. All cases run in one start of the processes."""
+    """`both(case)` -> folder, what one process computes, what two compute. All cases run in one start of the
+    processes.
+    """
     root = tmp_path_factory.mktemp("tensor-parallel")
     cases = CASES if pytestconfig.getoption("--nightly") else DAILY
     for case in cases:
@@ -169,7 +180,9 @@ def test_two_processes_compute_what_one_does(mode, case, both):
 
 @pytest.mark.parametrize(("case",), every_day([(case,) for _, case in ALL], *[(case,) for case in DAILY]))
 def test_every_large_matrix_is_split(case, both):
-    """Half of every matrix of layers, cross blocks, embeddings and heads stands in each process; the VQ model is whole."""
+    """Half of every matrix of layers, cross blocks, embeddings and heads stands in each process; the VQ model is
+    whole.
+    """
     folder, _, parallel = both(case)
     whole_parts = ("vq_model", "norm", "embed_positions", "project_in", "project_out")
     for name, parameter in JamForCausalLM.from_pretrained(folder).named_parameters():
@@ -183,7 +196,9 @@ def test_every_large_matrix_is_split(case, both):
 def test_a_plan_names_nothing_that_the_model_has_not():
     for case in CASES:
         model = build(case)
-        names = {".".join("*" if part.isdigit() else part for part in name.split(".")) for name, _ in model.named_modules()}
+        names = {
+            ".".join("*" if part.isdigit() else part for part in name.split(".")) for name, _ in model.named_modules()
+        }
         assert set(model.tp_plan) <= names
         assert set(model.fsdp_plan) <= names
         assert "lm_head" in model.tp_plan

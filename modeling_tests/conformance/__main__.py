@@ -2,8 +2,8 @@
 
     python modeling_tests/conformance [-n 2] [--nightly] [-k EXPRESSION] [--results runs/conformance.jsonl]
 
-Fetches the tests of the installed version from the package index, once. Two workers share the tests. Without --nightly the
-tests that train or start processes run on three of the JAMs. Ends with an error where a test failed.
+Fetches the tests of the installed version from the package index, once. Two workers share the tests. Without --nightly
+the tests that train or start processes run on three of the JAMs. Ends with an error where a test failed.
 """
 
 from __future__ import annotations
@@ -45,10 +45,16 @@ def main() -> None:
     from source import fetch_tests
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "transformers-tests", help="where the tests are kept")
-    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "conformance.jsonl", help="one line for each test")
+    parser.add_argument(
+        "--cache", type=Path, default=ROOT / "runs" / "transformers-tests", help="where the tests are kept"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "runs" / "conformance.jsonl", help="one line for each test"
+    )
     parser.add_argument("-k", default="", metavar="EXPRESSION", help="only tests whose names match, as in pytest")
-    parser.add_argument("-n", type=int, default=2, metavar="WORKERS", help="processes that share the tests (default: 2)")
+    parser.add_argument(
+        "-n", type=int, default=2, metavar="WORKERS", help="processes that share the tests (default: 2)"
+    )
     parser.add_argument("--nightly", action="store_true", help="on all JAMs what otherwise runs on three")
     arguments = parser.parse_args()
 

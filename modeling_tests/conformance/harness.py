@@ -1,4 +1,5 @@
-"""What transformers' own tests need to know about a model that lives outside the library; their bodies stay as they are.
+"""What transformers' own tests need to know about a model that lives outside the library; their bodies stay as they
+are.
 
 Loaded as a pytest plugin before the suites. Each entry says why it is needed.
 """
@@ -14,14 +15,18 @@ from transformers.models.auto import modeling_auto
 from jam_hf.model import modeling_jam_cross
 
 
-# Every day the tests that train for long or start processes, a third of all time, run on one JAM of each mode; nightly on all.
+# Every day the tests that train for long or start processes, a third of all time, run on one JAM of each mode; nightly
+# on all.
 LONG = {"is_training_test", "is_tensor_parallel_test", "is_fsdp_test"}
 EVERY_DAY = {"UniformLlama", "WidthOPT", "CrossFamilies"}
 
 torch.set_num_threads(1)
-torch.set_printoptions(threshold=4, edgeitems=1)  # one test writes out every parameter for a message that is rarely read
+torch.set_printoptions(
+    threshold=4, edgeitems=1
+)  # one test writes out every parameter for a message that is rarely read
 
-# The tests tell a base model from one with a head by its name in such tables; jam_hf itself puts JamForCausalLM into them.
+# The tests tell a base model from one with a head by its name in such tables; jam_hf itself puts JamForCausalLM into
+# them.
 modeling_auto.MODEL_MAPPING_NAMES["jam"] = "JamModel"
 
 # By default these run for the model types that transformers' own CI pays for; without a list they run for all.
@@ -30,7 +35,9 @@ test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
 
 
 def draw_weights_in_place_of_zeros() -> None:
-    """Cross blocks of the preserving form start at zero: every test that looks through one would pass, whatever it does."""
+    """Cross blocks of the preserving form start at zero: every test that looks through one would pass, whatever it
+    does.
+    """
     zero_aware = modeling_jam_cross.JamPreTrainedModel._init_weights
 
     @torch.no_grad()

@@ -53,12 +53,16 @@ class Results:
 
 
 def table(tests: list[dict[str, Any]]) -> str:
-    """Markdown: passed, failed and skipped of each suite, what failed, and each reason to skip with the suites it holds for."""
+    """Markdown: passed, failed and skipped of each suite, what failed, and each reason to skip with the suites it
+    holds for.
+    """
     suites = list(dict.fromkeys(test["suite"] for test in tests))
     counts = {suite: Counter(test["outcome"] for test in tests if test["suite"] == suite) for suite in suites}
     lines = ["| suite | passed | failed | skipped |", "|---|---|---|---|"]
     for suite in suites:
-        lines.append(f"| {suite} | {counts[suite]['passed']} | {counts[suite]['failed']} | {counts[suite]['skipped']} |")
+        lines.append(
+            f"| {suite} | {counts[suite]['passed']} | {counts[suite]['failed']} | {counts[suite]['skipped']} |"
+        )
     if failed := [f"- {test['suite']}: {test['test']}" for test in tests if test["outcome"] == "failed"]:
         lines += ["", "Failed:", "", *failed]
     reasons: dict[str, Counter] = defaultdict(Counter)
@@ -68,7 +72,9 @@ def table(tests: list[dict[str, Any]]) -> str:
     lines += ["", "| tests skipped, in each suite | because |", "|---|---|"]
     for reason, by_suite in sorted(reasons.items(), key=lambda item: -sum(item[1].values())):
         models = [suite for suite in suites if suite not in ("Processor", "ImageProcessor", "Tokenizer")]
-        if [by_suite[suite] for suite in models] == [by_suite[models[0]]] * len(models) and set(by_suite) == set(models):
+        if [by_suite[suite] for suite in models] == [by_suite[models[0]]] * len(models) and set(by_suite) == set(
+            models
+        ):
             where = f"{by_suite[models[0]]}, stock Llama's too"
         else:
             where = ", ".join(f"{suite} {count}" for suite, count in by_suite.items())

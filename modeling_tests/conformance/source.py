@@ -17,7 +17,8 @@ import transformers
 
 
 def fetch_tests(cache: Path) -> Path:
-    """The folder `tests` of the installed version of transformers, fetched from the package index where `cache` lacks it.
+    """The folder `tests` of the installed version of transformers, fetched from the package index where `cache` lacks
+    it.
 
     Raises:
         RuntimeError: if the package index cannot be reached, or has no source distribution of that version.
@@ -34,8 +35,8 @@ def fetch_tests(cache: Path) -> Path:
         archives = list(Path(aside).glob("transformers-*.tar.gz"))
         if done.returncode or len(archives) != 1:
             raise RuntimeError(
-                f"Could not fetch the source distribution of transformers {version} from the package index, which has the "
-                f"tests to run. `{' '.join(command)}` said:\n{done.stderr.strip()[-2000:]}"
+                f"Could not fetch the source distribution of transformers {version} from the package index, which has "
+                f"the tests to run. `{' '.join(command)}` said:\n{done.stderr.strip()[-2000:]}"
             )
         with tarfile.open(archives[0]) as archive:
             archive.extractall(aside, filter="data")

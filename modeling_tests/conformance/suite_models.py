@@ -29,8 +29,8 @@ class Suite(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin, Tensor
 
     def _get_tp_config(self, tie_word_embeddings: bool | None = None) -> PreTrainedConfig:
         config = super()._get_tp_config(tie_word_embeddings)
-        # Compares what random models write under float8, where every near tie is a coin toss: with the usual spread of weights
-        # a stock Llama fails one seed in eight, too. Smaller weights have fewer near ties.
+        # Compares what random models write under float8, where every near tie is a coin toss: with the usual spread of
+        # weights a stock Llama fails one seed in eight, too. Smaller weights have fewer near ties.
         if self._testMethodName == "test_tp_generation_quantized":
             config.initializer_range = 0.005
         return config

@@ -1,4 +1,5 @@
-"""The models that transformers' tests are run on: tiny JAMs of each fusion mode and family, and a stock Llama beside them.
+"""The models that transformers' tests are run on: tiny JAMs of each fusion mode and family, and a stock Llama beside
+them.
 
 It knows configs and inputs only; what is tested is transformers' business.
 """
@@ -24,9 +25,16 @@ from jam_hf import JamConfig, JamForCausalLM, JamModel, JamVQConfig
 
 VOCAB_SIZE = 99  # divisible by nothing that divides heads or processes
 NUM_CODES = 16
-# In the middle of the vocabulary, as the tests cut off its end. The distributed tests train on ids drawn from all of it, always
-# the same ones, where 78 never stands twice in a row: a JAM refuses to learn the placeholders of a picture that is missing.
-MARKUP = {"image_token_offset": 40, "break_token_id": 56, "image_token_id": 78, "mask_token_id": 57, "num_mask_tokens": 2}
+# In the middle of the vocabulary, as the tests cut off its end. The distributed tests train on ids drawn from all of
+# it, always the same ones, where 78 never stands twice in a row: a JAM refuses to learn the placeholders of a picture
+# that is missing.
+MARKUP = {
+    "image_token_offset": 40,
+    "break_token_id": 56,
+    "image_token_id": 78,
+    "mask_token_id": 57,
+    "num_mask_tokens": 2,
+}
 
 
 def rotary_settings(**changes: Any) -> dict[str, Any]:

@@ -39,7 +39,9 @@ STEPS = (
 
 def stock(owner=LlamaForCausalLM):
     torch.manual_seed(0)
-    return owner(LlamaConfig(**SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embeddings=32)).eval()
+    return owner(
+        LlamaConfig(**SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embeddings=32)
+    ).eval()
 
 
 def watched_model():
@@ -83,7 +85,10 @@ def test_generate_takes_these_steps_in_this_order_with_these_arguments(num_beams
     arguments = of["_get_logits_processor"].arguments
     assert isinstance(of["_get_logits_processor"].result, LogitsProcessorList)
     assert arguments["input_ids_seq_length"] == 3 and arguments["encoder_input_ids"].shape == (1, 3)
-    assert type(arguments["model_kwargs"]["past_key_values"]) is DynamicCache and "attention_mask" in arguments["model_kwargs"]
+    assert (
+        type(arguments["model_kwargs"]["past_key_values"]) is DynamicCache
+        and "attention_mask" in arguments["model_kwargs"]
+    )
     assert isinstance(of["_get_stopping_criteria"].result, StoppingCriteriaList)
     assert "logits" in of["_update_model_kwargs_for_generation"].arguments["outputs"]
     assert isinstance(of["_update_model_kwargs_for_generation"].result, dict)
@@ -97,7 +102,9 @@ def test_a_call_goes_first_then_its_config_then_the_models_own_and_what_is_no_se
     model.generation_config.update(top_k=7, max_length=9)
     given = GenerationConfig(top_p=0.5, max_length=8)
     config, rest = model._prepare_generation_config(given, max_length=6, attention_mask=1)
-    assert (config.max_length, config.top_p, config.top_k) == (6, 0.5, 7) and config is not given and given.top_k is None
+    assert (
+        (config.max_length, config.top_p, config.top_k) == (6, 0.5, 7) and config is not given and given.top_k is None
+    )
     assert rest["attention_mask"] == 1 and "max_length" not in rest
 
 
@@ -105,7 +112,10 @@ def test_a_call_goes_first_then_its_config_then_the_models_own_and_what_is_no_se
 def test_without_a_mask_of_its_own_a_static_cache_keeps_the_masks_length():
     model, seen = stock(), []
     prepare = model._prepare_cache_for_generation
-    model._prepare_cache_for_generation = lambda config, *rest: (seen.append(config._mask_length), prepare(config, *rest))
+    model._prepare_cache_for_generation = lambda config, *rest: (
+        seen.append(config._mask_length),
+        prepare(config, *rest),
+    )
     model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=2, cache_implementation="static", disable_compile=True)
     assert seen == [3]
 
@@ -142,7 +152,9 @@ def test_layers_of_caches_have_these_fields():
     layer = static.layers[0]
     assert type(layer) is StaticLayer and layer.max_cache_len == 5 and layer.keys.shape[2] == 5
     assert torch.is_tensor(layer.cumulative_length) and int(layer.cumulative_length) == 3
-    assert "layers" in inspect.getsource(QuantizedCache.__init__) and "num_hidden_layers" in inspect.getsource(QuantizedCache)
+    assert "layers" in inspect.getsource(QuantizedCache.__init__) and "num_hidden_layers" in inspect.getsource(
+        QuantizedCache
+    )
 
 
 @pytest.mark.contract("per_layer_config")

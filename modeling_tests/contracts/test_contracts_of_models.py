@@ -169,7 +169,9 @@ def test_layers_of_the_families_with_rotary_positions(model_type):
 
 def test_chameleons_other_layer_has_the_same_parts():
     family = FAMILIES["chameleon"]
-    one, other = (family.class_of(role)(CONFIGS["chameleon"], layer_idx=0) for role in (family.layer, family.swin_layer))
+    one, other = (
+        family.class_of(role)(CONFIGS["chameleon"], layer_idx=0) for role in (family.layer, family.swin_layer)
+    )
     assert set(one.state_dict()) == set(other.state_dict()) and other.self_attn.layer_idx == 0
 
 
@@ -196,7 +198,9 @@ def test_opt():
 @pytest.mark.contract("JanusVQVAEHead", "JanusVQVAEAlignerMLP")
 @torch.no_grad()
 def test_what_janus_has_around_its_codes():
-    config = JanusVQVAEConfig(image_token_embed_dim=8, projection_dim=16, num_embeddings=5, hidden_act="gelu", embed_dim=4)
+    config = JanusVQVAEConfig(
+        image_token_embed_dim=8, projection_dim=16, num_embeddings=5, hidden_act="gelu", embed_dim=4
+    )
     head = carried.JanusVQVAEHead(config)
     assert {n: tuple(w.shape) for n, w in head.named_parameters()} == {
         "proj_out.weight": (16, 8),

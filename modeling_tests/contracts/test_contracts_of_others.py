@@ -100,7 +100,9 @@ def test_a_tokenizer_is_its_backend_and_settings(tmp_path):
     one._auto_map = None
     one.save_pretrained(tmp_path)
     assert "auto_map" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
-    llama = LlamaTokenizer(vocab={"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581a": 3, "\u2581": 4, "a": 5}, merges=[("\u2581", "a")])
+    llama = LlamaTokenizer(
+        vocab={"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581a": 3, "\u2581": 4, "a": 5}, merges=[("\u2581", "a")]
+    )
     llama._add_bos_token, llama._add_eos_token = True, True
     llama.update_post_processor()
     ids = llama("a")["input_ids"]
@@ -119,7 +121,9 @@ def test_what_is_asked_of_tokenizers_before_there_is_one(tmp_path):
     )
     assert private.render_jinja_template([chat], chat_template=template, bos_token="<s>")[0] == ["<s>hi"]
     letters = private.bytes_to_unicode()
-    assert len(letters) == len(set(letters.values())) == 256 and letters[ord("a")] == "a" and letters[ord(" ")] == "\u0120"
+    assert (
+        len(letters) == len(set(letters.values())) == 256 and letters[ord("a")] == "a" and letters[ord(" ")] == "\u0120"
+    )
 
 
 @pytest.mark.contract("extract_commit_hash")

@@ -1,4 +1,6 @@
-"""metaseq to OPT: an OPT written in metaseq's layout and converted gives the same logits, bit for bit; nothing else passes."""
+"""metaseq to OPT: an OPT written in metaseq's layout and converted gives the same logits, bit for bit; nothing else
+passes.
+"""
 
 import argparse
 import runpy
@@ -47,7 +49,9 @@ def metaseq_parts(model, count, separate=False):
             name = key.removeprefix("model.").replace("decoder.final_layer_norm", "decoder.layer_norm")
             name = name.replace("lm_head", "decoder.output_projection")
             name = name.replace("project_in", "project_in_dim").replace("project_out", "project_out_dim")
-            by_rows = any(word in name for word in ("k_proj", "v_proj", "q_proj", "fc1", "embed_tokens", "output_projection"))
+            by_rows = any(
+                word in name for word in ("k_proj", "v_proj", "q_proj", "fc1", "embed_tokens", "output_projection")
+            )
             by_columns = any(word in name for word in ("out_proj.weight", "fc2.weight"))
             cut = tensor.chunk(count, 0 if by_rows else 1)[part] if by_rows or by_columns else tensor
             found[name] = cut.clone()
@@ -88,7 +92,13 @@ def test_logits_are_equal_bit_for_bit(kind, count, tmp_path):
     converted, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
     assert not any(info.values()), info
     assert torch.equal(logits(converted.eval()), logits(model))
-    for name in ("enable_bias", "layer_norm_elementwise_affine", "tie_word_embeddings", "word_embed_proj_dim", "ffn_dim"):
+    for name in (
+        "enable_bias",
+        "layer_norm_elementwise_affine",
+        "tie_word_embeddings",
+        "word_embed_proj_dim",
+        "ffn_dim",
+    ):
         assert getattr(converted.config, name) == getattr(model.config, name)
     assert len(list(path.glob("*.safetensors"))) > 1 and (path / "generation_config.json").is_file()
 
@@ -97,7 +107,9 @@ def test_logits_are_equal_bit_for_bit(kind, count, tmp_path):
 def test_blocks_of_rows_that_do_not_end_where_parts_end(count, tmp_path, monkeypatch):
     model = opt("untied", vocab_size=44)
     source = write(tmp_path / "metaseq", metaseq_parts(model, count))
-    monkeypatch.setattr("jam_hf.checkpoints.tensor_files.BLOCK_BYTES", 5 * 32 * 4)  # five rows of the embedding, 2 of fc2
+    monkeypatch.setattr(
+        "jam_hf.checkpoints.tensor_files.BLOCK_BYTES", 5 * 32 * 4
+    )  # five rows of the embedding, 2 of fc2
     path = convert_metaseq(source, tmp_path / "opt", vocab_size=42, **OPTIONS)
     converted, expected = AutoModelForCausalLM.from_pretrained(path).state_dict(), model.state_dict()
     for name in ("model.decoder.embed_tokens.weight", "lm_head.weight"):
@@ -167,7 +179,9 @@ def test_types(tmp_path):
     half = AutoModelForCausalLM.from_pretrained(convert_metaseq(source, tmp_path / "half", **OPTIONS))
     assert half.dtype == torch.float16
     assert all(torch.equal(tensor, half.state_dict()[key]) for key, tensor in model.state_dict().items())
-    single = AutoModelForCausalLM.from_pretrained(convert_metaseq(source, tmp_path / "single", dtype="float32", **OPTIONS))
+    single = AutoModelForCausalLM.from_pretrained(
+        convert_metaseq(source, tmp_path / "single", dtype="float32", **OPTIONS)
+    )
     assert torch.equal(logits(single.eval()), logits(model.float()))
     parts[1]["decoder.layers.0.fc1.bias"] = parts[1]["decoder.layers.0.fc1.bias"].float()
     mixed = write(tmp_path / "mixed", parts)

@@ -1,8 +1,8 @@
 """convert_vq against the original classes: equal codes, pixels within 1e-5, on random weights and random pictures.
 
-transformers' Chameleon, Janus and Emu3 are their own oracles. taming's encoder is transformers' ChameleonVQVAE, its decoder
-transformers' JanusVQVAEDecoder with the levels counted the other way and attention put where a checkpoint has it; where the
-package taming-transformers-rom1504 is installed, its own classes are asked too.
+transformers' Chameleon, Janus and Emu3 are their own oracles. taming's encoder is transformers' ChameleonVQVAE, its
+decoder transformers' JanusVQVAEDecoder with the levels counted the other way and attention put where a checkpoint has
+it; where the package taming-transformers-rom1504 is installed, its own classes are asked too.
 """
 
 import json
@@ -79,13 +79,25 @@ def pictures(size: int = SIZE, count: int = 3) -> torch.Tensor:
 
 
 def chameleon_config(**changes) -> ChameleonVQVAEConfig:
-    settings = {"embed_dim": EMBED, "num_embeddings": CODES, "latent_channels": 16, "resolution": SIZE, "base_channels": 32}
+    settings = {
+        "embed_dim": EMBED,
+        "num_embeddings": CODES,
+        "latent_channels": 16,
+        "resolution": SIZE,
+        "base_channels": 32,
+    }
     settings |= {"channel_multiplier": [1, 2], "num_res_blocks": 1}
     return ChameleonVQVAEConfig(**{**settings, **changes})
 
 
 def janus_config(**changes) -> JanusVQVAEConfig:
-    settings = {"embed_dim": EMBED, "num_embeddings": CODES, "latent_channels": 16, "base_channels": 32, "num_patches": 8}
+    settings = {
+        "embed_dim": EMBED,
+        "num_embeddings": CODES,
+        "latent_channels": 16,
+        "base_channels": 32,
+        "num_patches": 8,
+    }
     settings |= {"channel_multiplier": [1, 2], "num_res_blocks": 1, "image_token_embed_dim": 32, "projection_dim": 32}
     return JanusVQVAEConfig(**{**settings, **changes})
 
@@ -120,7 +132,7 @@ def emu3() -> Emu3VQVAE:
     return model
 
 
-# ----- taming -----------------------------------------------------------------------------------------------------------
+# ----- taming ---------------------------------------------------------------------------------------------------------
 
 
 class Taming(nn.Module):
@@ -203,7 +215,14 @@ def test_taming_by_its_own_classes(shape, tmp_path):
     model = pytest.importorskip("taming.modules.diffusionmodules.model")
     quantize = pytest.importorskip("taming.modules.vqvae.quantize")
     multiplier, blocks, attention = shape
-    settings = {"ch": 32, "out_ch": 3, "ch_mult": multiplier, "num_res_blocks": blocks, "in_channels": 3, "resolution": SIZE}
+    settings = {
+        "ch": 32,
+        "out_ch": 3,
+        "ch_mult": multiplier,
+        "num_res_blocks": blocks,
+        "in_channels": 3,
+        "resolution": SIZE,
+    }
     settings |= {"attn_resolutions": [SIZE // 2**level for level in attention], "z_channels": 16, "double_z": False}
     original = nn.Module()
     original.encoder, original.decoder = model.Encoder(**settings), model.Decoder(**settings)
@@ -227,13 +246,15 @@ def test_the_tables_are_undone_by_themselves():
     """A missing tensor is named by the parent's key, so each row must read backwards."""
     keys = list(Taming([1, 3, 2], 1, (0, 2)).checkpoint())
     renamed = [rename(key, taming_to_diffusers(3)) for key in keys]
-    assert len(set(renamed)) == len(keys) and not set(renamed) & {key for key in keys if ".block" in key or ".mid" in key}
+    assert len(set(renamed)) == len(keys) and not set(renamed) & {
+        key for key in keys if ".block" in key or ".mid" in key
+    }
     assert [rename(key, taming_to_diffusers(3), back=True) for key in renamed] == keys
     keys = list(to_llamagen(JanusVQVAE(janus_config()).state_dict()))
     assert [rename(rename(key, LLAMAGEN_TO_JANUS), LLAMAGEN_TO_JANUS, back=True) for key in keys] == keys
 
 
-# ----- transformers -----------------------------------------------------------------------------------------------------
+# ----- transformers ---------------------------------------------------------------------------------------------------
 
 
 def test_chameleon_alone_and_whole(chameleon, tmp_path, capsys):
@@ -251,7 +272,10 @@ def test_chameleon_alone_and_whole(chameleon, tmp_path, capsys):
         assert not [key for key in converted.state_dict() if "decoder" in key or "post_quant_conv" in key]
         codes = chameleon.encode(pictures()).image_tokens.view(3, -1)
         assert codes.unique().numel() > 8 and torch.equal(converted.encode(pictures()), codes)
-        for call in (lambda model=converted, codes=codes: model.decode(codes), lambda model=converted: model(pictures())):
+        for call in (
+            lambda model=converted, codes=codes: model.decode(codes),
+            lambda model=converted: model(pictures()),
+        ):
             with pytest.raises(ValueError, match="can encode pictures but not decode codes"):
                 call()
 
@@ -329,19 +353,24 @@ def test_emu3_alone_and_whole(emu3, tmp_path):
     assert "vqmodel.quantize.embedding.weight" in tensors  # the older names; and the same under today's
     (tmp_path / "today").mkdir()
     (tmp_path / "today" / "config.json").write_text((tmp_path / "whole" / "config.json").read_text())
-    save_file({f"model.{k}" if k.startswith("vqmodel.") else k: v for k, v in tensors.items()}, tmp_path / "today" / file.name)
+    save_file(
+        {f"model.{k}" if k.startswith("vqmodel.") else k: v for k, v in tensors.items()}, tmp_path / "today" / file.name
+    )
     for name in ("alone", "whole", "today"):
         for size in (16, 24):
             convert_vq(tmp_path / name, tmp_path / "vq", sample_size=size, overwrite=True)
             converted = JamVQModel.from_pretrained(tmp_path / "vq")
             assert converted.config.vq_class == "emu3" and converted.config.grid_size == size // 2
             assert_equal_to(Emu3(emu3), converted)
-    for source, words in ((tmp_path / "alone", "size of the pictures"), (tmp_path / "alone" / file.name, "config.json")):
+    for source, words in (
+        (tmp_path / "alone", "size of the pictures"),
+        (tmp_path / "alone" / file.name, "config.json"),
+    ):
         with pytest.raises(ValueError, match=words):
             convert_vq(source, tmp_path / "vq", overwrite=True)
 
 
-# ----- LlamaGen ---------------------------------------------------------------------------------------------------------
+# ----- LlamaGen -------------------------------------------------------------------------------------------------------
 
 
 def to_llamagen(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -363,7 +392,9 @@ def to_llamagen(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 class LlamaGen(Janus):
-    """LlamaGen's arithmetic: latents and codebook are normalised before the search, and the codebook before decoding."""
+    """LlamaGen's arithmetic: latents and codebook are normalised before the search, and the codebook before
+    decoding.
+    """
 
     @torch.no_grad()
     def encode(self, pixels):
@@ -381,7 +412,8 @@ def test_llamagen(janus, tmp_path, capsys):
     worse = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
     torch.save({"model": worse, "ema": state, "optimizer": {}}, tmp_path / "vq_ds2.pt")
     save_file(
-        {f"gen_vision_model.{k}": v for k, v in state.items()} | {"lm_head.weight": torch.ones(2)}, tmp_path / "a.safetensors"
+        {f"gen_vision_model.{k}": v for k, v in state.items()} | {"lm_head.weight": torch.ones(2)},
+        tmp_path / "a.safetensors",
     )
     original = LlamaGen(janus)
     assert (original.encode(pictures()) != Janus(janus).encode(pictures())).sum() > 5  # the norms of the rows differ
@@ -398,7 +430,7 @@ def test_llamagen(janus, tmp_path, capsys):
         convert_vq(tmp_path / "a.safetensors", tmp_path / "vq", sample_size=SIZE, codebook_l2_norm=False)
 
 
-# ----- what is refused --------------------------------------------------------------------------------------------------
+# ----- what is refused ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -498,7 +530,7 @@ def test_a_config_that_contradicts_the_shapes_is_refused(chameleon, tmp_path):
         convert_vq(tmp_path / "alone", tmp_path / "vq")
 
 
-# ----- what takes it -----------------------------------------------------------------------------------------------------
+# ----- what takes it --------------------------------------------------------------------------------------------------
 
 
 def test_a_fused_jam_sees_and_draws_with_it(parents, tmp_path):
@@ -518,7 +550,7 @@ def test_a_fused_jam_sees_and_draws_with_it(parents, tmp_path):
     torch.testing.assert_close(jam.decode_image_tokens(written[:, 1:17]), expected, rtol=0, atol=1e-5)
 
 
-# ----- command line -----------------------------------------------------------------------------------------------------
+# ----- command line ---------------------------------------------------------------------------------------------------
 
 
 def test_the_command_line(checkpoint, tmp_path, capsys):

@@ -1,4 +1,6 @@
-"""A JAM makes the pixel values that its image parent's own processor makes, bit for bit: where it fuses, loads and trains."""
+"""A JAM makes the pixel values that its image parent's own processor makes, bit for bit: where it fuses, loads and
+trains.
+"""
 
 import json
 
@@ -28,8 +30,16 @@ SQUARE = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width"
 AREA = {"min_pixels": SIZE * SIZE, "max_pixels": SIZE * SIZE}
 PROCESSORS = {
     "chameleon": ("chameleon", ChameleonImageProcessorPil, SQUARE),
-    "chameleon, larger before the cut": ("chameleon", ChameleonImageProcessorPil, {**SQUARE, "size": {"shortest_edge": 75}}),
-    "chameleon, smaller before the cut": ("chameleon", ChameleonImageProcessorPil, {**SQUARE, "size": {"shortest_edge": 40}}),
+    "chameleon, larger before the cut": (
+        "chameleon",
+        ChameleonImageProcessorPil,
+        {**SQUARE, "size": {"shortest_edge": 75}},
+    ),
+    "chameleon, smaller before the cut": (
+        "chameleon",
+        ChameleonImageProcessorPil,
+        {**SQUARE, "size": {"shortest_edge": 40}},
+    ),
     "chameleon, squeezed before the cut": (
         "chameleon",
         ChameleonImageProcessorPil,
@@ -65,12 +75,16 @@ PROCESSORS = {
 
 
 def pictures(mode, sides):
-    """Pictures like photographs: smooth, with edges and noise; where there is a fourth channel, of all transparencies."""
+    """Pictures like photographs: smooth, with edges and noise; where there is a fourth channel, of all
+    transparencies.
+    """
     found = []
     for width, height in sides:
         rng = np.random.default_rng([width, height])
         y, x = np.mgrid[0:height, 0:width]
-        waves = [np.sin(x / (3 + c) + c) * np.cos(y / (5 + c)) * 90 + 128 + 20 * ((x + y * c) % 17 > 8) for c in range(4)]
+        waves = [
+            np.sin(x / (3 + c) + c) * np.cos(y / (5 + c)) * 90 + 128 + 20 * ((x + y * c) % 17 > 8) for c in range(4)
+        ]
         pixels = np.clip(np.stack(waves, -1) + rng.normal(0, 6, (height, width, 4)), 0, 255).astype(np.uint8)
         found.append(Image.fromarray(pixels, "RGBA") if mode in ("RGBA", "LA") else Image.fromarray(pixels[..., :3]))
     return [picture.convert(mode) for picture in found]
@@ -80,7 +94,8 @@ def pictures(mode, sides):
 def parents(tmp_path_factory):
     root = tmp_path_factory.mktemp("images")
     return {
-        kind: save(*image_parent(**IMAGE_PARENTS[kind]), root / kind) for kind in ("chameleon", "emu3", "janus", "llama-lm")
+        kind: save(*image_parent(**IMAGE_PARENTS[kind]), root / kind)
+        for kind in ("chameleon", "emu3", "janus", "llama-lm")
     }
 
 
@@ -112,7 +127,9 @@ def test_pixel_values_are_the_parents(parent, name, mode):
     said, _ = image_processing_of(Parent(folder, "image parent"), None, SIZE)
     config = JamVQConfig(sample_size=SIZE, image_processing=json.loads(json.dumps(said)))
     ours = JamImageProcessor.from_vq_config(config)
-    sides = [(side, side) for side in (64, 65, 33, 131, 200)] if kind == "emu3" else SIDES  # a JAM's pictures are squares
+    sides = (
+        [(side, side) for side in (64, 65, 33, 131, 200)] if kind == "emu3" else SIDES
+    )  # a JAM's pictures are squares
     for picture in pictures(mode, sides):
         expected = own(picture, return_tensors="np")["pixel_values"].reshape(-1, 3, SIZE, SIZE)
         found = ours(picture, return_tensors="np")["pixel_values"]
@@ -125,7 +142,9 @@ def test_pixel_values_are_the_parents(parent, name, mode):
     assert np.array_equal(np.asarray(back), np.asarray(picture))
 
 
-@pytest.mark.parametrize(("kind", "name"), [("chameleon", "chameleon, other values"), ("janus", "janus, its class's values")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("chameleon", "chameleon, other values"), ("janus", "janus, its class's values")]
+)
 def test_the_jam_carries_it(parent, tmp_path, kind, name):
     """Saved, loaded, in training and in the tools around the VQ model."""
     _, processor_class, settings = PROCESSORS[name]
@@ -142,7 +161,10 @@ def test_the_jam_carries_it(parent, tmp_path, kind, name):
         expected = torch.as_tensor(np.asarray(own(picture, return_tensors="np")["pixel_values"]))
         assert torch.equal(loaded(picture, return_tensors="pt")["pixel_values"], expected)
         assert torch.equal(pixels_of([picture], vq), expected)
-        assert encode_images(vq, [picture]).shape == (1, vq.config.image_seq_length)  # CLIP's mean makes values beyond 1
+        assert encode_images(vq, [picture]).shape == (
+            1,
+            vq.config.image_seq_length,
+        )  # CLIP's mean makes values beyond 1
     assert json.loads((jam / "config.json").read_text())["vq_config"]["image_processing"] == vq.config.image_processing
 
 
@@ -151,7 +173,11 @@ def test_what_is_assumed_is_said(parent):
         said, warnings = image_processing_of(Parent(parent(kind), "image parent"), None, SIZE)
         assert said is None and "brings no preprocessor_config.json" in warnings[0]
     said, warnings = image_processing_of(Parent(parent("chameleon"), "image parent"), None, SIZE)
-    assert (said["resample"], said["rescale_factor"], said["image_mean"]) == (1, 0.0078, [1.0] * 3)  # all that are published
+    assert (said["resample"], said["rescale_factor"], said["image_mean"]) == (
+        1,
+        0.0078,
+        [1.0] * 3,
+    )  # all that are published
     assert "512" in warnings[0] and str(SIZE) in warnings[0]
     plain = Parent(parent("llama-lm"), "image parent")
     given = JamVQConfig(sample_size=SIZE, image_processing={"resample": 1})
@@ -168,7 +194,8 @@ def test_pictures_of_any_shape_are_said(parent, changes):
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings"), [("chameleon", {**SQUARE, **HALF}), ("janus", {**HALF, "size": SIZE}), ("emu3", {**AREA, **HALF})]
+    ("kind", "settings"),
+    [("chameleon", {**SQUARE, **HALF}), ("janus", {**HALF, "size": SIZE}), ("emu3", {**AREA, **HALF})],
 )
 def test_a_file_that_names_no_class_is_read_by_the_models(parent, kind, settings):
     """As transformers does for old folders."""

@@ -61,7 +61,9 @@ def test_marks_of_another_model(tokenizer):
 
 
 def test_mismatches_are_named(tokenizer):
-    rows = Dataset.from_list([{"text": "<image>", "images": [_image(1)]}, {"text": "<image><image>", "images": [_image(1)]}])
+    rows = Dataset.from_list(
+        [{"text": "<image>", "images": [_image(1)]}, {"text": "<image><image>", "images": [_image(1)]}]
+    )
     with pytest.raises(ValueError, match=r"Document 1 has 2 placeholder\(s\) <image> and 1 picture"):
         encode_documents(rows, tokenizer, _encode)
     with pytest.raises(ValueError, match="pass encode_images"):

@@ -1,4 +1,6 @@
-"""The retention certificate: zero where a fusion preserves, a slow oracle elsewhere, each class of parents, a whole card."""
+"""The retention certificate: zero where a fusion preserves, a slow oracle elsewhere, each class of parents, a whole
+card.
+"""
 
 import json
 import math
@@ -82,7 +84,9 @@ def _encode(jam_folder, pairs):
     model, processor = JamForCausalLM.from_pretrained(jam_folder).eval(), JamProcessor.from_pretrained(jam_folder)
     rows = [json.loads(line) for line in (pairs / "metadata.jsonl").read_text().splitlines() if line]
     for row in rows:
-        pixels = processor.image_processor(images=[Image.open(pairs / row["file_name"])], return_tensors="pt")["pixel_values"]
+        pixels = processor.image_processor(images=[Image.open(pairs / row["file_name"])], return_tensors="pt")[
+            "pixel_values"
+        ]
         yield row["text"], (model.get_image_tokens(pixels)[0] - model.config.image_token_offset).tolist()
 
 
@@ -116,12 +120,19 @@ def test_a_preserving_fusion_keeps_both_parents(family, fused, parents, texts, p
 @torch.no_grad()
 def test_a_uniform_fusion_against_a_slow_oracle(batch_size, fused, parents, tokenizer, texts, pairs):
     (text_folder, image_folder), jam_folder = parents("llama"), fused("llama", "uniform", "average")
-    found = certify(jam_folder, text_folder, image_folder, texts, pairs, batch_size=batch_size, max_tokens=9, write=False)
+    found = certify(
+        jam_folder, text_folder, image_folder, texts, pairs, batch_size=batch_size, max_tokens=9, write=False
+    )
     jam = JamForCausalLM.from_pretrained(jam_folder).eval()
     text, image = (AutoModelForCausalLM.from_pretrained(f).eval() for f in (text_folder, image_folder))
     first = jam.config.image_token_offset
     divergences, losses = [], []
-    for document in ("a ruby is red\nin the top left", "a small red circle", "a", "the top left is red, a ruby is small"):
+    for document in (
+        "a ruby is red\nin the top left",
+        "a small red circle",
+        "a",
+        "the top left is red, a ruby is small",
+    ):
         ids = torch.tensor([tokenizer(document)["input_ids"][:9]])
         logits = [model(input_ids=ids).logits[0, :-1, :first] for model in (text, jam)]
         divergences += _kl(*logits).tolist()
@@ -149,7 +160,12 @@ def test_codes_in_or_out_of_the_softmax(softmax, fused, parents, tokenizer, text
     found = certify(jam_folder, text_folder, texts=texts, write=False, softmax=softmax).text
     jam, text = (AutoModelForCausalLM.from_pretrained(f).eval() for f in (jam_folder, text_folder))
     first, divergences, losses = jam.config.image_token_offset, [], []
-    for document in ("a ruby is red\nin the top left", "a small red circle", "a", "the top left is red, a ruby is small"):
+    for document in (
+        "a ruby is red\nin the top left",
+        "a small red circle",
+        "a",
+        "the top left is red, a ruby is small",
+    ):
         ids = torch.tensor([tokenizer(document)["input_ids"]])
         logits = [model(input_ids=ids).logits[0, :-1, : first if softmax == "text" else None] for model in (text, jam)]
         divergences += _kl(*logits).tolist()
@@ -189,7 +205,8 @@ def test_chunks_do_not_change_the_sums():
     rows, columns = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([1, 4, 0, 2, 5])
     chosen, targets = torch.tensor([0, 3, 4, 9]), torch.tensor([3, 0, 1, 2, 2])
     whole, chunked = (
-        compare_logits(parent, fusion, (rows, columns), (rows, columns), targets, chosen, chunk=chunk) for chunk in (2**22, 12)
+        compare_logits(parent, fusion, (rows, columns), (rows, columns), targets, chosen, chunk=chunk)
+        for chunk in (2**22, 12)
     )
     torch.testing.assert_close(whole, chunked)
     expected = _kl(parent[rows, columns][:, chosen], fusion[rows, columns][:, chosen]).sum()
@@ -267,7 +284,9 @@ def _other_parent(kind, tokenizer):
         return ChameleonForConditionalGeneration(config)
     if kind == "emu3":
         vq |= {"codebook_size": NUM_CODES, "channel_multiplier": [1, 1], "hidden_size": 16, "attn_resolutions": []}
-        config = Emu3Config(text_config={"vocab_size": len(vocabulary), **_DECODER}, vq_config=vq, vocabulary_map=vocabulary)
+        config = Emu3Config(
+            text_config={"vocab_size": len(vocabulary), **_DECODER}, vq_config=vq, vocabulary_map=vocabulary
+        )
         return Emu3ForConditionalGeneration(config)
     vq |= {"num_embeddings": NUM_CODES, "channel_multiplier": [1, 1], "projection_dim": 32, "image_token_embed_dim": 32}
     vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
@@ -357,7 +376,9 @@ def test_a_causal_lm_of_another_vocabulary_names_its_codes(row_end, folder, toke
         picture = sum(([first + code for code in codes[row : row + 4]] + ends for row in range(0, 16, 4)), [])
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt + picture])).logits[0, len(prompt) - 1 : -1]
-        logs = logits[[i for i, token in enumerate(picture) if token >= first], first : first + NUM_CODES].log_softmax(-1)
+        logs = logits[[i for i, token in enumerate(picture) if token >= first], first : first + NUM_CODES].log_softmax(
+            -1
+        )
         losses += (-logs[range(16), codes]).tolist()
     assert found.parent_nll == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
@@ -376,10 +397,16 @@ def test_a_jam_and_its_parent_with_a_layout_of_pictures(folder, parents, tokeniz
         prompt = [*tokenizer(caption)["input_ids"], 3, 15]
         picture = sum(([*(first + code for code in codes[row : row + 4]), 14] for row in range(0, 16, 4)), [])
         with torch.no_grad():
-            logs = model(input_ids=torch.tensor([prompt + picture])).logits[0, len(prompt) - 1 : -1, first:].log_softmax(-1)
+            logs = (
+                model(input_ids=torch.tensor([prompt + picture]))
+                .logits[0, len(prompt) - 1 : -1, first:]
+                .log_softmax(-1)
+            )
         losses += (-logs[[i for i in range(20) if i % 5 != 4], codes]).tolist()
     assert found.parent_nll == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-    silent_folder = jam_folder.parent / "silent"  # without a tokenizer: taken at its word, as its vocabulary has the JAM's size
+    silent_folder = (
+        jam_folder.parent / "silent"
+    )  # without a tokenizer: taken at its word, as its vocabulary has the JAM's size
     shutil.copytree(image_folder, silent_folder, ignore=shutil.ignore_patterns("tokenizer*"))
     silent = certify(jam_folder, image_parent=silent_folder, pairs=pairs, batch_size=2, write=False).image
     assert (silent.kl, silent.parent_nll) == (found.kl, found.parent_nll)
@@ -468,10 +495,14 @@ def test_pictures_of_all_kinds(fused, parents, tmp_path):
         if opened.mode.startswith("I"):
             opened = Image.fromarray((np.asarray(opened) / 257).round().astype(np.uint8))
         opened = opened.convert("RGBA")
-        Image.alpha_composite(Image.new("RGBA", opened.size, "white"), opened).convert("RGB").save(plain / f"{index}.png")
+        Image.alpha_composite(Image.new("RGBA", opened.size, "white"), opened).convert("RGB").save(
+            plain / f"{index}.png"
+        )
         caption = ("a ruby", "", "a\u2028b\x85 c\nd", "<break> <image>")[index % 4]
         for folder_name, file in ((originals, name), (plain, f"{index}.png")):
-            lines[folder_name].append(json.dumps({"file_name": file, "text": caption}, ensure_ascii=folder_name == plain))
+            lines[folder_name].append(
+                json.dumps({"file_name": file, "text": caption}, ensure_ascii=folder_name == plain)
+            )
     lines[originals][:2] = ["".join(lines[originals][:2])]
     (originals / "metadata.jsonl").write_bytes("\r\n".join(lines[originals]).encode())
     (plain / "metadata.jsonl").write_text("\n".join(lines[plain]))
@@ -496,13 +527,23 @@ def test_the_card_gets_one_section_and_keeps_the_rest(folder, parents, texts, pa
     written = card.read_bytes()
     assert written.startswith(before) and written.decode().count("## Retention") == 1
     section = written.decode()[len(before.decode()) :]
-    for words in ("some texts.txt", "some pairs", "| text | image |", "jam_hf 0.", found.table(), SECTION_START, SECTION_END):
+    for words in (
+        "some texts.txt",
+        "some pairs",
+        "| text | image |",
+        "jam_hf 0.",
+        found.table(),
+        SECTION_START,
+        SECTION_END,
+    ):
         assert words in section
     assert str(texts.parent) not in section and str(text.parent) not in section
     card.write_bytes(written + b"more\r\n")  # the second section takes the first one's place
     certify(jam_folder, text_parent=text, texts=texts)
     again = card.read_bytes()
-    assert again.startswith(before + b"\n" + SECTION_START.encode()) and again.endswith(SECTION_END.encode() + b"\nmore\r\n")
+    assert again.startswith(before + b"\n" + SECTION_START.encode()) and again.endswith(
+        SECTION_END.encode() + b"\nmore\r\n"
+    )
     assert again.count(b"## Retention") == 1 and b"image codes |" not in again
     assert sorted(p.name for p in jam_folder.iterdir()) == files
 
@@ -512,7 +553,9 @@ def test_a_folder_without_a_card_gets_one(folder, parents, texts):
     (jam_folder / "README.md").unlink()
     certify(jam_folder, text_parent=parents("llama")[0], texts=texts)
     card = (jam_folder / "README.md").read_text()
-    assert card.startswith("---\n") and "| text parent |" in card and card.count(SECTION_START) == 1  # that of its fusion
+    assert (
+        card.startswith("---\n") and "| text parent |" in card and card.count(SECTION_START) == 1
+    )  # that of its fusion
 
 
 @pytest.mark.parametrize("where", ["measuring", "writing"])
@@ -533,7 +576,9 @@ def test_an_interruption_leaves_the_card_as_it_was(where, folder, parents, texts
     assert {path.name: path.read_bytes() for path in jam_folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("text", [SECTION_START, SECTION_END, f"{SECTION_END}{SECTION_START}", SECTION_START * 2 + SECTION_END])
+@pytest.mark.parametrize(
+    "text", [SECTION_START, SECTION_END, f"{SECTION_END}{SECTION_START}", SECTION_START * 2 + SECTION_END]
+)
 def test_broken_marks_are_not_guessed_at(text, folder, parents, texts):
     jam_folder = folder()
     (jam_folder / "README.md").write_text(text)
@@ -612,7 +657,10 @@ def test_files_that_are_not_what_they_should_be(fused, parents, texts, pairs, tm
     pairs_error("not UTF-8: line 1 holds the byte 0xE9", broken)
     (broken / "metadata.jsonl").write_text("\n \n")
     pairs_error("is empty", broken)
-    rows = [{"file_name": "2.png", "text": "a"}, {"file_name": "0.png", "text": "red " * 200}]  # before a picture is opened
+    rows = [
+        {"file_name": "2.png", "text": "a"},
+        {"file_name": "0.png", "text": "red " * 200},
+    ]  # before a picture is opened
     (broken / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pairs_error("Pair 1 of broken has .* more than the 128 positions of LlamaForCausalLM", broken)
     Dataset.from_dict({"image": [], "text": []}).save_to_disk(tmp_path / "no rows")

@@ -1,8 +1,8 @@
-"""The certificate of fusions over joined vocabularies: another tokenizer for each parent, and a JAM that reads captions in the
-text parent's.
+"""The certificate of fusions over joined vocabularies: another tokenizer for each parent, and a JAM that reads captions
+in the text parent's.
 
-The text parent is kept exactly. Image codes are kept exactly behind captions whose tokens both tokenizers have; behind others
-the JAM reads transplanted rows, and a slow oracle says by how much that changes the codes.
+The text parent is kept exactly. Image codes are kept exactly behind captions whose tokens both tokenizers have; behind
+others the JAM reads transplanted rows, and a slow oracle says by how much that changes the codes.
 """
 
 import json
@@ -43,7 +43,9 @@ PARAGRAPHS = "a small red circle in the top left\n\nthe sea is deep,\nthe sky is
 def begins_with(tokenizer, token):
     """The tokenizer puts `token` first, as Llama's and OPT's own do."""
     index = tokenizer.convert_tokens_to_ids(token)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{token} $A", special_tokens=[(token, index)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{token} $A", special_tokens=[(token, index)]
+    )
     return tokenizer
 
 
@@ -130,7 +132,9 @@ def oracle(kind, parent, tokenizer, jam_folder, pairs):
     sums, count = np.zeros(3), 0
     for line in (pairs / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        pixels = processor.image_processor(images=[Image.open(pairs / row["file_name"])], return_tensors="pt")["pixel_values"]
+        pixels = processor.image_processor(images=[Image.open(pairs / row["file_name"])], return_tensors="pt")[
+            "pixel_values"
+        ]
         codes = model.get_image_tokens(pixels)[0] - model.config.image_token_offset
         theirs = parents_logits(kind, parent, tokenizer, row["text"], codes)
         ours = jams_logits(model, processor, row["text"], codes)
@@ -176,12 +180,14 @@ def test_captions_that_both_tokenizers_cut_alike_keep_the_codes(text_kind, image
     assert 0 <= found.kl <= 1e-6 and found.parent_nll == pytest.approx(found.fusion_nll, abs=1e-5)
 
 
-# ----- codes without names ------------------------------------------------------------------------------------------------
+# ----- codes without names --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def nameless(tmp_path_factory):
-    """A causal LM whose codes have no names and lie inside its vocabulary: folders of parents, JAMs and pairs, id of code 0."""
+    """A causal LM whose codes have no names and lie inside its vocabulary: folders of parents, JAMs and pairs, id
+    of code 0.
+    """
     root = tmp_path_factory.mktemp("nameless")
     text, text_tokenizer = text_parent("qwen2")
     tokenizer = byte_level_tokenizer(
@@ -230,7 +236,10 @@ def test_codes_may_be_declared(nameless, tmp_path, capsys):
     with pytest.raises(ValueError, match="names no <img:0>, .* no recipe .*image_token_offset="):
         certify(jam, image_parent=image, pairs=pairs, write=False)
     assert certify(jam, image_parent=image, pairs=pairs, image_token_offset=offset, write=False).image.kl <= 1e-6
-    assert certify(jams["jam"], image_parent=image, pairs=pairs, image_token_offset=offset + 1, write=False).image.kl > 0.01
+    assert (
+        certify(jams["jam"], image_parent=image, pairs=pairs, image_token_offset=offset + 1, write=False).image.kl
+        > 0.01
+    )
     arguments = ["certify", "--model", str(jam), "--image-parent", str(image), "--pairs", str(pairs), "--no-write"]
     assert main([*arguments, "--image-token-offset", str(offset)]) == 0
     assert "KL(parent, fusion)" in capsys.readouterr().out

@@ -1,4 +1,6 @@
-"""Parents, folders and disks that are not as they should be: errors that name file and tensor, and nothing is left behind."""
+"""Parents, folders and disks that are not as they should be: errors that name file and tensor, and nothing is left
+behind.
+"""
 
 import contextlib
 import errno
@@ -46,7 +48,9 @@ def refused(parents, vq, tmp_path):
     def check(text, *words, mode="cross", **settings):
         before = sorted(path.name for path in tmp_path.iterdir())
         with pytest.raises(ValueError) as error:
-            jam_hf.fuse(text, settings.pop("image", parents("llama")[1]), mode, tmp_path / "jam", vq_model=vq, **settings)
+            jam_hf.fuse(
+                text, settings.pop("image", parents("llama")[1]), mode, tmp_path / "jam", vq_model=vq, **settings
+            )
         for word in words:
             assert str(word) in str(error.value), str(error.value)
         assert sorted(path.name for path in tmp_path.iterdir()) == before
@@ -72,7 +76,7 @@ def reindex(folder, edit):
     path.write_text(json.dumps(index))
 
 
-# ----- files -----------------------------------------------------------------------------------------------------------
+# ----- files ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [0, 7, 100, 5000, -1])
@@ -113,8 +117,14 @@ def test_indices_that_do_not_fit_their_shards(sharded, refused):
     index = sharded / "model.safetensors.index.json"
     good = index.read_text()
     for edit, words in (
-        (lambda m: m.update({WEIGHT: "model-9.safetensors"}), ["its index names model-9.safetensors, which is missing"]),
-        (lambda m: m.update({"model.more": shards[0]}), [f"'model.more' lies in {shards[0]}, which has no such tensor"]),
+        (
+            lambda m: m.update({WEIGHT: "model-9.safetensors"}),
+            ["its index names model-9.safetensors, which is missing"],
+        ),
+        (
+            lambda m: m.update({"model.more": shards[0]}),
+            [f"'model.more' lies in {shards[0]}, which has no such tensor"],
+        ),
         (lambda m: m.update({WEIGHT: 3}), [index, "damaged"]),
     ):
         reindex(sharded, edit)
@@ -163,7 +173,9 @@ def test_folders_that_hold_no_model(parents, vq, fused, refused, tmp_path):
     torch.save({}, folder / "pytorch_model.bin")
     refused(folder, "has no model.safetensors", "pytorch_model.bin", "Only safetensors are read", "save_pretrained")
     refused(
-        fused("llama", "cross", "preserving"), "is of the family 'jam', which is not supported", "Supported: llama, mistral"
+        fused("llama", "cross", "preserving"),
+        "is of the family 'jam', which is not supported",
+        "Supported: llama, mistral",
     )
     refused(tmp_path / "text" / "config.json", "is not a folder", "Hub id such as 'a/b'")
     refused(tmp_path / "nowhere", "is not a folder")
@@ -196,7 +208,7 @@ def test_multimodal_text_parents_and_foreign_code(text, refused):
     refused(text, "The config of the text parent", text / "config.json")
 
 
-# ----- weights ---------------------------------------------------------------------------------------------------------
+# ----- weights --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["cross", "uniform", "width"])
@@ -301,7 +313,15 @@ def test_rows_that_add_up_by_chance(parents, refused, tmp_path):
     folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in parents("llama")]
     for folder, rows in zip(folders, (49, 47)):
         change(folder, lambda state, rows=rows: {**state, WEIGHT: torch.ones(rows, 32)})
-    refused(folders[0], "mlp.up_proj.weight' should be", "[49, 32]", "[47, 32]", mode="width", init="average", image=folders[1])
+    refused(
+        folders[0],
+        "mlp.up_proj.weight' should be",
+        "[49, 32]",
+        "[47, 32]",
+        mode="width",
+        init="average",
+        image=folders[1],
+    )
 
 
 @pytest.mark.parametrize(
@@ -367,7 +387,9 @@ def test_models_in_memory_are_checked_too(parents, vq, tokenizer, refused):
 def test_empty_tokenizer_folders(parents, refused, tmp_path):
     (tmp_path / "tokenizer").mkdir()
     text = parents("llama")[0]
-    refused(text, "No tokenizer can be read from", tmp_path / "tokenizer", "tokenizer=...", tokenizer=tmp_path / "tokenizer")
+    refused(
+        text, "No tokenizer can be read from", tmp_path / "tokenizer", "tokenizer=...", tokenizer=tmp_path / "tokenizer"
+    )
     refused(
         text,
         "No tokenizer can be read from",
@@ -377,7 +399,7 @@ def test_empty_tokenizer_folders(parents, refused, tmp_path):
     )
 
 
-# ----- folders and disks -----------------------------------------------------------------------------------------------
+# ----- folders and disks ----------------------------------------------------------------------------------------------
 
 
 def test_outputs_that_touch_an_input(text, parents, vq, refused, tmp_path):

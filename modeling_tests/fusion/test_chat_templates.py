@@ -1,4 +1,6 @@
-"""Chat templates for text alone, fused: what they write of parts and pictures is what they write of texts with `<image>`."""
+"""Chat templates for text alone, fused: what they write of parts and pictures is what they write of texts with
+`<image>`.
+"""
 
 import pytest
 from fusion_zoo import byte_level_tokenizer
@@ -24,12 +26,13 @@ TEMPLATES = {
         "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
     ),
     "llama-3.1": (  # `| tojson` for some roles
-        "{{ bos_token }}{% for m in messages %}{{ m.content | tojson if m.content is not string else m.content }}{% endfor %}"
+        "{{ bos_token }}{% for m in messages %}{{ m.content | tojson if m.content is not string else m.content }}{% "
+        "endfor %}"
     ),
     "gemma-3": (  # parts are read, and a picture is another token
-        "{{ bos_token }}{% for m in messages %}{{ '<' + m.role + '>' }}{% if m.content is string %}{{ m.content }}{% else %}"
-        "{% for part in m.content %}{% if part.type == 'image' %}{{ '<start_of_image>' }}{% else %}{{ part.text }}{% endif %}"
-        "{% endfor %}{% endif %}{% endfor %}"
+        "{{ bos_token }}{% for m in messages %}{{ '<' + m.role + '>' }}{% if m.content is string %}{{ m.content }}{% "
+        "else %}{% for part in m.content %}{% if part.type == 'image' %}{{ '<start_of_image>' }}{% else %}{{ part.text "
+        "}}{% endif %}{% endfor %}{% endif %}{% endfor %}"
     ),
     "mistral": (  # roles must alternate, no system; a list is refused
         "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
@@ -133,7 +136,10 @@ def test_fusion_fits_the_template_and_names_it_in_no_warning(named, parents, vq,
 
 def test_a_template_that_cannot_be_fitted_is_warned_of(processor):
     tokenizer = processor.tokenizer
-    tokenizer.chat_template = {"default": TEMPLATES["qwen"], "deaf": "{{ messages[0].content | replace('<image>', '') }}"}
+    tokenizer.chat_template = {
+        "default": TEMPLATES["qwen"],
+        "deaf": "{{ messages[0].content | replace('<image>', '') }}",
+    }
     template, warnings = fitted(tokenizer, "<image>")
     assert template["default"] == with_pictures(TEMPLATES["qwen"])
     assert len(warnings) == 1 and "'deaf' of the tokenizer takes no pictures" in warnings[0]

@@ -41,7 +41,11 @@ def folder(tmp_path_factory):
             settings = {"kind": "plain"} if image == "plain" else {"kind": image}
             other = image_parent(**settings)
             made[text, image, mode] = jam_hf.fuse(
-                save(model, tokenizer, root / "text"), save(*other, root / "image"), mode, root / "jam", vq_model=vq_model()
+                save(model, tokenizer, root / "text"),
+                save(*other, root / "image"),
+                mode,
+                root / "jam",
+                vq_model=vq_model(),
             )
         return made[text, image, mode]
 
@@ -60,14 +64,17 @@ def unnamed(source, target):
     config = json.loads(path.read_text())
     gone = {t["content"] for t in named}
     if "added_tokens_decoder" in config:
-        config["added_tokens_decoder"] = {i: t for i, t in config["added_tokens_decoder"].items() if t["content"] not in gone}
+        config["added_tokens_decoder"] = {
+            i: t for i, t in config["added_tokens_decoder"].items() if t["content"] not in gone
+        }
     path.write_text(json.dumps(config))
     path = target / "processor_config.json"
     config = json.loads(path.read_text())
     config.pop("image_code_token", None)
     path.write_text(json.dumps(config))
     assert (
-        len(AutoTokenizer.from_pretrained(target)) < json.loads((target / "config.json").read_text())["image_token_offset"] + K
+        len(AutoTokenizer.from_pretrained(target))
+        < json.loads((target / "config.json").read_text())["image_token_offset"] + K
     )
     return target
 
@@ -77,16 +84,22 @@ def draw(model, processor, text="the small circle", **settings):
     return model.generate(**inputs, generation_mode="image", do_sample=False, **settings)[0].tolist()
 
 
-@pytest.mark.parametrize(("text", "image"), [("qwen2", "chameleon"), ("llama", "plain"), ("opt", "janus"), ("mistral", "emu3")])
+@pytest.mark.parametrize(
+    ("text", "image"), [("qwen2", "chameleon"), ("llama", "plain"), ("opt", "janus"), ("mistral", "emu3")]
+)
 def test_codes_have_names_and_a_new_token_lies_outside(folder, text, image):
     jam = folder(text, image)
     model, processor = JamForCausalLM.from_pretrained(jam), JamProcessor.from_pretrained(jam)
     tokenizer, first = processor.tokenizer, model.config.image_token_offset
     codes = list(range(first, first + K))
-    assert tokenizer.convert_ids_to_tokens(codes) == [f"<img:{k}>" for k in range(K)] and num_named_codes(tokenizer) == K
+    assert (
+        tokenizer.convert_ids_to_tokens(codes) == [f"<img:{k}>" for k in range(K)] and num_named_codes(tokenizer) == K
+    )
     assert len(tokenizer) == len(tokenizer.get_vocab()) == model.config.vocab_size == first + K
     assert tokenizer.decode(codes[3:5]) == "<img:3><img:4>" and tokenizer.decode(codes, skip_special_tokens=True) == ""
-    assert AutoTokenizer.from_pretrained(jam).get_vocab() == tokenizer.get_vocab()  # in the files, not in the processor alone
+    assert (
+        AutoTokenizer.from_pretrained(jam).get_vocab() == tokenizer.get_vocab()
+    )  # in the files, not in the processor alone
     # The tokens of the text parent are what they were.
     parent = AutoTokenizer.from_pretrained(jam.parent / "text")
     assert all(tokenizer.get_vocab()[token] == index for token, index in parent.get_vocab().items())
@@ -95,7 +108,8 @@ def test_codes_have_names_and_a_new_token_lies_outside(folder, text, image):
 
 
 @pytest.mark.parametrize(
-    ("text", "image", "mode"), [("qwen2", "chameleon", "cross"), ("llama", "plain", "cross"), ("llama", "plain", "uniform")]
+    ("text", "image", "mode"),
+    [("qwen2", "chameleon", "cross"), ("llama", "plain", "cross"), ("llama", "plain", "uniform")],
 )
 def test_resizing_for_a_new_token_changes_nothing_that_was_there(folder, tmp_path, text, image, mode):
     jam = folder(text, image, mode)
@@ -150,14 +164,18 @@ def test_a_typed_name_of_a_code_is_text(folder, text):
         assert processor(text=prompt)["input_ids"][0] == parent(prompt)["input_ids"], prompt
     batch = processor(text=typed, padding=True, return_tensors="pt")["input_ids"]
     assert not ((batch >= config.image_token_offset) & (batch < config.image_token_offset + K)).any()
-    assert processor.tokenizer.convert_tokens_to_ids("<img:3>") == config.image_token_offset + 3  # the processor is what it was
+    assert (
+        processor.tokenizer.convert_tokens_to_ids("<img:3>") == config.image_token_offset + 3
+    )  # the processor is what it was
     # A token that was added behind the codes keeps its id; markup stays markup.
     processor.tokenizer.add_tokens([AddedToken("<tool>", special=True)])
     ids = processor(text="<img:3><tool><break>")["input_ids"][0]
     assert ids[-2:] == [config.image_token_offset + K, config.break_token_id]
     assert processor.tokenizer.decode(ids).replace(" ", "").endswith("<img:3><tool><break>")
     processor.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    ids = processor.apply_chat_template([{"role": "user", "content": "a<img:3>"}], tokenize=True, return_dict=True)["input_ids"]
+    ids = processor.apply_chat_template([{"role": "user", "content": "a<img:3>"}], tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
     assert config.image_token_offset + 3 not in torch.as_tensor(ids).flatten().tolist()
 
 
@@ -199,7 +217,9 @@ def test_a_token_that_was_added_as_a_code_is_refused(folder, tmp_path):
     while len(tokenizer) <= config.image_token_offset:
         tokenizer.add_tokens([f"<tool:{len(tokenizer)}>"])
     tokenizer.save_pretrained(old)
-    with pytest.raises(ValueError, match=f"'<tool:{config.image_token_offset}>' with the id {config.image_token_offset}"):
+    with pytest.raises(
+        ValueError, match=f"'<tool:{config.image_token_offset}>' with the id {config.image_token_offset}"
+    ):
         JamProcessor.from_pretrained(old)
 
 
@@ -208,7 +228,9 @@ def test_a_token_that_was_added_as_a_code_is_refused(folder, tmp_path):
 
 def parent_tokenizer(form=None, behind=0, before=0, order=None, kind=byte_level_tokenizer):
     if kind is byte_level_tokenizer:
-        tokenizer = byte_level_tokenizer(SENTENCES["image"], 300, ["<s>", "</s>", "<break>"], bos_token="<s>", eos_token="</s>")
+        tokenizer = byte_level_tokenizer(
+            SENTENCES["image"], 300, ["<s>", "</s>", "<break>"], bos_token="<s>", eos_token="</s>"
+        )
     else:
         tokenizer = sentencepiece_like_tokenizer(
             SENTENCES["image"], 60, ["<s>", "</s>", "<break>"], bos_token="<s>", eos_token="</s>"
@@ -220,7 +242,15 @@ def parent_tokenizer(form=None, behind=0, before=0, order=None, kind=byte_level_
     return tokenizer
 
 
-FORMS = ["<img:{}>", "<img_{:05d}>", "<|image_{}|>", "<|visual token {:06d}|>", "[IMG{}]", "<image-{:02d}>", "<vq{{{}}}>"]
+FORMS = [
+    "<img:{}>",
+    "<img_{:05d}>",
+    "<|image_{}|>",
+    "<|visual token {:06d}|>",
+    "[IMG{}]",
+    "<image-{:02d}>",
+    "<vq{{{}}}>",
+]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -298,7 +328,9 @@ def test_a_fusion_takes_the_codes_by_their_names_and_says_so(tmp_path):
     codes = torch.arange(K)[None]
     mark = image_tokenizer.convert_tokens_to_ids("<break>")
     with torch.no_grad():
-        theirs = image[0](input_ids=torch.cat((torch.tensor([[mark]]), codes + first), 1)).logits[..., first : first + K]
+        theirs = image[0](input_ids=torch.cat((torch.tensor([[mark]]), codes + first), 1)).logits[
+            ..., first : first + K
+        ]
         offset = model.config.image_token_offset
         mine = model(input_ids=torch.cat((torch.tensor([[model.config.break_token_id]]), codes + offset), 1)).logits
     assert torch.equal(mine[..., offset : offset + K], theirs)

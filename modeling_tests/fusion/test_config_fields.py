@@ -57,12 +57,16 @@ def test_every_field_is_compared_decided_or_idle(family):
     if module == "emu3":  # its VQ model and the model around both have configs of their own
         source = "".join(
             re.findall(
-                r"class Emu3(?:Attention|MLP|DecoderLayer|RotaryEmbedding|TextModel|ForCausalLM)\b.*?(?=\nclass )", source, re.S
+                r"class Emu3(?:Attention|MLP|DecoderLayer|RotaryEmbedding|TextModel|ForCausalLM)\b.*?(?=\nclass )",
+                source,
+                re.S,
             )
         )
     if module == "chameleon":
         source = "".join(
-            re.findall(r"class Chameleon(?:Attention|MLP|\w*DecoderLayer|RotaryEmbedding)\b.*?(?=\nclass )", source, re.S)
+            re.findall(
+                r"class Chameleon(?:Attention|MLP|\w*DecoderLayer|RotaryEmbedding)\b.*?(?=\nclass )", source, re.S
+            )
         )
     read = set(re.findall(r"\bconfig\.(\w+)", source)) | set(re.findall(r'getattr\((?:self\.)?config, "(\w+)"', source))
     assert read <= fields | _NO_FIELDS | set(COMPARED) | set(dir(PreTrainedConfig)), read - fields
@@ -83,7 +87,8 @@ def test_each_compared_field_makes_a_difference(family):
     if "layer_types" in {field.name for field in dataclasses.fields(config_class)}:
         kinds = ["full_attention", "sliding_attention"]
         windows = [
-            config_class(**settings, use_sliding_window=True, sliding_window=5, layer_types=k) for k in (kinds, kinds[::-1])
+            config_class(**settings, use_sliding_window=True, sliding_window=5, layer_types=k)
+            for k in (kinds, kinds[::-1])
         ]
         assert shape_fields(windows[0]) != shape_fields(windows[1])
 
@@ -96,7 +101,9 @@ EQUALLY = {**EQUAL, "hidden_act": "silu"}
 
 def parents_with(rope, positions, **text):
     pair = [
-        text_parent("llama", **{**EQUALLY, "rope_parameters": dict(rope), "max_position_embeddings": positions[0]}, **text),
+        text_parent(
+            "llama", **{**EQUALLY, "rope_parameters": dict(rope), "max_position_embeddings": positions[0]}, **text
+        ),
         image_parent("plain", **{**EQUALLY, "rope_parameters": dict(rope), "max_position_embeddings": positions[1]}),
     ]
     return pair

@@ -1,4 +1,6 @@
-"""A dry run of parents of which the config alone is there: what it says is what a real fusion then writes, to the byte."""
+"""A dry run of parents of which the config alone is there: what it says is what a real fusion then writes, to the
+byte.
+"""
 
 import shutil
 
@@ -44,11 +46,17 @@ def test_the_config_says_what_the_fusion_writes(text_kind, kind, tmp_path):
     if kind == "plain":
         settings["vq_model"] = without_weights(tmp_path / "vq", tmp_path / "vq alone")
     plan = plan_fusion(
-        without_weights(text, tmp_path / "t"), without_weights(image, tmp_path / "i"), "cross", headers_only=True, **settings
+        without_weights(text, tmp_path / "t"),
+        without_weights(image, tmp_path / "i"),
+        "cross",
+        headers_only=True,
+        **settings,
     )
     assert planned(plan) == written(done)
     told = plan.describe()
-    assert "from config.json alone" in told and f"{written(done)[1]:,} bytes" in told and f"{written(done)[0]:,}" in told
+    assert (
+        "from config.json alone" in told and f"{written(done)[1]:,} bytes" in told and f"{written(done)[0]:,}" in told
+    )
     assert "cross blocks: " in told and "peak memory: about" in told and "at 200 MB/s; before, about" in told
     assert "by its config.json" in plan.explain("lm_head.weight")
     with pytest.raises(ValueError, match="headers alone cannot be run"):
@@ -69,7 +77,9 @@ def test_all_modes(mode, init, family, parents, fused, vq, tmp_path):
 
 @pytest.mark.parametrize("kind", ["plain", "chameleon", "janus"])
 def test_a_config_and_nothing_else(kind, parents, fused, vq, tmp_path, capsys):
-    """Without tokenizers the vocabulary is an estimate, and the dry run says so; where the parents share one, it is exact."""
+    """Without tokenizers the vocabulary is an estimate, and the dry run says so; where the parents share one, it is
+    exact.
+    """
     if kind == "plain":
         folders = parents("llama")
         vq.save_pretrained(tmp_path / "vq")
@@ -83,7 +93,9 @@ def test_a_config_and_nothing_else(kind, parents, fused, vq, tmp_path, capsys):
         bare[-1].mkdir()
         shutil.copy(folder / "config.json", bare[-1])
     before = sorted(tmp_path.rglob("*"))
-    assert cli.main(["fuse", "--text", str(bare[0]), "--image", str(bare[1]), "--mode", "cross", "--dry-run", *more]) == 0
+    assert (
+        cli.main(["fuse", "--text", str(bare[0]), "--image", str(bare[1]), "--mode", "cross", "--dry-run", *more]) == 0
+    )
     told = capsys.readouterr().out
     assert "has no tokenizer files here" in told and "parameters: " in told
     assert sorted(tmp_path.rglob("*")) == before

@@ -135,7 +135,9 @@ def test_different_widths_and_heads_cross(tokenizer, parents, vq, tmp_path):
 
 @pytest.mark.parametrize("depths", [(2, 5), (5, 2), (3, 5)])
 def test_streams_of_unequal_depth_keep_their_windows(depths, tokenizer, vq, tmp_path):
-    """Windows of another size in each stream, layer by layer in one of them; caches hold no more and no less than they need."""
+    """Windows of another size in each stream, layer by layer in one of them; caches hold no more and no less than
+    they need.
+    """
     common = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
     common |= {
         "num_key_value_heads": 2,

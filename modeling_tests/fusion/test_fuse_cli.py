@@ -1,4 +1,6 @@
-"""`jam-hf fuse` with two parents: flags and recipes, the dry run against what is then written, provenance, errors and exits."""
+"""`jam-hf fuse` with two parents: flags and recipes, the dry run against what is then written, provenance, errors
+and exits.
+"""
 
 import json
 import os
@@ -62,11 +64,23 @@ def recipe_file(path, inputs, **settings):
     return path
 
 
-# ----- settings --------------------------------------------------------------------------------------------------------
+# ----- settings -------------------------------------------------------------------------------------------------------
 
 
 def test_flags_reach_the_fusion(inputs, tmp_path, capsys):
-    arguments = [*inputs, "--mode", "cross", "--init", "paper", "--dtype", "bfloat16", "--seed", 3, "--max-shard-size", "90KB"]
+    arguments = [
+        *inputs,
+        "--mode",
+        "cross",
+        "--init",
+        "paper",
+        "--dtype",
+        "bfloat16",
+        "--seed",
+        3,
+        "--max-shard-size",
+        "90KB",
+    ]
     assert fuse(*arguments, "--cross-attention-interval", 1, "--output", tmp_path / "jam") == 0
     printed = outputs(capsys)
     assert re.fullmatch(rf"fused: {tmp_path / 'jam'} \(recipe [0-9a-f]{{16}}\)\n", printed.out)
@@ -95,8 +109,12 @@ def test_flags_win_over_the_recipe(inputs, tmp_path, capsys):
     recipe = recipe_file(tmp_path / "in" / "r.yaml", inputs, mode="cross", init="paper", seed=5, dtype="bfloat16")
     assert fuse(recipe, "--output", tmp_path / "five") == 0
     assert fuse(recipe, "--output", tmp_path / "zero", "--seed", 0) == 0
-    assert fuse(*inputs, "--mode", "cross", "--init", "paper", "--dtype", "bfloat16", "--output", tmp_path / "flags") == 0
-    assert same_tensors(tmp_path / "zero", tmp_path / "flags") and not same_tensors(tmp_path / "zero", tmp_path / "five")
+    assert (
+        fuse(*inputs, "--mode", "cross", "--init", "paper", "--dtype", "bfloat16", "--output", tmp_path / "flags") == 0
+    )
+    assert same_tensors(tmp_path / "zero", tmp_path / "flags") and not same_tensors(
+        tmp_path / "zero", tmp_path / "five"
+    )
     assert fuse(recipe, "--init", "preserving", "--dtype", "float32", "--dry-run") == 0
     assert "init preserving" in capsys.readouterr().out
 
@@ -106,10 +124,14 @@ def test_what_was_written_is_a_recipe_again(inputs, tmp_path):
     assert fuse(recipe_file(tmp_path / "in" / "r.yaml", inputs, **settings), "--output", tmp_path / "one") == 0
     assert fuse(tmp_path / "one" / "fusion.yaml", *inputs, "--output", tmp_path / "two") == 0
     ours, theirs = (
-        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.is_file()} for name in ("one", "two")
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.is_file()}
+        for name in ("one", "two")
     )
     assert ours == theirs
-    assert str(tmp_path) not in (tmp_path / "one" / "fusion.yaml").read_text() + (tmp_path / "one" / "README.md").read_text()
+    assert (
+        str(tmp_path)
+        not in (tmp_path / "one" / "fusion.yaml").read_text() + (tmp_path / "one" / "README.md").read_text()
+    )
 
 
 def test_its_own_recipe_is_not_overwritten(inputs, tmp_path, capsys):
@@ -127,7 +149,10 @@ def test_relative_paths_start_where_the_command_runs(inputs, tmp_path, monkeypat
     (tmp_path / "recipes" / "r.yaml").write_text("{text: ./text, image: image, vq: in/vq, mode: uniform}")
     monkeypatch.chdir(tmp_path)
     assert fuse("recipes/r.yaml", "--output", "jam") == 0
-    assert yaml.safe_load((tmp_path / "jam" / "fusion.yaml").read_text())["text"] in ("text", os.path.basename(inputs[1]))
+    assert yaml.safe_load((tmp_path / "jam" / "fusion.yaml").read_text())["text"] in (
+        "text",
+        os.path.basename(inputs[1]),
+    )
 
 
 @pytest.mark.parametrize(
@@ -147,7 +172,10 @@ def test_relative_paths_start_where_the_command_runs(inputs, tmp_path, monkeypat
         ("{text: a/b, image: c/d, special_tokens: [a]}", "special_tokens must be dict[str, str], got ['a']"),
         ("{text: a/b, image: c/d, special_tokens: {a: 1}}", "special_tokens must be tokens by tokens"),
         ("{text: a/b, image: c/d, mode: sideways}", "mode must be one of 'uniform', 'width', 'cross', got 'sideways'"),
-        ("{text: a/b, image: c/d, mode: uniform, init: copy}", "init for mode 'uniform' must be one of 'average', got 'copy'"),
+        (
+            "{text: a/b, image: c/d, mode: uniform, init: copy}",
+            "init for mode 'uniform' must be one of 'average', got 'copy'",
+        ),
         ("{text: a/b, image: c/d, dtype: int8}", "dtype must be a float type"),
         ("{text: a/b, image: c/d, max_shard_size: huge}", "max_shard_size must be a size such as '2GB', got 'huge'"),
         ("\u00ff", "must be a YAML mapping"),
@@ -157,7 +185,9 @@ def test_wrong_recipes(content, words, tmp_path, capsys):
     (tmp_path / "r.yaml").write_text(content)
     assert fuse(tmp_path / "r.yaml", "--output", tmp_path / "jam") == 2
     printed = capsys.readouterr()
-    assert printed.err.startswith("jam-hf fuse: ") and printed.err.count("\n") == 1 and words in printed.err, printed.err
+    assert printed.err.startswith("jam-hf fuse: ") and printed.err.count("\n") == 1 and words in printed.err, (
+        printed.err
+    )
     assert not printed.out and [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
 
 
@@ -193,10 +223,15 @@ def test_outputs_in_use(inputs, tmp_path, capsys):
     assert not (tmp_path / "jam" / "mine").exists()
 
 
-# ----- dry run and provenance ------------------------------------------------------------------------------------------
+# ----- dry run and provenance -----------------------------------------------------------------------------------------
 
 
-PAIRS = [("llama", "plain", {}), ("qwen2", "chameleon", {}), ("opt", "janus", {}), ("qwen3", "emu3", {"image-size": 16})]
+PAIRS = [
+    ("llama", "plain", {}),
+    ("qwen2", "chameleon", {}),
+    ("opt", "janus", {}),
+    ("qwen3", "emu3", {"image-size": 16}),
+]
 
 
 @pytest.fixture(scope="module")
@@ -234,10 +269,16 @@ def test_the_dry_run_touches_nothing_and_says_what_will_be_written(
     state = read(tmp_path / "jam")
     files = list((tmp_path / "jam").glob("*.safetensors"))
     assert f"parameters: {sum(tensor.numel() for tensor in state.values()):,} (torch.float32" in said
-    assert f"disk: {size(sum(tensor.nbytes for tensor in state.values()))} in {len(files)} file(s)" in said and len(files) > 1
+    assert (
+        f"disk: {size(sum(tensor.nbytes for tensor in state.values()))} in {len(files)} file(s)" in said
+        and len(files) > 1
+    )
     config = json.loads((tmp_path / "jam" / "config.json").read_text())
     last = config["image_token_offset"] + 15
-    assert f"vocabulary: {config['text_config']['vocab_size']}, image codes {config['image_token_offset']}..{last}\n" in said
+    assert (
+        f"vocabulary: {config['text_config']['vocab_size']}, image codes {config['image_token_offset']}..{last}\n"
+        in said
+    )
     warnings = re.findall(r"^  warning: (.*)$", said, re.M)
     assert warnings and warnings == re.findall(r"^  warning: (.*)$", warned, re.M)
     assert f"recipe {yaml_digest(tmp_path / 'jam')[:12]}" in said
@@ -266,7 +307,9 @@ def test_every_tensor_is_explained_and_no_other(text, image, extra, zoo, vq, cap
     for key, tensor in plan.tensors.items():
         lines = plan.explain(key).splitlines()
         assert lines[0] == key and lines[1].startswith(f"  {list(tensor.spec.shape)} torch.") and len(lines) >= 4
-        found = [re.fullmatch(r"  (text parent|image parent): (\S+) (\[.*\]) torch\.\w+ in (.*)", line) for line in lines[3:]]
+        found = [
+            re.fullmatch(r"  (text parent|image parent): (\S+) (\[.*\]) torch\.\w+ in (.*)", line) for line in lines[3:]
+        ]
         for match in found:
             if match is None:
                 assert lines[3:] == ["  from no parent"] and ("vq_model" in key or "_cross." in key), key
@@ -283,7 +326,9 @@ def test_explain(inputs, tmp_path, capsys):
     arguments = [*inputs, "--mode", "width", "--explain"]
     assert fuse(*arguments, "model.language_model.layers.1.mlp.up_proj.weight") == 0
     said = capsys.readouterr().out
-    assert said.count("model.layers.1.mlp.up_proj.weight [48, 32] torch.float32 in ") == 2 and "block rule 'copy'" in said
+    assert (
+        said.count("model.layers.1.mlp.up_proj.weight [48, 32] torch.float32 in ") == 2 and "block rule 'copy'" in said
+    )
     assert fuse(*arguments, "model.language_model.layers.1.mlp.up_proj.wait") == 2
     error = capsys.readouterr().err
     assert "has no tensor" in error and "Did you mean model.language_model.layers.1.mlp.up_proj.weight" in error
@@ -292,7 +337,7 @@ def test_explain(inputs, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-# ----- ends ------------------------------------------------------------------------------------------------------------
+# ----- ends -----------------------------------------------------------------------------------------------------------
 
 
 def test_damage_is_one_line_and_leaves_nothing(inputs, tmp_path, capsys):
@@ -305,7 +350,8 @@ def test_damage_is_one_line_and_leaves_nothing(inputs, tmp_path, capsys):
     assert fuse(*inputs, "--text", text, "--mode", "cross", "--output", tmp_path / "jam") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == (
-        f"jam-hf fuse: Tensor 'model.norm.weight' of the text parent, in {text / 'model.safetensors'}, holds NaN or infinity."
+        f"jam-hf fuse: Tensor 'model.norm.weight' of the text parent, in {text / 'model.safetensors'}, holds NaN or "
+        "infinity."
     )
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
@@ -341,6 +387,7 @@ def test_ctrl_c_and_then_another_process_goes_on_to_the_same_bytes(ctrl_c, input
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "jam"]
     assert fuse(*arguments, tmp_path / "here") == 0
     ours, theirs = (
-        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.is_file()} for name in ("jam", "here")
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.is_file()}
+        for name in ("jam", "here")
     )
     assert ours == theirs

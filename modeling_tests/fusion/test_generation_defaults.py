@@ -18,7 +18,9 @@ from jam_hf.training.saving import check_savable
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A Qwen2 parent with `<|endoftext|>` 0 (which pads as well), `<|im_start|>` 300 and `<|im_end|>` 301; an image parent."""
+    """A Qwen2 parent with `<|endoftext|>` 0 (which pads as well), `<|im_start|>` 300 and `<|im_end|>` 301; an image
+    parent.
+    """
     root = tmp_path_factory.mktemp("parents")
     save(*text_parent("qwen2"), root / "text")
     save(*image_parent("plain"), root / "image")
@@ -37,7 +39,9 @@ def with_generation(folders, tmp_path, said=None, config=None, tokenizer=None):
         (folder / "generation_config.json").write_text(json.dumps(said))
     for name, changes in (("config.json", config), ("tokenizer_config.json", tokenizer)):
         values = json.loads((folder / name).read_text()) | (changes or {})
-        (folder / name).write_text(json.dumps({k: v for k, v in values.items() if v is not None or name == "config.json"}))
+        (folder / name).write_text(
+            json.dumps({k: v for k, v in values.items() if v is not None or name == "config.json"})
+        )
     return folder
 
 
@@ -48,7 +52,10 @@ def fused(folders, text, tmp_path):
 
 
 def eos_in(folder):
-    return [json.loads((folder / name).read_text()).get("eos_token_id") for name in ("config.json", "generation_config.json")]
+    return [
+        json.loads((folder / name).read_text()).get("eos_token_id")
+        for name in ("config.json", "generation_config.json")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +106,9 @@ def test_what_is_no_end_is_said(folders, tmp_path):
     assert any("[9999] are no tokens of its vocabulary" in warning for warning in plan.warnings)
     text = with_generation(folders, tmp_path / "text", {"eos_token_id": 301})
     plan = plan_fusion(text, folders / "image", "cross", vq_model=folders / "vq")
-    assert any("(id 0) is none of the ids at which the text parent stops, [301]" in warning for warning in plan.warnings)
+    assert any(
+        "(id 0) is none of the ids at which the text parent stops, [301]" in warning for warning in plan.warnings
+    )
 
 
 @pytest.mark.parametrize("end", [2, [2, 5], None])
@@ -190,7 +199,13 @@ def test_streaming_and_continuous_batching_stop_there_too(pair, end):
         expected = parent.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)[0]
         events = list(
             stream(
-                jam, processor, input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False, generation_mode="text"
+                jam,
+                processor,
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=12,
+                do_sample=False,
+                generation_mode="text",
             )
         )
         asked = [None, GenerationConfig(max_new_tokens=12, do_sample=False, generation_mode="text")]
@@ -206,7 +221,14 @@ def test_streaming_and_continuous_batching_stop_there_too(pair, end):
     assert [request.generated_tokens for request in batched] == [expected[ids.shape[1] :].tolist()] * 2
 
 
-SAMPLED = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1, "eos_token_id": 301}
+SAMPLED = {
+    "do_sample": True,
+    "temperature": 0.6,
+    "top_p": 0.9,
+    "top_k": 20,
+    "repetition_penalty": 1.1,
+    "eos_token_id": 301,
+}
 
 
 def generation_of(folder):
@@ -218,7 +240,11 @@ def test_sampling_defaults_are_the_parents_for_text_alone(folders, tmp_path):
     jam = fused(folders, text, tmp_path)
     found = generation_of(jam)
     assert {name: found[name] for name in SAMPLED} == SAMPLED and "max_length" not in found
-    assert (found["image_temperature"], found["image_top_k"], found["image_top_p"]) == (1.0, 50, 1.0)  # transformers' own
+    assert (found["image_temperature"], found["image_top_k"], found["image_top_p"]) == (
+        1.0,
+        50,
+        1.0,
+    )  # transformers' own
     plan = plan_fusion(text, folders / "image", "cross", vq_model=folders / "vq")
     assert any("not carried over: max_length=99" in warning for warning in plan.warnings)
     model, parent = JamForCausalLM.from_pretrained(jam), AutoModelForCausalLM.from_pretrained(text)
@@ -238,7 +264,10 @@ def test_sampling_defaults_are_the_parents_for_text_alone(folders, tmp_path):
 @pytest.mark.parametrize(
     "said",
     [
-        {"temperature": 0.6, "top_p": 0.9},  # as some parents ship it: transformers loads it, and refuses to save it changed
+        {
+            "temperature": 0.6,
+            "top_p": 0.9,
+        },  # as some parents ship it: transformers loads it, and refuses to save it changed
         {"do_sample": False, "temperature": 0.0, "top_k": 5, "num_return_sequences": 1},
         {"do_sample": True, "temperature": 0.6, "early_stopping": True, "length_penalty": 2.0},
     ],
@@ -263,7 +292,9 @@ def test_training_asks_first_whether_the_model_can_be_saved(folders, tmp_path):
     data = Dataset.from_dict({"input_ids": [[1, 5, 6, 2]] * 4})
     settings = RecipeSettings(max_steps=1, batch_size=2, warmup_steps=0)
     collator = JamDataCollator(pad_token_id=0, vocab_size=320)
-    with pytest.raises(ValueError, match="(?s)could not be saved: its generation config .* before training.*temperature"):
+    with pytest.raises(
+        ValueError, match="(?s)could not be saved: its generation config .* before training.*temperature"
+    ):
         train_causal_lm(model, data, tmp_path / "out", settings, collator, tokenizer=tokenizer)
     assert not list(tmp_path.iterdir())
     # A parent's folder as it was shipped is no obstacle: what was not changed may be written back.

@@ -1,4 +1,6 @@
-"""A dry run of parents on the Hub fetches no weights: what the plan says is what it says of the same parents on disk."""
+"""A dry run of parents on the Hub fetches no weights: what the plan says is what it says of the same parents on
+disk.
+"""
 
 import re
 import shutil
@@ -29,7 +31,9 @@ def hub(tmp_path, monkeypatch):
         specs = TensorFile(folders[repo_id] / "model.safetensors").specs
         tensors = {key: TensorInfo(names[spec.dtype], list(spec.shape), (0, 0)) for key, spec in specs.items()}
         file = SafetensorsFileMetadata({}, tensors)
-        return SafetensorsRepoMetadata(None, False, dict.fromkeys(tensors, "model.safetensors"), {"model.safetensors": file})
+        return SafetensorsRepoMetadata(
+            None, False, dict.fromkeys(tensors, "model.safetensors"), {"model.safetensors": file}
+        )
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", get_safetensors_metadata)
@@ -47,7 +51,9 @@ def test_headers_say_what_the_weights_say(kind, hub, tmp_path):
     settings = {"vq_model": vq_model()} if kind == "plain" else {"image_size": 16} if kind == "emu3" else {}
     whole = plan_fusion(text, image, "cross", **settings)
     headers = plan_fusion(hub(text, "text"), hub(image, "image"), "cross", headers_only=True, **settings)
-    assert {key: plan.spec for key, plan in headers.tensors.items()} == {key: plan.spec for key, plan in whole.tensors.items()}
+    assert {key: plan.spec for key, plan in headers.tensors.items()} == {
+        key: plan.spec for key, plan in whole.tensors.items()
+    }
 
     def told(plan, names):
         lines = re.sub(r"(, recipe \w+| \(from the headers .*\)|; before, about .* to fetch .*)", "", plan.describe())
@@ -77,5 +83,7 @@ def test_a_repository_without_safetensors_is_refused(hub, tmp_path, monkeypatch)
         raise huggingface_hub.errors.NotASafetensorsRepoError("it has pytorch_model.bin")
 
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", none)
-    with pytest.raises(ValueError, match="has no safetensors on the Hub whose headers can be read: it has pytorch_model.bin"):
+    with pytest.raises(
+        ValueError, match="has no safetensors on the Hub whose headers can be read: it has pytorch_model.bin"
+    ):
         plan_fusion(hub(text, "text"), image, "cross", headers_only=True)

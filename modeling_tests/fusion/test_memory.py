@@ -31,7 +31,9 @@ def status(field):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """Parents whose embedding and head are all that counts; "same" has the text parent's vocabulary, "foreign" has not."""
+    """Parents whose embedding and head are all that counts; "same" has the text parent's vocabulary, "foreign" has
+    not.
+    """
     root = tmp_path_factory.mktemp("large")
     vq_model().save_pretrained(root / "vq")
     (text, ours), (image, theirs) = text_parent("llama"), image_parent("plain")
@@ -47,7 +49,9 @@ def large(tmp_path_factory):
         for field, value in sizes.items():
             setattr(config, field, value)
         if name.startswith("same"):
-            tokenizer.add_tokens([t for t in ("<image>", "<mask>", "</mask>") if t not in theirs_too], special_tokens=True)
+            tokenizer.add_tokens(
+                [t for t in ("<image>", "<mask>", "</mask>") if t not in theirs_too], special_tokens=True
+            )
         torch.manual_seed(len(name))
         LlamaForCausalLM(config).bfloat16().save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)

@@ -14,7 +14,14 @@ def test_a_fusion_has_a_valid_model_card(fused, mode, init):
     card = ModelCard.load(folder / "README.md")
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "any-to-any"
     assert "jam" in card.data.tags and card.data.base_model is None
-    for words in (mode, f"| init | {init} |", "torchvision", "trust_remote_code=True", "import jam_hf", "max_new_tokens=18"):
+    for words in (
+        mode,
+        f"| init | {init} |",
+        "torchvision",
+        "trust_remote_code=True",
+        "import jam_hf",
+        "max_new_tokens=18",
+    ):
         assert words in card.text
     assert str(folder.parent) not in card.content  # where it lay on this machine is nobody else's business
 
@@ -38,5 +45,8 @@ def test_the_code_in_the_card_runs(fused):
     folder = fused("llama", "uniform", "average")
     code = ModelCard.load(folder / "README.md").text.split("```python\n")[1].split("```")[0]
     names: dict = {}
-    exec(code.replace('"path/or/id"', repr(str(folder))).replace('"interleaved")', '"interleaved", max_new_tokens=8)'), names)
+    exec(
+        code.replace('"path/or/id"', repr(str(folder))).replace('"interleaved")', '"interleaved", max_new_tokens=8)'),
+        names,
+    )
     assert isinstance(names["segments"], list)

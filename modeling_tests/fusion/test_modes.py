@@ -1,4 +1,6 @@
-"""What each mode makes of a pair of parents: every tensor against a definition of three lines, and the saved JAM at work."""
+"""What each mode makes of a pair of parents: every tensor against a definition of three lines, and the saved JAM at
+work.
+"""
 
 import pytest
 import torch
@@ -35,7 +37,9 @@ TIED = {"tie_word_embeddings": True}
 
 @pytest.fixture(scope="module")
 def pair():
-    """`pair(text kind, image parent, sizes of the image parent, text changes, image changes)` -> arguments of a fusion"""
+    """`pair(text kind, image parent, sizes of the image parent, text changes, image changes)` -> arguments of a
+    fusion
+    """
     made = {}
 
     def make(text_kind, image_name, sizes=SMALL, text_changes=None, image_changes=None):
@@ -152,7 +156,9 @@ def assert_defined(arguments, mode, init):
     define = definition.paper if mode == "cross" else getattr(definition, mode)
     if mode != "cross":
         assert 0 < definition.in_text.sum() < len(definition.in_text) and not definition.in_text[definition.codes].any()
-        assert (~definition.in_text & ~definition.in_image).any() and (definition.in_text & definition.in_image).sum() > 40
+        assert (~definition.in_text & ~definition.in_image).any() and (
+            definition.in_text & definition.in_image
+        ).sum() > 40
     drawn = {}
     for key, tensor in plan.tensors.items():
         if key.startswith("model.vq_model."):
@@ -231,7 +237,9 @@ def test_the_papers_cross_form_entry_by_entry(text_kind, image_name, pair):
     std = plan.config.initializer_range
     for key, tensor in drawn.items():
         expected = SMALL.hidden**-0.5 if "output_projection" in key else std
-        assert tensor.std().item() == pytest.approx(expected, rel=0.15) and abs(tensor.mean().item()) < 0.2 * expected, key
+        assert (
+            tensor.std().item() == pytest.approx(expected, rel=0.15) and abs(tensor.mean().item()) < 0.2 * expected
+        ), key
     shapes = {}
     for key, tensor in drawn.items():
         assert not any(torch.equal(tensor, other) for other in shapes.setdefault(tensor.shape, [])), key
@@ -267,7 +275,11 @@ def test_in_a_block_diagonal_layer_of_unequal_halves_each_head_keeps_its_keys(pa
 AT_WORK = [
     *((text, image, "cross", init) for text, image in EVERY_KIND for init in ("preserving", "paper")),
     *(("qwen3", image, "cross", init) for image in ("chameleon", "chameleon-swin") for init in ("preserving", "paper")),
-    *((text, image, *mode) for text, image in EVERY_KIND for mode in (("uniform", "average"), ("width", "block_diagonal"))),
+    *(
+        (text, image, *mode)
+        for text, image in EVERY_KIND
+        for mode in (("uniform", "average"), ("width", "block_diagonal"))
+    ),
     *(("llama", image, "width", init) for image in ("emu3", "janus") for init in ("copy", "average")),
 ]
 
@@ -316,7 +328,9 @@ def test_the_image_parents_own_vq_model_gives_its_codes(image_name, pair, tmp_pa
     plan = plan_fusion(*list(arguments.values())[:2], "cross", **_rest(arguments), **size)
     encoder_only = [warning for warning in plan.warnings if "has no decoder" in warning]
     assert bool(encoder_only) == (image_name == "chameleon")
-    model = JamForCausalLM.from_pretrained(jam_hf.fuse(mode="cross", output_dir=tmp_path / "jam", **arguments, **size)).eval()
+    model = JamForCausalLM.from_pretrained(
+        jam_hf.fuse(mode="cross", output_dir=tmp_path / "jam", **arguments, **size)
+    ).eval()
     side = model.config.vq_config.sample_size
     assert side == (32 if image_name == "emu3" else 16)
     pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1

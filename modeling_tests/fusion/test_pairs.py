@@ -1,4 +1,6 @@
-"""Every pair of parents in the form that preserves both: against the parents' own logits, and what each mode refuses."""
+"""Every pair of parents in the form that preserves both: against the parents' own logits, and what each mode
+refuses.
+"""
 
 import copy
 import functools
@@ -61,8 +63,9 @@ def zoo(tmp_path_factory):
 
 @functools.cache
 def products_are_alike() -> bool:
-    """Whether a row of a product has the same bits however many others are computed with it, as a fused head has more of them
-    than its parents'. Not on every CPU: kernels for AVX2 alone divide the rows otherwise."""
+    """Whether a row of a product has the same bits however many others are computed with it, as a fused head has more
+    of them than its parents'. Not on every CPU: kernels for AVX2 alone divide the rows otherwise.
+    """
     generator = torch.Generator().manual_seed(0)
     for tokens, width, rows in itertools.product((1, 5, 12, 24, 40), (16, 24, 32, 48), (64, 90, 96, 300)):
         states, head = (torch.randn(count, width, generator=generator) for count in (tokens, rows + 36))
@@ -113,7 +116,9 @@ def assert_preserves_both(text_entry, image_entry, kind, folder, **settings):
     model, tokenizer = load(folder)
     assert_preserves_text(model, text, text_tokenizer, tokenizer)
     # Janus makes the rows of its codes in one product of another shape: float32 rounding.
-    assert_preserves_image(model, ImageParent(kind, image, image_tokenizer), tokenizer, 1e-5 if kind == "janus" else 0.0)
+    assert_preserves_image(
+        model, ImageParent(kind, image, image_tokenizer), tokenizer, 1e-5 if kind == "janus" else 0.0
+    )
     return model
 
 
@@ -132,7 +137,13 @@ _NORMS = {"query_layernorm": "norm of heads", "key_layernorm": "norm of heads"}
 NEW_FAMILIES = {
     "seed_oss": (
         Family("seed_oss", "SeedOss"),
-        {"head_dim": 8, "attention_bias": True, "attention_out_bias": True, "attention_dropout": 0.0, "residual_dropout": 0.0},
+        {
+            "head_dim": 8,
+            "attention_bias": True,
+            "attention_out_bias": True,
+            "attention_dropout": 0.0,
+            "residual_dropout": 0.0,
+        },
     ),
     "smollm3": (
         Family("smollm3", "SmolLM3", windows="layer_types"),
@@ -152,7 +163,13 @@ def test_a_family_is_added_by_one_entry(name, tmp_path, monkeypatch):
         ids = {field: getattr(tokenizer, field) for field in ("bos_token_id", "eos_token_id", "pad_token_id")}
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
         config = AutoConfig.for_model(
-            name, vocab_size=padded(tokenizer), num_hidden_layers=3, max_position_embeddings=256, **sizes, **ids, **changes
+            name,
+            vocab_size=padded(tokenizer),
+            num_hidden_layers=3,
+            max_position_embeddings=256,
+            **sizes,
+            **ids,
+            **changes,
         )
         model = AutoModelForCausalLM.from_config(config).eval()
         randomise(model, seed, 32**-0.5)
@@ -199,9 +216,18 @@ VARIANTS = {
         ("llama-lm", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, **TIED}),
     ),
     "windows of two sizes": (("mistral", {"sliding_window": 4}), ("qwen2-lm", {**WINDOWS, **UNTIED})),
-    "windows in some layers, text untied": (("qwen2", {**WINDOWS, **UNTIED}), ("mistral-lm", {"sliding_window": 5, **TIED})),
-    "a head size of its own": (("mistral", {"head_dim": 12, **TIED}), ("chameleon-swin", {**TIED, "num_key_value_heads": 1})),
-    "query-key norms with windows": (("qwen3", {**WINDOWS, **TIED}), ("qwen3-lm", {"head_dim": 8, "attention_bias": True})),
+    "windows in some layers, text untied": (
+        ("qwen2", {**WINDOWS, **UNTIED}),
+        ("mistral-lm", {"sliding_window": 5, **TIED}),
+    ),
+    "a head size of its own": (
+        ("mistral", {"head_dim": 12, **TIED}),
+        ("chameleon-swin", {**TIED, "num_key_value_heads": 1}),
+    ),
+    "query-key norms with windows": (
+        ("qwen3", {**WINDOWS, **TIED}),
+        ("qwen3-lm", {"head_dim": 8, "attention_bias": True}),
+    ),
     "Janus tied": (("qwen3", {"attention_bias": True}), ("janus", {**TIED, "attention_bias": True})),
     "OPT projected": (("opt", {"word_embed_proj_dim": 16}), ("opt-lm", {"word_embed_proj_dim": 24, **UNTIED})),
     "OPT as the paper has it": (
@@ -259,7 +285,9 @@ def test_bfloat16_parents(text_kind, image_name, zoo, tmp_path):
     ):
         half = save(copy.deepcopy(model).to(torch.bfloat16), tokenizer, tmp_path / name)
         sources.append(half)
-        parents.append((type(model).from_pretrained(half, dtype=torch.bfloat16).eval(), tokenizer))  # frequencies in float32
+        parents.append(
+            (type(model).from_pretrained(half, dtype=torch.bfloat16).eval(), tokenizer)
+        )  # frequencies in float32
     jam_hf.fuse(*sources, "cross", tmp_path / "jam", vq_model=vq_model())
     model, tokenizer = load(tmp_path / "jam")
     assert model.lm_head.weight.dtype == torch.bfloat16
@@ -289,7 +317,9 @@ def test_a_head_that_is_not_what_the_config_ties_it_to_is_its_own(zoo, tmp_path)
     folder = save(text, text_tokenizer, tmp_path / "text")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    jam_hf.fuse(folder, save(image, image_tokenizer, tmp_path / "image"), "uniform", tmp_path / "jam", vq_model=vq_model())
+    jam_hf.fuse(
+        folder, save(image, image_tokenizer, tmp_path / "image"), "uniform", tmp_path / "jam", vq_model=vq_model()
+    )
     model, _ = load(tmp_path / "jam")
     known = text_tokenizer.convert_tokens_to_ids("<0x41>"), image_tokenizer.convert_tokens_to_ids("A")
     expected = (text.lm_head.weight[known[0]] + image.lm_head.weight[known[1]]) / 2
@@ -331,13 +361,21 @@ DIFFERENCES = [  # family, change of the image parent, (mode, init) that refuse 
     ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}, "uniform copy average block_diagonal"),
     ("llama", {"max_position_embeddings": 128, "attention_dropout": 0.1, "tie_word_embeddings": True}, ""),
     ("mistral", {"sliding_window": 8}, "uniform copy average block_diagonal"),
-    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "uniform copy average block_diagonal"),
+    (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        "uniform copy average block_diagonal",
+    ),
     ("opt", {"hidden_size": 48, "num_attention_heads": 6, "word_embed_proj_dim": 48}, "uniform copy average"),
     ("opt", {"word_embed_proj_dim": 16}, "uniform copy average block_diagonal"),
     ("opt", {"max_position_embeddings": 128}, "uniform copy average block_diagonal"),
     ("opt", {"enable_bias": False}, "uniform copy average block_diagonal"),
     ("opt", {"do_layer_norm_before": False}, "uniform copy average block_diagonal"),
-    ("opt", {"dropout": 0.1, "layerdrop": 0.1, "activation_dropout": 0.1, "prefix": "</s>", "tie_word_embeddings": False}, ""),
+    (
+        "opt",
+        {"dropout": 0.1, "layerdrop": 0.1, "activation_dropout": 0.1, "prefix": "</s>", "tie_word_embeddings": False},
+        "",
+    ),
 ]
 
 
@@ -365,7 +403,9 @@ def test_sums_that_the_stock_config_does_not_take_are_refused():
     more_heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
     image, image_tokenizer = image_parent("plain", **EQUAL, **more_heads)
     arguments = {"vq_model": vq_model(), "tokenizer": tokenizer, "image_tokenizer": image_tokenizer}
-    with pytest.raises(ValueError, match=r"cannot be fused as 'width'(.|\n)*size \(64\) is not a multiple of .* heads \(12\)"):
+    with pytest.raises(
+        ValueError, match=r"cannot be fused as 'width'(.|\n)*size \(64\) is not a multiple of .* heads \(12\)"
+    ):
         plan_fusion(text, image, "width", "block_diagonal", **arguments)
 
 
@@ -381,4 +421,6 @@ def test_the_papers_cross_form_needs_one_embedding(family, change, words):
     text, tokenizer = text_parent(family)
     image, image_tokenizer = image_parent("plain", like=family, **change)
     with pytest.raises(ValueError, match=f"init='paper'.*{words}"):
-        plan_fusion(text, image, "cross", "paper", vq_model=vq_model(), tokenizer=tokenizer, image_tokenizer=image_tokenizer)
+        plan_fusion(
+            text, image, "cross", "paper", vq_model=vq_model(), tokenizer=tokenizer, image_tokenizer=image_tokenizer
+        )

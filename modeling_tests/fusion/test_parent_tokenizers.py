@@ -35,7 +35,9 @@ LINES = [
 
 @pytest.fixture
 def folder(tmp_path):
-    """`folder(model_type, **changes of tokenizer_config.json)` -> a Llama-like text parent with an added token of its own."""
+    """`folder(model_type, **changes of tokenizer_config.json)` -> a Llama-like text parent with an added token of
+    its own.
+    """
 
     def make(kind="llama", **changes):
         model, tokenizer = text_parent(kind)
@@ -91,7 +93,9 @@ def test_model_max_length_is_the_parents_within_the_jams_positions(limit, positi
     assert back == expected if expected else back > 10**20
 
 
-def test_a_tokenizer_that_does_not_come_back_is_refused_before_anything_is_written(folder, image, tmp_path, monkeypatch):
+def test_a_tokenizer_that_does_not_come_back_is_refused_before_anything_is_written(
+    folder, image, tmp_path, monkeypatch
+):
     monkeypatch.setattr(parent_tokenizers, "portable", lambda tokenizer: tokenizer)  # as it would be saved otherwise
     text = folder(tokenizer_class="LlamaTokenizer", legacy=True)
     with pytest.raises(ValueError, match="does not come back from its folder as it was: .* becomes .*tokenizer="):
@@ -144,11 +148,13 @@ def test_begin_and_end_that_the_files_ask_for_and_transformers_passes_over(name,
     jam = jam_hf.fuse(text, image, "cross", tmp_path / "jam", vq_model=vq_model(), tokenizer_reading="files")
     tokenizer = AutoTokenizer.from_pretrained(jam)
     ids, token = tokenizer("a").input_ids, tokenizer.convert_tokens_to_ids(role)
-    assert ids[0 if role == "<s>" else -1] == token and len(ids) == 1 + len(tokenizer("a", add_special_tokens=False).input_ids)
+    assert ids[0 if role == "<s>" else -1] == token and len(ids) == 1 + len(
+        tokenizer("a", add_special_tokens=False).input_ids
+    )
     assert f"{name}: true" not in " ".join(plan(folder(**{name: False}), image).warnings)
 
 
-# ----- code of others is not run, and not carried -----------------------------------------------------------------------
+# ----- code of others is not run, and not carried ---------------------------------------------------------------------
 
 
 EVIL = {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_evil.EvilTokenizer", None]}}
@@ -168,7 +174,9 @@ def evil(monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("changes", [EVIL, {"tokenizer_class": "EvilTokenizer"}, {**EVIL, "auto_map": ["evil.EvilTokenizer"]}])
+@pytest.mark.parametrize(
+    "changes", [EVIL, {"tokenizer_class": "EvilTokenizer"}, {**EVIL, "auto_map": ["evil.EvilTokenizer"]}]
+)
 @pytest.mark.parametrize("role", ["text", "image"])
 def test_an_unknown_class_is_an_error_that_says_so(changes, role, folder, image, evil, tmp_path):
     text = folder()
@@ -178,7 +186,10 @@ def test_an_unknown_class_is_an_error_that_says_so(changes, role, folder, image,
     with pytest.raises(ValueError, match="unknown class EvilTokenizer"):
         read_tokenizer(text if role == "text" else image)
     told = plan(text, image, tokenizer_reading="files")
-    assert told.vocabulary.tokenizer("a small").input_ids == portable(read_tokenizer(text, from_file=True))("a small").input_ids
+    assert (
+        told.vocabulary.tokenizer("a small").input_ids
+        == portable(read_tokenizer(text, from_file=True))("a small").input_ids
+    )
 
 
 def test_certify_and_index_do_not_ask_either(folder, image, evil, tmp_path):

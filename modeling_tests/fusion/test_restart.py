@@ -1,7 +1,8 @@
-"""Fusions that are killed, interrupted, run twice or over an old checkpoint: whole or not at all, the same bytes at the end.
+"""Fusions that are killed, interrupted, run twice or over an old checkpoint: whole or not at all, the same bytes at the
+end.
 
-Children are forked from a process of their own that has planned the fusion once and has no threads: a start costs nothing, and
-a child can be killed before any step of the file system (Python's audit events) as well as at any time.
+Children are forked from a process of their own that has planned the fusion once and has no threads: a start costs
+nothing, and a child can be killed before any step of the file system (Python's audit events) as well as at any time.
 """
 
 import hashlib
@@ -38,7 +39,7 @@ SETTINGS = {"max_shard_size": "60KB", "init": "paper", "dtype": "bfloat16"}
 STEPS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "fcntl.flock", "shutil.rmtree")
 
 
-# ----- a process that forks --------------------------------------------------------------------------------------------
+# ----- a process that forks -------------------------------------------------------------------------------------------
 
 
 def _answer(channel, function, arguments):
@@ -237,7 +238,7 @@ def test_killed_while_it_replaces_an_old_folder(parents, vq, tmp_path):
     assert states.keys() == {"old", "between", "new"}, states
 
 
-# ----- what is left, and who may use it --------------------------------------------------------------------------------
+# ----- what is left, and who may use it -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -282,17 +283,23 @@ def test_interrupted_runs_go_on(interrupted, parents, vq, written, tmp_path, cap
     assert not written and shards > 3
     assert "100%" in capfd.readouterr().err  # what was there counts as done
     assert [path.name for path in tmp_path.iterdir()] == ["jam"]
-    assert contents(folder) == contents(jam_hf.fuse(*parents("llama"), "cross", tmp_path / "b", vq_model=vq, **SETTINGS))
+    assert contents(folder) == contents(
+        jam_hf.fuse(*parents("llama"), "cross", tmp_path / "b", vq_model=vq, **SETTINGS)
+    )
 
 
-@pytest.mark.parametrize("changes", [{"seed": 3}, {"max_shard_size": "61KB"}, {"dtype": "float32"}, {"init": "preserving"}])
+@pytest.mark.parametrize(
+    "changes", [{"seed": 3}, {"max_shard_size": "61KB"}, {"dtype": "float32"}, {"init": "preserving"}]
+)
 def test_leftovers_of_another_recipe_are_not_used(changes, interrupted, parents, vq, written, tmp_path):
     folder = interrupted()
     written.clear()
     settings = {**SETTINGS, **changes}
     jam_hf.fuse(*parents("llama"), "cross", folder, vq_model=vq, **settings)
     assert len(written) == len(list(folder.glob("*.safetensors")))
-    assert contents(folder) == contents(jam_hf.fuse(*parents("llama"), "cross", tmp_path / "b", vq_model=vq, **settings))
+    assert contents(folder) == contents(
+        jam_hf.fuse(*parents("llama"), "cross", tmp_path / "b", vq_model=vq, **settings)
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"jam", "b"}
 
 
@@ -345,7 +352,9 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_in_the_middle_of_a_shard_keeps_the_shards_before_it(ctrl_c, parents, vq, written, tmp_path, monkeypatch):
+def test_ctrl_c_in_the_middle_of_a_shard_keeps_the_shards_before_it(
+    ctrl_c, parents, vq, written, tmp_path, monkeypatch
+):
     original = TensorFileWriter.write
 
     def write(self, *arguments):
@@ -376,7 +385,7 @@ def test_models_in_memory_leave_nothing(parents, vq, tokenizer, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
-# ----- the lock and the note -------------------------------------------------------------------------------------------
+# ----- the lock and the note ------------------------------------------------------------------------------------------
 
 
 def test_a_second_run_is_refused_and_the_first_unharmed(tmp_path):
@@ -485,7 +494,9 @@ def test_what_stays_after_an_error(error, stays, tmp_path):
             stays = False  # an empty folder does not stay
 
 
-@pytest.mark.parametrize("make", [whole_folder, lambda *arguments: resumable_folder(arguments[0], "recipe", *arguments[1:])])
+@pytest.mark.parametrize(
+    "make", [whole_folder, lambda *arguments: resumable_folder(arguments[0], "recipe", *arguments[1:])]
+)
 def test_outputs_of_every_kind(make, tmp_path):
     """Links are followed, files and full folders refused, and an old folder is back if the last step fails."""
     (tmp_path / "real").mkdir()

@@ -1,4 +1,6 @@
-"""Two vocabularies into one: what tokens spell, whose rows they get, and the rows themselves, against slow definitions."""
+"""Two vocabularies into one: what tokens spell, whose rows they get, and the rows themselves, against slow
+definitions.
+"""
 
 import copy
 import json
@@ -69,7 +71,7 @@ def wordpiece(which="text"):
 KINDS = {"byte level": byte_level, "sentencepiece": sentencepiece, "unigram": unigram, "wordpiece": wordpiece}
 
 
-# ----- what tokens spell -----------------------------------------------------------------------------------------------
+# ----- what tokens spell ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -112,7 +114,7 @@ def test_byte_level_without_a_decoder_is_seen_by_its_pre_tokenizer():
     assert surfaces(bare) == surfaces(tokenizer)
 
 
-# ----- whose rows they get ---------------------------------------------------------------------------------------------
+# ----- whose rows they get --------------------------------------------------------------------------------------------
 
 
 def is_byte(name):
@@ -170,12 +172,18 @@ def slow(text, image, declared=()):
 @pytest.mark.parametrize("text_kind", KINDS)
 def test_transplants_follow_the_rule(text_kind, image_kind):
     text, image = KINDS[text_kind]("text"), KINDS[image_kind]("image")
-    text.add_tokens(["red circle", " leading", AddedToken("<only here>", special=True), AddedToken("<both>", special=True)])
+    text.add_tokens(
+        ["red circle", " leading", AddedToken("<only here>", special=True), AddedToken("<both>", special=True)]
+    )
     image.add_tokens([AddedToken("<both>", special=True), "sky and"])
     pieces, coverage = transplant(text, image, len(text) + 3, {})
     expected = slow(text, image)
-    assert {index: found for index, found in enumerate(pieces) if found} == {i: e for i, (e, _) in expected.items() if e}
-    counts = {way: sum(way == other for _, other in expected.values()) for way in (SAME_TEXT, SAME_ROLE, PIECES, BYTES, NONE)}
+    assert {index: found for index, found in enumerate(pieces) if found} == {
+        i: e for i, (e, _) in expected.items() if e
+    }
+    counts = {
+        way: sum(way == other for _, other in expected.values()) for way in (SAME_TEXT, SAME_ROLE, PIECES, BYTES, NONE)
+    }
     assert {way: count for way, count in counts.items() if count} == dict(coverage.counts)
     assert coverage.total == len(text.get_vocab()) and len(pieces) == len(text) + 3
     assert counts[SAME_TEXT] > 20 and counts[NONE] >= 1
@@ -192,9 +200,12 @@ def test_parts_of_a_character_are_matched_byte_by_byte():
     assert parts
     pieces, _ = transplant(text, image, len(text), {})
     for index in parts:
-        letters = [chr(byte).replace(" ", "\u2581") for byte in ours[index]]  # what is a token by itself is no byte there
+        letters = [
+            chr(byte).replace(" ", "\u2581") for byte in ours[index]
+        ]  # what is a token by itself is no byte there
         expected = [
-            names.get(a if a.isascii() or a == "\u2581" else "", names[f"<0x{b:02X}>"]) for a, b in zip(letters, ours[index])
+            names.get(a if a.isascii() or a == "\u2581" else "", names[f"<0x{b:02X}>"])
+            for a, b in zip(letters, ours[index])
         ]
         assert pieces[index] == tuple(expected)
 
@@ -277,7 +288,8 @@ def test_special_tokens_match_special_and_added_tokens_alone():
     ids = text.get_vocab()
     pieces, coverage = transplant(text, image, len(text), {})
     assert pieces[ids["<mark>"]] == pieces[ids["<other>"]] == () and coverage.counts[NONE] >= 2
-    # An added token that is no special one spells its name; what the image parent reads there are the pieces of the name.
+    # An added token that is no special one spells its name; what the image parent reads there are the pieces of the
+    # name.
     assert pieces[ids["<tool>"]] == tuple(image("<tool>", add_special_tokens=False)["input_ids"])
     # Added on both sides, special or not, it is one token.
     image = byte_level("image")
@@ -323,13 +335,15 @@ def test_any_added_tokens_follow_the_rule(ours, theirs, swap):
     text.add_tokens([token for token in ours if token.strip()])
     image.add_tokens([token for token in theirs if token.strip()])
     pieces, _ = transplant(text, image, len(text), {})
-    assert {i: found for i, found in enumerate(pieces) if found} == {i: e for i, (e, _) in slow(text, image).items() if e}
+    assert {i: found for i, found in enumerate(pieces) if found} == {
+        i: e for i, (e, _) in slow(text, image).items() if e
+    }
 
 
 TEXT, IMAGE = byte_level("text"), sentencepiece("image")
 
 
-# ----- the rows --------------------------------------------------------------------------------------------------------
+# ----- the rows -------------------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -390,14 +404,16 @@ def test_rows_that_are_the_parents_own_are_never_kept(decoder):
     assert rows._table is None and rows.loads == 0
 
 
-# ----- new ids ---------------------------------------------------------------------------------------------------------
+# ----- new ids --------------------------------------------------------------------------------------------------------
 
 
 def with_holes(vocabulary):
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocabulary, [])))
 
 
-@pytest.mark.parametrize("vocabulary", [{"a": 0, "b": 1, "c": 2, "d": 5, "e": 4}, {"a": 0, "b": 1, "c": 9}, {"a": 1, "b": 2}])
+@pytest.mark.parametrize(
+    "vocabulary", [{"a": 0, "b": 1, "c": 2, "d": 5, "e": 4}, {"a": 0, "b": 1, "c": 9}, {"a": 1, "b": 2}]
+)
 def test_new_tokens_in_a_vocabulary_with_holes_are_refused(vocabulary):
     """tokenizers counts: the new token would get the id of "d"."""
     with pytest.raises(ValueError, match="behind all others.* ids have no token.*tokenizer.json"):
@@ -458,7 +474,8 @@ def test_markup_that_is_there_does_not_shrink_the_sentinels(there, first):
     sentinels = joined.tokenizer.convert_ids_to_tokens(list(range(mask, mask + count)))
     assert sentinels == [first, *(f"{first[:-1]}:{i}>" for i in range(1, count))]
     assert all(
-        joined.tokenizer(token, add_special_tokens=False)["input_ids"] == [mask + i] for i, token in enumerate(sentinels)
+        joined.tokenizer(token, add_special_tokens=False)["input_ids"] == [mask + i]
+        for i, token in enumerate(sentinels)
     )
 
 
@@ -477,6 +494,15 @@ def test_layout_tokens_take_no_ordinary_tokens_place():
     state["model"]["vocab"]["<row>"] = len(byte_level())
     text = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **ROLES)
     joined = joined_vocabulary(
-        text, len(text), byte_level("image"), torch.arange(5), PictureLayout(begin=1, end=2, row_end=0), TokenNames(), {}
+        text,
+        len(text),
+        byte_level("image"),
+        torch.arange(5),
+        PictureLayout(begin=1, end=2, row_end=0),
+        TokenNames(),
+        {},
     )
-    assert joined.layout["image_row_end_token"] == "<jam:row>" and joined.ids["image_row_end_token_id"] >= len(byte_level()) + 1
+    assert (
+        joined.layout["image_row_end_token"] == "<jam:row>"
+        and joined.ids["image_row_end_token_id"] >= len(byte_level()) + 1
+    )

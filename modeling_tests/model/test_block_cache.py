@@ -101,7 +101,9 @@ def test_forwards_equal_those_with_a_dynamic_cache(mode, init, jam):
     for cache in (DynamicCache(config=model.config), JamBlockCache(config=model.config, block_size=4)):
         logits.append([])
         for start, end in ((0, 5), (5, 6), (6, 7), (7, 14)):
-            output = model(input_ids=ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+            output = model(
+                input_ids=ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True
+            )
             logits[-1].append(output.logits)
         assert len(cache.layers) == len(model.config.per_layer_config)
     torch.testing.assert_close(torch.cat(logits[1], dim=1), torch.cat(logits[0], dim=1), rtol=1e-5, atol=1e-5)
@@ -141,7 +143,13 @@ def test_a_cache_goes_on_after_inference_mode(jam):
 
 @torch.no_grad()
 def test_sliding_windows_stay_short():
-    text = {"model_type": "mistral", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    text = {
+        "model_type": "mistral",
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+    }
     text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "sliding_window": 4}
     vq = {"block_out_channels": (8, 8, 8), "layers_per_block": 1, "latent_channels": 4, "sample_size": 16}
     vq |= {"num_vq_embeddings": 16, "norm_num_groups": 4, "mid_block_add_attention": False}
@@ -151,7 +159,8 @@ def test_sliding_windows_stay_short():
     kinds = [type(layer) for layer in cache.layers]
     assert set(kinds) == {DynamicSlidingWindowLayer, JamBlockLayer}
     assert kinds == [
-        JamBlockLayer if type(layer) is DynamicLayer else type(layer) for layer in DynamicCache(config=model.config).layers
+        JamBlockLayer if type(layer) is DynamicLayer else type(layer)
+        for layer in DynamicCache(config=model.config).layers
     ]
     ids = torch.randint(17, 64, (2, 12), generator=torch.Generator().manual_seed(0))
     steps = [model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(12)]

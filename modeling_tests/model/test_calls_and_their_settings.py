@@ -1,4 +1,6 @@
-"""Which settings hold in a call of `generate()`: those that are saved, those that are passed, those that make no sense."""
+"""Which settings hold in a call of `generate()`: those that are saved, those that are passed, those that make no
+sense.
+"""
 
 import contextlib
 import copy
@@ -54,7 +56,9 @@ def test_a_saved_layout_is_for_interleaved_calls(layout, model):
     for name, value in layout.items():
         setattr(model.generation_config, name, value)
     for mode, output in expected.items():
-        assert torch.equal(model.generate(**PROMPT, generation_mode=mode, do_sample=False, max_new_tokens=N + 2), output)
+        assert torch.equal(
+            model.generate(**PROMPT, generation_mode=mode, do_sample=False, max_new_tokens=N + 2), output
+        )
     config = GenerationConfig(generation_mode="image", do_sample=False, max_new_tokens=N + 2)
     assert torch.equal(model.generate(**PROMPT, generation_config=config), expected["image"])
     merged = copy.deepcopy(model.generation_config)  # as pipelines pass it
@@ -112,7 +116,9 @@ def test_no_room_at_all_is_told(budget, mode, model):
         model.generate(**PROMPT, generation_mode=mode, **budget)
 
 
-@pytest.mark.parametrize("settings", [{"generation_mode": "image"}, {"generation_mode": "interleaved", "min_new_images": 1}])
+@pytest.mark.parametrize(
+    "settings", [{"generation_mode": "image"}, {"generation_mode": "interleaved", "min_new_images": 1}]
+)
 @pytest.mark.parametrize("beams", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}])
 def test_each_row_has_room_or_not_by_itself(settings, beams, model):
     """A long row with most of its picture drawn, and a short one: each fits alone, so they fit together."""
@@ -215,7 +221,9 @@ def test_negative_prompts_that_are_none(family, negative, words, jam):
 
 def test_a_mask_without_a_negative_prompt_is_told(model):
     with pytest.raises(ValueError, match="came without negative_prompt_ids"):
-        model.generate(**PROMPT, generation_mode="image", guidance_scale=2.0, negative_prompt_attention_mask=torch.ones(1, 2))
+        model.generate(
+            **PROMPT, generation_mode="image", guidance_scale=2.0, negative_prompt_attention_mask=torch.ones(1, 2)
+        )
 
 
 def test_lists_of_negative_prompts_go_with_their_rows_to_candidates(model):
@@ -251,7 +259,12 @@ def test_without_a_grammar_a_picture_may_be_left_anywhere(name, layout_jam):  # 
             return scores
 
     settings = {"generation_mode": None, "guidance_scale": 3.0, "max_new_tokens": 40, "eos_token_id": None}
-    settings |= {"do_sample": False, "return_dict_in_generate": True, "output_scores": True, "logits_processor": [Astray()]}
+    settings |= {
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "logits_processor": [Astray()],
+    }
     output = model.generate(**PROMPT, **settings)
     ids, compared = output.sequences[0].tolist(), 0
     for step, scores in enumerate(output.scores):
@@ -311,7 +324,9 @@ def test_settings_in_the_models_own_config_are_saved_and_loaded(model, tmp_path)
     asked = {**PROMPT, "do_sample": False}
     expected = model.generate(**asked, generation_config=loaded)
     assert torch.equal(model.generate(**asked), expected)
-    assert vars(own) == vars(model.generation_config) and vars(loaded) == vars(GenerationConfig.from_pretrained(tmp_path))
+    assert vars(own) == vars(model.generation_config) and vars(loaded) == vars(
+        GenerationConfig.from_pretrained(tmp_path)
+    )
 
 
 CALLS = [
@@ -354,7 +369,9 @@ def test_calls_in_threads_do_not_meet(model):
 
 
 def test_a_call_leaves_nothing_behind(model):
-    """Neither on its cache nor on the config that came with it; what goes on from that cache is what a whole call writes."""
+    """Neither on its cache nor on the config that came with it; what goes on from that cache is what a whole call
+    writes.
+    """
     config = GenerationConfig(generation_mode="interleaved", image_positions=[1], guidance_scale=3.0, do_sample=False)
     config.max_new_tokens = N + 6
     before, cache = copy.deepcopy(vars(config)), JamBlockCache(config=model.config)

@@ -1,4 +1,6 @@
-"""N best: the best candidate is kept, text is what the row would write alone, budgets hold; rerankers against slow oracles."""
+"""N best: the best candidate is kept, text is what the row would write alone, budgets hold; rerankers against slow
+oracles.
+"""
 
 import copy
 
@@ -83,7 +85,9 @@ class GreedyText(LogitsProcessor):
     ),
 )
 def test_the_best_candidate_is_kept_and_text_is_what_the_row_would_write_alone(name, mode, laid_out):
-    """Oracles: the lowest sum of codes among the candidates; for text a full forward over the row alone, for each token."""
+    """Oracles: the lowest sum of codes among the candidates; for text a full forward over the row alone, for each
+    token.
+    """
     (model, _), layout = laid_out(name, mode), LAYOUTS[name]
     rows, steps = unlike_prompts(layout), 90
     inputs = padded(rows)
@@ -115,7 +119,9 @@ def test_the_best_candidate_is_kept_and_text_is_what_the_row_would_write_alone(n
         assert_well_formed(ids, layout)
         starts = {slot.start for slot in output.picture_slots if slot.row == index}
         assert starts == {
-            place + shift for place in range(len(ids)) if ids[place] == BREAK and place_by_hand(ids[:place], layout) is None
+            place + shift
+            for place in range(len(ids))
+            if ids[place] == BREAK and place_by_hand(ids[:place], layout) is None
         } - ({1 + 1 + shift} if index == 1 else set())
         for end in range(len(prompt), len(ids)):
             if place_by_hand(ids[:end], layout) is not None:
@@ -225,7 +231,10 @@ def test_more_candidates_win_by_more(laid_out):
     for count in (1, 8):
         torch.manual_seed(2)
         ids = model.generate(
-            torch.tensor([[BOS, 60]] * 6), **{**SAMPLED, "generation_mode": "image"}, num_candidates=count, reranker=lowest_sum
+            torch.tensor([[BOS, 60]] * 6),
+            **{**SAMPLED, "generation_mode": "image"},
+            num_candidates=count,
+            reranker=lowest_sum,
         )
         means.append(ids[:, 3 : 3 + N].float().mean())
     assert means[1] < means[0] - 0.5
@@ -419,7 +428,15 @@ def test_text_has_no_ids_of_pictures_though_a_tokenizer_may_know_them_as_words(l
             return ids.tolist()
 
     model, _ = laid_out("emu3")
-    row = [BOS, 30, *picture(LAYOUTS["emu3"], range(FIRST, LAST)), 31, *picture(LAYOUTS["emu3"], range(FIRST, LAST)), 32, BREAK]
+    row = [
+        BOS,
+        30,
+        *picture(LAYOUTS["emu3"], range(FIRST, LAST)),
+        31,
+        *picture(LAYOUTS["emu3"], range(FIRST, LAST)),
+        32,
+        BREAK,
+    ]
     assert PictureCandidates(model, torch.tensor(row), torch.zeros(1, N), Ids()).text == [BOS, 30, 31, 32]
 
 

@@ -36,7 +36,9 @@ def test_pictures_beside_a_chat_fill_the_places_that_name_none(processor):
         _user(_image(), _text("or"), _image(image=GREEN, url=None, text=None), _text("or <image>")),
     ]
     expected = processor(
-        text="<s><|system|>see <image><|user|><image>or<image>or <image>", images=[RED, BLUE, GREEN, RED], return_tensors="pt"
+        text="<s><|system|>see <image><|user|><image>or<image>or <image>",
+        images=[RED, BLUE, GREEN, RED],
+        return_tensors="pt",
     )
     for given in ({"images": [RED, BLUE, RED]}, {"processor_kwargs": {"images": [RED, BLUE, RED]}}):
         inputs = processor.apply_chat_template(chat, **OPTIONS, **given)
@@ -53,7 +55,11 @@ def test_pictures_beside_a_chat_fill_the_places_that_name_none(processor):
 @pytest.mark.parametrize(
     ("parts", "images", "words"),
     [
-        ([_image(), _text("a")], None, "Message 0 has the place of a picture, but no picture: expected one under image, url"),
+        (
+            [_image(), _text("a")],
+            None,
+            "Message 0 has the place of a picture, but no picture: expected one under image, url",
+        ),
         ([_image(image=None)], None, "Message 0 has the place of a picture"),
         ([{"type": "image_url", "image_url": None}], None, "Message 0 has the place of a picture"),
         ([_image(image=RED), _image()], None, "Message 0 has the place of a picture"),

@@ -106,7 +106,8 @@ def test_paper_parameter_counts(mode, low, high):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"break_token_id": None}, {"break_token_id": 3.5}, {"cross_attention_interval": 2.5}, {"cross_form": 1}]
+    "settings",
+    [{"break_token_id": None}, {"break_token_id": 3.5}, {"cross_attention_interval": 2.5}, {"cross_form": 1}],
 )
 def test_types_are_checked(settings):
     with pytest.raises(StrictDataclassFieldValidationError, match=next(iter(settings))):

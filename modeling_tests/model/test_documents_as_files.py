@@ -28,7 +28,17 @@ def noise(seed: int, mode: str = "RGB", size=(5, 3)) -> Image.Image:
 
 NASTY = st.lists(
     st.sampled_from(
-        [*string.punctuation, *" \t\n\n\r\x00\x1b\u00a0\u2028\u00e9\u6f22", "1", "23", "a", "b", "http://x.y", "&amp;", "---"]
+        [
+            *string.punctuation,
+            *" \t\n\n\r\x00\x1b\u00a0\u2028\u00e9\u6f22",
+            "1",
+            "23",
+            "a",
+            "b",
+            "http://x.y",
+            "&amp;",
+            "---",
+        ]
     ),
     max_size=25,
 ).map("".join)
@@ -38,14 +48,18 @@ SEGMENTS = st.one_of(
     st.builds(lambda image: {"type": "image", "image": image}, PICTURES),
     st.builds(lambda image, alt: {"type": "image", "image": image, "alt": alt}, PICTURES, NASTY),
     st.builds(
-        lambda codes: {"type": "image", "image": None, "image_tokens": codes}, st.lists(st.integers(300, 315), max_size=5)
+        lambda codes: {"type": "image", "image": None, "image_tokens": codes},
+        st.lists(st.integers(300, 315), max_size=5),
     ),
 )
 DOCUMENTS = st.lists(st.lists(SEGMENTS, max_size=5), max_size=3)
 TEXT = {"type": "text", "text": "a sea"}
 STORY = [
     [{"type": "text", "text": "A <b>ruby</b> & *more*"}, {"type": "image", "image": noise(1)}],
-    [{"type": "image", "image": None, "image_tokens": [300, 301]}, {"type": "image", "image": noise(2), "alt": 'a "red" one'}],
+    [
+        {"type": "image", "image": None, "image_tokens": [300, 301]},
+        {"type": "image", "image": noise(2), "alt": 'a "red" one'},
+    ],
 ]
 
 
@@ -128,7 +142,9 @@ def test_a_page_says_what_the_segments_say_and_needs_no_other_file(documents):
 
 
 def test_words_for_pictures_in_another_language(tmp_path):
-    path = save_html(STORY, tmp_path / "a.html", language="de", picture="Bild {number}", unfinished="Bild {number} fehlt")
+    path = save_html(
+        STORY, tmp_path / "a.html", language="de", picture="Bild {number}", unfinished="Bild {number} fehlt"
+    )
     first, second = Reader(path.read_text(encoding="utf-8")).documents
     assert (first[1][0], second[0], second[1][0]) == ("Bild 1", ["Bild 1 fehlt"], 'a "red" one')
     path = save_markdown(STORY, tmp_path / "a.md", picture="Bild {number}", unfinished="Bild {number} fehlt")
@@ -238,7 +254,9 @@ def test_text_stays_text_in_markdown_and_links_find_their_pictures(tmp_path_fact
 )
 def test_markup_in_a_text_is_shown_and_not_obeyed(text, tmp_path):
     document = [{"type": "text", "text": text}]
-    assert rendered(save_markdown([document], tmp_path / "a.md").read_text(encoding="utf-8")) == [expected_markdown(document)]
+    assert rendered(save_markdown([document], tmp_path / "a.md").read_text(encoding="utf-8")) == [
+        expected_markdown(document)
+    ]
 
 
 # ----- JSON -----------------------------------------------------------------------------------------------------------
@@ -280,15 +298,24 @@ def test_further_entries_stay_and_a_moved_folder_reads(tmp_path):
         ('{"jam_documents": 1, "documents": [[{"type": "video"}]]}', "Document 0, segment 0 must be"),
         ('{"jam_documents": 1, "documents": [[{"type": "image", "image": 5}]]}', "must have a PIL picture or None"),
         ('{"jam_documents": 1, "documents": [[{"type": "image", "image": "absent.png"}]]}', "cannot read .*absent.png"),
-        ('{"jam_documents": 1, "documents": [[{"type": "image", "image": "../x.png"}]]}', "not the name of a file beside it"),
+        (
+            '{"jam_documents": 1, "documents": [[{"type": "image", "image": "../x.png"}]]}',
+            "not the name of a file beside it",
+        ),
         ('{"jam_documents": 1, "documents": [[{"type": "image", "image": "/etc/passwd"}]]}', "not the name of a file"),
         ('{"jam_documents": 1, "documents": [[{"type": "image", "image": ""}]]}', "not the name of a file"),
         (
             '{"jam_documents": 1, "documents": [[{"type": "image", "image": "data:image/png;base64,AAA"}]]}',
             "cannot read the pic",
         ),
-        ('{"jam_documents": 1, "documents": [[{"type": "image", "image": "data:image/png;base64,AAAA"}]]}', "cannot read the"),
-        ('{"jam_documents": 1, "documents": [[{"type": "image", "image": "story.json"}]]}', "cannot read .*Expected an undam"),
+        (
+            '{"jam_documents": 1, "documents": [[{"type": "image", "image": "data:image/png;base64,AAAA"}]]}',
+            "cannot read the",
+        ),
+        (
+            '{"jam_documents": 1, "documents": [[{"type": "image", "image": "story.json"}]]}',
+            "cannot read .*Expected an undam",
+        ),
     ],
 )
 def test_files_that_hold_no_documents_are_refused(content, words, tmp_path):
@@ -387,7 +414,9 @@ def test_the_processor_has_them_for_those_without_jam_hf(tmp_path):
     assert JamProcessor.save_html is save_html and JamProcessor.save_markdown is save_markdown
 
 
-@pytest.mark.parametrize("extra", [{1: "a"}, {None: 1}, {True: 1}, (1, 2), [{"x": ({},)}], {"x": {"y": {2.5: 0}}}, "\ud800"])
+@pytest.mark.parametrize(
+    "extra", [{1: "a"}, {None: 1}, {True: 1}, (1, 2), [{"x": ({},)}], {"x": {"y": {2.5: 0}}}, "\ud800"]
+)
 def test_what_would_come_back_otherwise_is_refused(extra, tmp_path):
     with pytest.raises(ValueError, match="Document 0, segment 1 cannot be written as JSON: it\\['extra'\\]"):
         save_json([[TEXT, {**TEXT, "extra": extra}]], tmp_path / "x.json")

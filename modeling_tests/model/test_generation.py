@@ -131,7 +131,9 @@ def _oracle(model, row, mode, scale, steps, budget):
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize("mode", ["interleaved", "image"])
-@pytest.mark.parametrize(("family", "fusion", "init"), [("llama", "cross", "preserving"), ("opt-paper", "width", "copy")])
+@pytest.mark.parametrize(
+    ("family", "fusion", "init"), [("llama", "cross", "preserving"), ("opt-paper", "width", "copy")]
+)
 @torch.no_grad()
 def test_generate_equals_the_slow_oracle_row_by_row(family, fusion, init, mode, scale, jam):
     """Rows of one batch in different modalities: one in text, one that opens a picture, one half-way through one."""
@@ -172,7 +174,9 @@ def test_guidance_is_not_idle(jam):
 def test_grammar_holds_under_beams_and_sampling(settings, jam):
     model = jam("llama", "cross", "preserving")
     torch.manual_seed(0)
-    output = model.generate(input_ids=torch.tensor([[1, 30, 31]]), generation_mode="image", guidance_scale=2.0, **settings)
+    output = model.generate(
+        input_ids=torch.tensor([[1, 30, 31]]), generation_mode="image", guidance_scale=2.0, **settings
+    )
     first = model.config.image_token_offset
     for row in output.tolist():
         assert row[3] == BREAK and row[4 + N] == BREAK

@@ -29,7 +29,13 @@ LAYOUTS = {
 def _config(layout: str, grid: int, eos=EOS) -> JamConfig:
     codes = 8
     vq = {"block_out_channels": (8, 8), "sample_size": 2 * grid, "num_vq_embeddings": codes, "norm_num_groups": 4}
-    text = {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    text = {
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+    }
     return JamConfig(text_config=text, vq_config=vq, **LAYOUTS[layout], eos_token_id=eos)
 
 
@@ -37,7 +43,8 @@ CONFIGS = {(layout, grid): _config(layout, grid) for layout in LAYOUTS for grid 
 
 
 def _parse(row: list[int], config: JamConfig) -> tuple[list[tuple[str, int]], bool]:
-    """Segments `("text", ids)` and `("picture", tokens between the marks)` of one row up to its end, and whether it ended.
+    """Segments `("text", ids)` and `("picture", tokens between the marks)` of one row up to its end, and whether it
+    ended.
 
     Raises AssertionError where the row is no document.
     """
@@ -79,7 +86,9 @@ def _rules(draw, cost: int, room: int) -> DocumentRules:
     if after and draw(st.booleans()):
         return DocumentRules(mode, least, most, image_after_token_ids=after)
     places = tuple(
-        sorted(draw(st.lists(st.integers(0, 12), min_size=1, max_size=most if most is not None else 3))) if most != 0 else ()
+        sorted(draw(st.lists(st.integers(0, 12), min_size=1, max_size=most if most is not None else 3)))
+        if most != 0
+        else ()
     )
     return DocumentRules(mode, least, most, after, places)
 
@@ -87,8 +96,9 @@ def _rules(draw, cost: int, room: int) -> DocumentRules:
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(st.data())
 def test_random_documents(data):
-    """Whatever is drawn among the ids that are allowed is a document, keeps the budget and the rules, and both ways to read
-    it agree at every step."""
+    """Whatever is drawn among the ids that are allowed is a document, keeps the budget and the rules, and both ways to
+    read it agree at every step.
+    """
     config = CONFIGS[data.draw(st.sampled_from(sorted(CONFIGS)))]
     grammar, length = PictureGrammar(config), config.picture_length
     cost, first = length + 2, config.image_token_offset
@@ -151,7 +161,9 @@ def test_random_documents(data):
             _check_layout(segments, len(prompt), rules, cost, room, half, ended)
 
 
-def _check_layout(segments, prompt_length: int, rules: DocumentRules, cost: int, room: int, half: bool, ended: bool) -> None:
+def _check_layout(
+    segments, prompt_length: int, rules: DocumentRules, cost: int, room: int, half: bool, ended: bool
+) -> None:
     """Where a layout is forced, pictures stand where it says and, beyond `min_images`, nowhere else."""
     if not rules.forced or rules.min_images:
         return
@@ -235,7 +247,9 @@ def test_the_host_is_asked_only_where_rows_are_in_text():
 
 
 def test_a_step_compiles_whole():
-    """`advance`, `kinds` and the sets in one graph, without a break, for every set of rules; and with the same result."""
+    """`advance`, `kinds` and the sets in one graph, without a break, for every set of rules; and with the same
+    result.
+    """
     config = CONFIGS["rows", 2]
     grammar = PictureGrammar(config)
     device = torch.device("cpu")

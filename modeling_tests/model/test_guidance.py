@@ -1,4 +1,6 @@
-"""Guidance against a slow oracle: one row, no cache, a full forward for the document and for each branch at every token."""
+"""Guidance against a slow oracle: one row, no cache, a full forward for the document and for each branch at every
+token.
+"""
 
 import functools
 import math
@@ -29,7 +31,10 @@ KINDS = {
     "CD-K": {"contrastive_alpha": 0.4, "contrastive_k": 3},
     "CD-K of all codes": {"contrastive_alpha": 0, "contrastive_k": 99},
     "negative": {"guidance_scale": 3.0, "negative": [[1, 44, 45, 46]]},
-    "negatives, a break at the end": {"guidance_scale": 3.0, "negative": [[1, 44, BREAK], [1, 45, 46, 47, BREAK], [9], [50]]},
+    "negatives, a break at the end": {
+        "guidance_scale": 3.0,
+        "negative": [[1, 44, BREAK], [1, 45, 46, 47, BREAK], [9], [50]],
+    },
 }
 
 
@@ -81,7 +86,9 @@ def oracle(model, row: list[int], kind: dict, mode: str, steps: int, negative: l
         if bool(state.in_picture) and count < N:
             opening = len(ids) - count - 1
             told = [[*_context_by_hand(model, n, ids[:opening], negative), *ids[opening:]] for n in names]
-            branches = [model(input_ids=torch.tensor([t]), use_cache=False).logits[0, -1, first:last].tolist() for t in told]
+            branches = [
+                model(input_ids=torch.tensor([t]), use_cache=False).logits[0, -1, first:last].tolist() for t in told
+            ]
             scores[first:last] = torch.tensor(_combine_by_hand(kind, scores[first:last].tolist(), branches))
         rules = DocumentRules(mode, image_positions=PLACES if mode == "interleaved" else ())
         state = grammar.state(torch.tensor([ids]), len(row), steps - len(ids) + len(row))
@@ -157,7 +164,9 @@ def test_each_cache(kind, settings, jam):
 @pytest.mark.parametrize("kind", ["classifier-free", "two scales"])
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_packed_is_what_runs_and_the_document_alone_stays(family, attention, kind, jam, monkeypatch):
-    """One forward a token, two or three columns each inside pictures and one in text; then the cache is as without guidance."""
+    """One forward a token, two or three columns each inside pictures and one in text; then the cache is as without
+    guidance.
+    """
     model = jam(family, "width", "copy")
     model.set_attn_implementation(attention)
     monkeypatch.setattr(SeparateGuidance, "logits", None)
@@ -173,7 +182,9 @@ def test_packed_is_what_runs_and_the_document_alone_stays(family, attention, kin
     settings["image_positions"] = list(PLACES)
     prompt = torch.tensor([[BOS, 30, 31]])
     output = model.generate(prompt, return_dict_in_generate=True, **settings, **KINDS[kind])
-    columns = 1 + len(GuidanceSettings(KINDS[kind].get("guidance_scale"), KINDS[kind].get("image_guidance_scale")).branches)
+    columns = 1 + len(
+        GuidanceSettings(KINDS[kind].get("guidance_scale"), KINDS[kind].get("image_guidance_scale")).branches
+    )
     assert fed.count((1, columns)) >= N and fed.count((1, 1)) > 0
     assert all(width <= 2 or width == columns or width in (3, 21) for _, width in fed)
     # The cache that comes back holds the document alone, as a forward of it makes.
@@ -200,7 +211,12 @@ def test_columns_of_pictures_that_are_done_are_taken_out(jam, monkeypatch):
 
     monkeypatch.setattr(LaneColumns, "append", recording)
     rows = [[BOS, 30 + i] for i in range(3)]
-    rules = {"generation_mode": "interleaved", "image_positions": [1, 2, 3, 4], "do_sample": False, "eos_token_id": None}
+    rules = {
+        "generation_mode": "interleaved",
+        "image_positions": [1, 2, 3, 4],
+        "do_sample": False,
+        "eos_token_id": None,
+    }
     ids = batch([[BOS, 31, 32, 33, 34, 35, 36, 37, 38, BREAK], rows[1], rows[2]])
     monkeypatch.setattr(PackedGuidance, "columns_beside", staticmethod(lambda *args: 2 * (2 + N + 2)))
     output = model.generate(**ids, **rules, guidance_scale=3.0, max_new_tokens=100)
@@ -300,9 +316,9 @@ def test_scores_and_logits_are_right_at_every_step(jam):
         )
         torch.testing.assert_close(
             output.hidden_states[step][-1][:, -1],
-            model(input_ids=ids, attention_mask=mask, position_ids=positions, output_hidden_states=True).hidden_states[-1][
-                :, -1
-            ],
+            model(input_ids=ids, attention_mask=mask, position_ids=positions, output_hidden_states=True).hidden_states[
+                -1
+            ][:, -1],
             atol=2e-3,
             rtol=1e-3,
         )
@@ -353,7 +369,9 @@ def test_random_batches_equal_the_oracle(data, small):
     for _ in range(data.draw(st.integers(1, 4))):
         row = [BOS]
         for part in data.draw(st.lists(st.sampled_from(["text", "picture"]), max_size=2)):
-            row += picture(small, len(row)) if part == "picture" else data.draw(st.lists(st.integers(20, 60), max_size=3))
+            row += (
+                picture(small, len(row)) if part == "picture" else data.draw(st.lists(st.integers(20, 60), max_size=3))
+            )
         half = data.draw(st.none() | st.integers(0, N))
         rows.append(row if half is None else [*row, BREAK, *[first + place % 16 for place in range(half)]])
     mode = data.draw(st.sampled_from(["interleaved", "image"] if steps >= N + 2 else ["interleaved"]))
@@ -365,10 +383,15 @@ def test_random_batches_equal_the_oracle(data, small):
 def test_the_formulas_code_by_code(seed, name):
     kind = {key: value for key, value in KINDS[name].items() if key != "negative"}
     guidance = GuidanceSettings(
-        kind.get("guidance_scale"), kind.get("image_guidance_scale"), kind.get("contrastive_alpha"), kind.get("contrastive_k")
+        kind.get("guidance_scale"),
+        kind.get("image_guidance_scale"),
+        kind.get("contrastive_alpha"),
+        kind.get("contrastive_k"),
     )
     generator = torch.Generator().manual_seed(seed)
-    cond, *branches = (3 * torch.randn(7, generator=generator, dtype=torch.float64) for _ in range(1 + len(guidance.branches)))
+    cond, *branches = (
+        3 * torch.randn(7, generator=generator, dtype=torch.float64) for _ in range(1 + len(guidance.branches))
+    )
     expected = torch.tensor(_combine_by_hand(kind, cond.tolist(), [b.tolist() for b in branches]), dtype=torch.float64)
     torch.testing.assert_close(guidance.combine(cond, *branches), expected.log_softmax(-1), atol=1e-9, rtol=1e-9)
 
@@ -383,7 +406,11 @@ def test_no_scale_is_no_guidance(jam):
 
 def test_sliding_windows_are_guided_apart(jam):
     """Their caches drop the oldest columns, whoever's they are."""
-    text = parent_model("llama", 120, 1).config.to_dict() | {"model_type": "mistral", "sliding_window": 8, "head_dim": 8}
+    text = parent_model("llama", 120, 1).config.to_dict() | {
+        "model_type": "mistral",
+        "sliding_window": 8,
+        "head_dim": 8,
+    }
     text = {key: value for key, value in text.items() if key in MistralConfig().to_dict()} | {"model_type": "mistral"}
     model = JamForCausalLM(JamConfig(text_config=text, vq_config=VQ_SETTINGS)).eval()
     randomise(model, 3)

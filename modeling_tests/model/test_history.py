@@ -1,4 +1,6 @@
-"""Processors that look back: text over the history of text, codes only where an `image_` setting asks, in every loop."""
+"""Processors that look back: text over the history of text, codes only where an `image_` setting asks, in every
+loop.
+"""
 
 import pytest
 import torch
@@ -137,7 +139,9 @@ def test_text_obeys_over_the_history_of_text(name, model):
 def test_a_users_stock_processor_is_the_setting(model):
     _, prompts = _prompts(model)
     settings = {"generation_mode": "interleaved", "image_positions": [2], "do_sample": False, "max_new_tokens": 28}
-    given = model.generate(**prompts, **settings, logits_processor=LogitsProcessorList([NoRepeatNGramLogitsProcessor(2)]))
+    given = model.generate(
+        **prompts, **settings, logits_processor=LogitsProcessorList([NoRepeatNGramLogitsProcessor(2)])
+    )
     assert torch.equal(given, model.generate(**prompts, **settings, no_repeat_ngram_size=2))
 
 
@@ -175,7 +179,9 @@ def test_image_settings_go_by_the_codes_of_the_document(setting, stock, guided, 
             if 1 <= step <= N:
                 branch = [1, model.config.mask_token_id, *ids[len(prompt) :]]
                 seen = (ids,) if not guided else (ids, branch)
-                logits = [model(input_ids=torch.tensor([i]), use_cache=False).logits[0, -1, first : first + N] for i in seen]
+                logits = [
+                    model(input_ids=torch.tensor([i]), use_cache=False).logits[0, -1, first : first + N] for i in seen
+                ]
                 scores = (logits[0],) if not guided else ((logits[1] + 2.0 * (logits[0] - logits[1])).log_softmax(-1),)
                 codes = torch.tensor([[i - first for i in ids if first <= i < first + N]])
                 expected = stock(codes, scores[0][None])[0]
@@ -195,7 +201,10 @@ def test_streamed_pictures_are_those_without_the_setting(model, processor):
     inputs = processor(text="a small red circle", return_tensors="pt")
     settings = {"generation_mode": "image", "do_sample": False}
     plain, obeyed = (
-        [event["image_tokens"] for event in jam_hf.stream(model, processor, **inputs, **settings, **more, skip_prompt=True)]
+        [
+            event["image_tokens"]
+            for event in jam_hf.stream(model, processor, **inputs, **settings, **more, skip_prompt=True)
+        ]
         for more in ({}, {"no_repeat_ngram_size": 2, "repetition_penalty": 3.0})
     )
     assert plain == obeyed and len(plain) == 1
@@ -207,7 +216,9 @@ def test_a_length_penalty_ends_no_guided_picture(mode, model):
     ids = torch.tensor([[1, *TEXT, BREAK]])
     settings = {"generation_mode": mode, "guidance_scale": 2.0, "do_sample": False, "max_new_tokens": N + 1}
     output = model.generate(input_ids=ids, **settings, exponential_decay_length_penalty=(0, 2.0))
-    assert torch.equal(output[0, : len(TEXT) + 2 + N], model.generate(input_ids=ids, **settings)[0, : len(TEXT) + 2 + N])
+    assert torch.equal(
+        output[0, : len(TEXT) + 2 + N], model.generate(input_ids=ids, **settings)[0, : len(TEXT) + 2 + N]
+    )
 
 
 def test_a_watermark_that_counts_steps_is_refused_beside_pictures(model):

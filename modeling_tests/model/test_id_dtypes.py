@@ -59,12 +59,15 @@ def test_generation(settings, model, inputs):
 def test_continuous_batching_collators_and_tables(processor, model, inputs):
     ids = model.model.insert_image_tokens(inputs["input_ids"], inputs["pixel_values"])
     assert torch.equal(model.model.insert_image_tokens(inputs["input_ids"].int(), inputs["pixel_values"]), ids)
-    segments = [processor.post_process_interleaved(row, model) for row in (ids, ids.int(), ids.numpy().astype(np.int32))]
+    segments = [
+        processor.post_process_interleaved(row, model) for row in (ids, ids.int(), ids.numpy().astype(np.int32))
+    ]
     assert [[s["type"] for s in row] for row in segments[0]] == [[s["type"] for s in row] for row in segments[1]]
     assert [[s["type"] for s in row] for row in segments[0]] == [[s["type"] for s in row] for row in segments[2]]
     collate = JamDataCollator(pad_token_id=0, vocab_size=model.config.vocab_size)
     batches = [
-        collate([{"input_ids": kind(row)} for row in ids]) for kind in (lambda r: r.int(), lambda r: r.numpy().astype(np.int32))
+        collate([{"input_ids": kind(row)} for row in ids])
+        for kind in (lambda r: r.int(), lambda r: r.numpy().astype(np.int32))
     ]
     assert all(batch["input_ids"].dtype == torch.int64 and torch.equal(batch["input_ids"], ids) for batch in batches)
     codes = model.get_image_tokens(inputs["pixel_values"])

@@ -112,7 +112,13 @@ def test_the_head_of_a_janus_becomes_the_image_head():
     text = parent_model("llama", VOCABULARY, 1)
     vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
     vq = {"num_embeddings": NUM_CODES, "embed_dim": 4, "image_token_embed_dim": 32, "projection_dim": WIDTH}
-    vq |= {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "latent_channels": 32, "num_patches": 4}
+    vq |= {
+        "base_channels": 32,
+        "channel_multiplier": [1, 1],
+        "num_res_blocks": 1,
+        "latent_channels": 32,
+        "num_patches": 4,
+    }
     config = JanusConfig(text_config=text.config, vision_config=vision | {"projection_dim": 32}, vq_config=vq)
     janus = JanusForConditionalGeneration(config).eval()
     randomise(janus, seed=3)

@@ -1,4 +1,5 @@
-"""Infilling: prompts against the training objective, the grammar against a hand-made one, greedy filling against a slow loop.
+"""Infilling: prompts against the training objective, the grammar against a hand-made one, greedy filling against a slow
+loop.
 
 The documents come from `test_picture_layout.py`, in all layouts.
 """
@@ -99,7 +100,9 @@ def may_follow(written: list[int], gaps: list, budget: int, closing: list[int]) 
 
 
 def no_text(layout: dict) -> list[int]:
-    """Padding, `<s>`, `<eos>`, `<break>`, `<image>`, sentinels and the end of a span, and what a layout has of its own."""
+    """Padding, `<s>`, `<eos>`, `<break>`, `<image>`, sentinels and the end of a span, and what a layout has of its
+    own.
+    """
     template = [token for token in template_by_hand(layout, 1) if token is not None]
     return [0, BOS, EOS, BREAK, IMAGE, *range(MASK, MASK_END + 1), layout.get("image_end_token_id") or BREAK, *template]
 
@@ -256,7 +259,8 @@ def _equal(left, right) -> bool:
     """Equal segments; pictures by their pixels, which may differ by a level."""
     pairs = [(a, b) for x, y in zip(left, right, strict=True) for a, b in zip(x, y, strict=True)]
     return all(
-        a["type"] == b["type"] and (a["text"] == b["text"] if a["type"] == "text" else same_picture(a["image"], b["image"]))
+        a["type"] == b["type"]
+        and (a["text"] == b["text"] if a["type"] == "text" else same_picture(a["image"], b["image"]))
         for a, b in pairs
     )
 
@@ -279,9 +283,13 @@ def fill_slowly(model, prompt: list[int], gaps: list, budget: int, layout: dict)
     return written
 
 
-@pytest.mark.parametrize(("name", "mode"), [("plain", "cross"), ("chameleon", "cross"), ("emu3", "cross"), ("emu3", "uniform")])
+@pytest.mark.parametrize(
+    ("name", "mode"), [("plain", "cross"), ("chameleon", "cross"), ("emu3", "cross"), ("emu3", "uniform")]
+)
 def test_a_padded_batch_is_filled_as_a_slow_loop_fills_each_document(name, mode, layout_jam, layout_tokenizer):  # noqa: F811
-    """One and several gaps in text, beside a picture, a span, a rectangle, a picture to draw from another, all missing."""
+    """One and several gaps in text, beside a picture, a span, a rectangle, a picture to draw from another, all
+    missing.
+    """
     model, layout, processor = layout_jam(name, mode), LAYOUTS[name], layout_processor(layout_tokenizer, name)
     texts = ["a<mask> circle", "<mask>red<mask>", "a ruby<image>is<mask>", "<image>", "<image>blue<image>"]
     images = [[], None, [_noise(0)], [_noise(1)], [_noise(2), None]]
@@ -329,9 +337,15 @@ def test_every_way_of_decoding_keeps_the_grammar(options, layout_jam, layout_tok
     model, processor = layout_jam("emu3", "cross"), layout_processor(layout_tokenizer, "emu3")
     torch.manual_seed(0)
     infill = processor.infill(
-        ["a<mask> circle<image>", "<image>"], [[_noise(0)], [None]], [[[(0, 0, 2, 2)]], None], model=model, max_text_tokens=4
+        ["a<mask> circle<image>", "<image>"],
+        [[_noise(0)], [None]],
+        [[[(0, 0, 2, 2)]], None],
+        model=model,
+        max_text_tokens=4,
     )
-    output = model.generate(**infill, **{"do_sample": False, **options} if "generation_config" not in options else options)
+    output = model.generate(
+        **infill, **{"do_sample": False, **options} if "generation_config" not in options else options
+    )
     copies = options.get("num_return_sequences", 1)
     restored = infill.restore(output)
     assert len(restored) == 2 * copies
@@ -464,7 +478,9 @@ def test_what_is_no_infill_is_not_put_back(layout_jam, layout_tokenizer):  # noq
     prompt = infill["input_ids"][0].tolist()
     good = [*prompt, 40, MASK_END, MASK + 1, FIRST, FIRST + 1, MASK_END, EOS]
     assert infill.restore(torch.tensor([good]))[0].count(FIRST) >= 1
-    assert infill.restore(SimpleNamespace(sequences=torch.tensor([good] * 3))) == infill.restore(torch.tensor([good])) * 3
+    assert (
+        infill.restore(SimpleNamespace(sequences=torch.tensor([good] * 3))) == infill.restore(torch.tensor([good])) * 3
+    )
     for place, token, words in (
         (0, BREAK, "Expected what generate"),
         (len(prompt), FIRST, "span 1 is not text"),
@@ -485,7 +501,9 @@ def test_what_is_no_infill_is_not_put_back(layout_jam, layout_tokenizer):  # noq
 def test_a_document_must_have_an_end(layout_jam, layout_tokenizer, monkeypatch):  # noqa: F811
     processor = layout_processor(layout_tokenizer, "plain")
     config = layout_jam("plain").config
-    monkeypatch.setattr(config, "eos_token_id", [END, 90])  # where `generate` stops, whatever the tokenizer calls an end
+    monkeypatch.setattr(
+        config, "eos_token_id", [END, 90]
+    )  # where `generate` stops, whatever the tokenizer calls an end
     assert processor.infill("a<mask>", model=layout_jam("plain")).documents[0].ids[-1] == END
     monkeypatch.setattr(config, "eos_token_id", [90, 2])
     assert processor.infill("a<mask>", model=layout_jam("plain")).documents[0].ids[-1] == 2

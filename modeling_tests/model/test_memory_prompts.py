@@ -1,5 +1,6 @@
-"""Documents of a memory before the prompts of `generate()`: layout, padding, room, and what comes back. The memories here are
-made by hand; the index is tested in modeling_tests/retrieval."""
+"""Documents of a memory before the prompts of `generate()`: layout, padding, room, and what comes back. The memories
+here are made by hand; the index is tested in modeling_tests/retrieval.
+"""
 
 import pytest
 import torch
@@ -7,7 +8,13 @@ from model.test_picture_layout import BOS, BREAK, EOS, FIRST, IMAGE, LAYOUTS, N,
 from retrieval.tiny_memory import document, layout_jam
 
 from jam_hf.generation import retrieval_prompts
-from jam_hf.generation.retrieval_prompts import AugmentedPrompts, MemoryDocument, augment_prompts, document_ids, how_many_fit
+from jam_hf.generation.retrieval_prompts import (
+    AugmentedPrompts,
+    MemoryDocument,
+    augment_prompts,
+    document_ids,
+    how_many_fit,
+)
 
 
 RED, BLUE, GREEN = (document(*args) for args in (("red", [60, 61], 0), ("blue", [70], 5), ("green", [80, 81, 82], 9)))
@@ -116,7 +123,9 @@ def test_pictures_of_the_prompt_go_with_their_rows(jams):
 
 @pytest.mark.parametrize(("room", "count"), [(60, 3), (59, 2), (39, 2), (38, 1), (20, 1), (19, 0)])
 def test_documents_without_room_are_left_out_the_least_similar_first(room, count, jams, monkeypatch):
-    """Their 20, 19 and 21 tokens are counted beside the prompt's 3 and those to be written; it is said what is left out."""
+    """Their 20, 19 and 21 tokens are counted beside the prompt's 3 and those to be written; it is said what is left
+    out.
+    """
     told: list[str] = []
     monkeypatch.setattr(retrieval_prompts.logger, "warning_once", told.append)
     documents, ids = [RED, BLUE, GREEN], torch.tensor([[BOS, 30, 31]])
@@ -124,7 +133,9 @@ def test_documents_without_room_are_left_out_the_least_similar_first(room, count
     new = 128 - 3 - room
     prompts = augment_prompts(jams(max_position_embeddings=128), ByHand(documents), ids, max_new_tokens=new)
     assert prompts.memory_ids == [[d.id for d in documents[:count]]]
-    assert prompts.input_ids.tolist() == [[BOS, *(token for d in documents[:count] for token in laid_out(d, {})), 30, 31]]
+    assert prompts.input_ids.tolist() == [
+        [BOS, *(token for d in documents[:count] for token in laid_out(d, {})), 30, 31]
+    ]
     assert len(told) == (count < 3) and all(f"{3 - count} of 3 retrieved documents" in words for words in told)
 
 
@@ -137,7 +148,9 @@ def test_room_is_counted_row_by_row(jams):
     """The longer prompt has no room for a second document, the shorter one has."""
     model = jams(max_position_embeddings=128)
     rows = [[BOS, *[30] * 40], [BOS, 40]]
-    prompts = augment_prompts(model, ByHand([BLUE] * 2, [BLUE] * 2), padded(rows), real(padded(rows)), max_new_tokens=60)
+    prompts = augment_prompts(
+        model, ByHand([BLUE] * 2, [BLUE] * 2), padded(rows), real(padded(rows)), max_new_tokens=60
+    )
     assert [len(ids) for ids in prompts.memory_ids] == [1, 2]
     assert prompts.input_ids.shape[1] == 41 + 19
 
@@ -156,7 +169,11 @@ SETTINGS = [
     {"generation_mode": "interleaved", "max_new_tokens": N + 9},
     {"generation_mode": "image", "guidance_scale": 3.0, "max_new_tokens": N + 4},
     {"generation_mode": "image"},
-    {"generation_mode": "image", "guidance_scale": 2.0, "image_guidance_scale": 1.5},  # the documents' pictures are context
+    {
+        "generation_mode": "image",
+        "guidance_scale": 2.0,
+        "image_guidance_scale": 1.5,
+    },  # the documents' pictures are context
     {"generation_mode": "interleaved", "image_positions": [2], "max_new_tokens": N + 9},
     {"generation_mode": "text", "max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2},
     {"generation_mode": "image", "num_return_sequences": 3, "do_sample": True, "top_k": 8, "max_new_tokens": N + 3},
@@ -213,7 +230,9 @@ def test_lengths_are_the_users(jams):
     for length in ({"max_length": 9}, {"max_new_tokens": 6}, {"max_length": 9, "min_length": 5}):
         output = model.generate(ids, memory=ByHand([RED, BLUE]), **settings, **length)
         assert output.shape == (1, 9)
-    settings["generation_config"] = model.generation_config.from_dict({**model.generation_config.to_dict(), "max_length": 8})
+    settings["generation_config"] = model.generation_config.from_dict(
+        {**model.generation_config.to_dict(), "max_length": 8}
+    )
     assert model.generate(ids, memory=ByHand([RED]), **settings).shape == (1, 8)
     model = jams(max_position_embeddings=64)
     settings.pop("generation_config")
@@ -234,7 +253,10 @@ def test_a_half_drawn_picture_goes_on(jams):
     model = jams(mode="cross")
     row = [BOS, 30, BREAK, FIRST + 3, FIRST + 9]
     expected = model.generate(
-        torch.tensor([[BOS, *laid_out(RED, {}), *row[1:]]]), generation_mode="interleaved", do_sample=False, max_new_tokens=N
+        torch.tensor([[BOS, *laid_out(RED, {}), *row[1:]]]),
+        generation_mode="interleaved",
+        do_sample=False,
+        max_new_tokens=N,
     )
     output = model.generate(
         torch.tensor([row]), memory=ByHand([RED]), generation_mode="interleaved", do_sample=False, max_new_tokens=N
@@ -285,7 +307,10 @@ def test_bad_input_is_answered(jams):
         ({"memory": ByHand([RED])}, r"input_ids \[B, T\], got NoneType"),
         ({"input_ids": ids[0], "memory": ByHand([RED])}, r"input_ids \[B, T\], got \[2\]"),
         ({"input_ids": ids[:, :0], "memory": ByHand([RED])}, r"got \[1, 0\]"),
-        ({"input_ids": torch.zeros(1, 3, dtype=torch.long), "memory": ByHand([RED])}, "Prompt 0 is nothing but padding"),
+        (
+            {"input_ids": torch.zeros(1, 3, dtype=torch.long), "memory": ByHand([RED])},
+            "Prompt 0 is nothing but padding",
+        ),
         (
             {"input_ids": ids, "attention_mask": ids[:, :1], "memory": ByHand([RED])},
             r"shape of input_ids \[1, 2\], got \[1, 1\]",
@@ -295,7 +320,10 @@ def test_bad_input_is_answered(jams):
         ({"inputs_embeds": torch.zeros(1, 2, 32), "memory": ByHand([RED])}, "inputs_embeds knows nothing of"),
         ({"input_ids": ids, "position_ids": ids, "memory": ByHand([RED])}, "position_ids knows nothing of"),
         ({"input_ids": ids, "max_length": 2, "memory": ByHand([RED])}, "2 tokens and max_length is 2"),
-        ({"input_ids": ids, "memory": ByHand([MemoryDocument("x", 0.1, [60], [1] * 15)])}, "Document 'x'.*15 codes, 1..1"),
+        (
+            {"input_ids": ids, "memory": ByHand([MemoryDocument("x", 0.1, [60], [1] * 15)])},
+            "Document 'x'.*15 codes, 1..1",
+        ),
         ({"input_ids": ids, "memory": ByHand([MemoryDocument("x", 0.1, [60], [16] * 16)])}, "16 codes, 16..16"),
         ({"input_ids": ids, "memory": ByHand([RED]), "generation_mode": "video"}, "generation_mode must be one of"),
     ]

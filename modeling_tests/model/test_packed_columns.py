@@ -1,4 +1,6 @@
-"""Columns of branches beside the document's: random steps against lists of keys, and lanes where pictures are guided."""
+"""Columns of branches beside the document's: random steps against lists of keys, and lanes where pictures are
+guided.
+"""
 
 import math
 import random
@@ -46,7 +48,9 @@ class Columns:
     def by_hand(self, query: torch.Tensor, layer: int, row: int, owner: int, count: int) -> torch.Tensor:
         """Of the first `count` keys that an owner has: `[heads, SIZE]` -> `[heads, SIZE + 1]`."""
         held = self.seen[layer][row][owner][:count]
-        keys, values = (torch.stack(part, 1).repeat_interleave(self.module.num_key_value_groups, 0) for part in zip(*held))
+        keys, values = (
+            torch.stack(part, 1).repeat_interleave(self.module.num_key_value_groups, 0) for part in zip(*held)
+        )
         weights = (torch.einsum("hd,hsd->hs", query, keys) / math.sqrt(SIZE)).softmax(-1)
         return torch.einsum("hs,hsd->hd", weights, values)
 
@@ -93,7 +97,9 @@ def unwritten_is_no_number(monkeypatch):
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("kind", ["lanes", "mixed"])
 def test_random_steps_equal_lists_of_keys(kind, groups, unwritten_is_no_number):
-    """Openings, steps with one and two branches, rows that leave, columns taken out, rows moved, all closed and begun again."""
+    """Openings, steps with one and two branches, rows that leave, columns taken out, rows moved, all closed and
+    begun again.
+    """
     taken_out = 0
     for seed in range(40):
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -182,10 +188,14 @@ def attentions(model) -> list[str]:
 @pytest.mark.parametrize("kind", SOME)
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_lanes_of_many_blocks_equal_the_oracle(fusion, kind, jam, lanes, unwritten_is_no_number):
-    """Blocks of three columns: the lane moves many times in a picture. The model's attention is afterwards what it was."""
+    """Blocks of three columns: the lane moves many times in a picture. The model's attention is afterwards what it
+    was.
+    """
     model = jam(*fusion)
     before = attentions(model)
-    check(model, KINDS[kind], "interleaved", 2 * N + 8, past_key_values=JamBlockCache(config=model.config, block_size=3))
+    check(
+        model, KINDS[kind], "interleaved", 2 * N + 8, past_key_values=JamBlockCache(config=model.config, block_size=3)
+    )
     packed = 3 if kind == "two scales" else 2
     assert lanes.count((packed, 1)) >= 2 * N * len(model.config.per_layer_config) // 2
     assert (packed, None) not in lanes
@@ -196,7 +206,10 @@ def test_lanes_of_many_blocks_equal_the_oracle(fusion, kind, jam, lanes, unwritt
 def test_a_call_that_breaks_off_in_a_picture_leaves_the_model_as_it_was(attention, jam, lanes):
     model = jam("llama", "cross", "preserving")
     model.set_attn_implementation(attention)
-    before, asked = attentions(model), {**batch(mixed_rows(model)), "generation_mode": "interleaved", "guidance_scale": 3.0}
+    before, asked = (
+        attentions(model),
+        {**batch(mixed_rows(model)), "generation_mode": "interleaved", "guidance_scale": 3.0},
+    )
     asked |= {"image_positions": list(PLACES), "max_new_tokens": 2 * N + 8, "do_sample": False}
     whole = model.generate(**asked)
 

@@ -164,7 +164,11 @@ def test_a_clear_shade_of_few_bits_is_that_shade(bits, way, tmp_path):
     path.write_bytes(
         b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*c) for c in [*chunks, (b"IDAT", zlib.compress(lines)), (b"IEND", b"")])
     )
-    shown = np.where(shades == 1, 255, shades.astype(int) * (255 // (2**bits - 1)))[..., None].repeat(3, -1).astype(np.uint8)
+    shown = (
+        np.where(shades == 1, 255, shades.astype(int) * (255 // (2**bits - 1)))[..., None]
+        .repeat(3, -1)
+        .astype(np.uint8)
+    )
     source = WAYS[way](path, None)
     for _ in range(2):  # an opened picture is loaded by the second time
         assert torch.equal(_pixels(source), _pixels(Image.fromarray(shown)))

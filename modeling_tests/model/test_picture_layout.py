@@ -1,7 +1,8 @@
-"""Layouts of pictures beyond `<break>` codes `<break>`: in the config, the grammar, generation, the processor and training.
+"""Layouts of pictures beyond `<break>` codes `<break>`: in the config, the grammar, generation, the processor and
+training.
 
-Two layouts stand for the public parents: Chameleon's has a closing token of its own; Emu3's also a prefix that tells the size,
-a token after each row, and a suffix. The oracles here read a row from the left, one id at a time.
+Two layouts stand for the public parents: Chameleon's has a closing token of its own; Emu3's also a prefix that tells
+the size, a token after each row, and a suffix. The oracles here read a row from the left, one id at a time.
 """
 
 import copy
@@ -225,7 +226,10 @@ def test_a_layout_goes_into_files_and_comes_back(tmp_path):
         ({"image_prefix_token_ids": [317, -1]}, ["image_prefix_token_ids[1] is -1", "vocabulary"]),
         ({"image_row_end_token_id": FIRST}, ["image_row_end_token_id is 300", "image codes"]),
         ({"image_suffix_token_ids": [315]}, ["image_suffix_token_ids[0] is 315", "image codes"]),
-        ({"image_prefix_token_ids": [317, 317]}, ["image_prefix_token_ids[1]", "image_prefix_token_ids[0]", "same id 317"]),
+        (
+            {"image_prefix_token_ids": [317, 317]},
+            ["image_prefix_token_ids[1]", "image_prefix_token_ids[0]", "same id 317"],
+        ),
         ({"image_suffix_token_ids": [318]}, ["image_suffix_token_ids[0]", "image_prefix_token_ids[1]", "same id 318"]),
         ({"image_end_token_id": ROW_END}, ["image_end_token_id", "image_row_end_token_id", "same id 320"]),
         ({"image_end_token_id": BREAK}, ["image_end_token_id", "break_token_id", "same id 3"]),
@@ -254,7 +258,10 @@ def test_a_layout_wraps_codes_and_reads_them_again_and_nothing_else(layout_and_g
     by_hand = template_by_hand(layout, grid)
     codes = rng.integers(0, len(config.image_token_range), (2, grid * grid))
     ids = pictures.ids_of(codes)
-    assert pictures.are_codes(ids).all() and not pictures.are_codes(np.array([BREAK, *pictures.structure, pictures.end])).any()
+    assert (
+        pictures.are_codes(ids).all()
+        and not pictures.are_codes(np.array([BREAK, *pictures.structure, pictures.end])).any()
+    )
     for row, inside in zip(ids.tolist(), pictures.inside(ids).tolist()):
         left = iter(row)
         assert inside == [next(left) if token is None else token for token in by_hand]
@@ -294,12 +301,16 @@ def test_after_every_beginning_of_a_document_exactly_what_may_follow_is_allowed(
         place = place_by_hand(beginning, layout, grid)
         assert bool(state.in_picture[index]) == (place is not None)
         assert int(state.position[index]) == (place or 0)
-        assert bool(state.closed[index]) == (place is None and beginning[-1] == (layout.get("image_end_token_id") or BREAK))
+        assert bool(state.closed[index]) == (
+            place is None and beginning[-1] == (layout.get("image_end_token_id") or BREAK)
+        )
 
 
 @settings(max_examples=40, deadline=None)
 @given(layouts(), st.integers(0, 2**31), st.integers(5, 70))
-def test_any_random_choice_within_the_grammar_is_a_document_and_no_picture_is_left_unfinished(layout_and_grid, seed, budget):
+def test_any_random_choice_within_the_grammar_is_a_document_and_no_picture_is_left_unfinished(
+    layout_and_grid, seed, budget
+):
     layout, grid = layout_and_grid
     grammar, generator = PictureGrammar(layout_config(layout, grid)), torch.Generator().manual_seed(seed)
     ids, weights = torch.tensor([[BOS, 30], [BOS, 31], [BOS, 32]]), torch.ones(VOCABULARY)
@@ -327,10 +338,14 @@ def test_modes_and_room(name):
     assert allowed_sets(grammar, closed, "image", prompt_length=closed.shape[1]) == [{BREAK}]
     for end in range(3, closed.shape[1]):
         beginning = closed[:, :end]
-        assert allowed_sets(grammar, beginning, "image", prompt_length=2) == [allowed_by_hand(beginning[0].tolist(), layout)]
+        assert allowed_sets(grammar, beginning, "image", prompt_length=2) == [
+            allowed_by_hand(beginning[0].tolist(), layout)
+        ]
 
 
-@pytest.mark.parametrize(("name", "opened"), [("plain", False), ("one mark", False), ("chameleon", True), ("emu3", True)])
+@pytest.mark.parametrize(
+    ("name", "opened"), [("plain", False), ("one mark", False), ("chameleon", True), ("emu3", True)]
+)
 def test_where_the_closing_token_is_another_a_break_always_opens(name, opened):
     layout, grammar = LAYOUTS[name], PictureGrammar(layout_config(LAYOUTS[name]))
     ids = torch.tensor([[BOS, *picture(layout, range(FIRST, LAST))[:-5], BREAK]])
@@ -416,10 +431,14 @@ def test_generate_equals_the_slow_oracle_in_rows_of_different_states(name, mode,
 def test_one_picture_under_beams_and_sampling(name, settings, layout_jam):
     model, layout = layout_jam(name, "cross"), LAYOUTS[name]
     torch.manual_seed(0)
-    output = model.generate(input_ids=torch.tensor([[BOS, 30]]), generation_mode="image", guidance_scale=2.0, **settings)
+    output = model.generate(
+        input_ids=torch.tensor([[BOS, 30]]), generation_mode="image", guidance_scale=2.0, **settings
+    )
     for row in output.tolist():
         assert (
-            row[2] == BREAK and len(row) == 2 + model.config.picture_length + 2 and row[-1] == model.config.picture_end_token_id
+            row[2] == BREAK
+            and len(row) == 2 + model.config.picture_length + 2
+            and row[-1] == model.config.picture_end_token_id
         )
         assert_well_formed(row, layout)
     assert model.decode_image_tokens(output).shape == (len(output), 3, 4 * G, 4 * G)
@@ -614,7 +633,12 @@ def test_documents_have_the_layout(name, layout_tokenizer):
     pictures = [picture(layout, [FIRST + (i + shift) % 16 for i in range(N)]) for shift in (1, 2)]
     assert ids == [BOS, *red, *pictures[0], *pictures[1], *a, EOS]
     pairs = Dataset.from_list([{"caption": "red", "image": _image((1, 0, 0))}])
-    assert encode_documents(pairs, layout_tokenizer, _encode, config=config)["input_ids"][0] == [BOS, *red, *pictures[0], EOS]
+    assert encode_documents(pairs, layout_tokenizer, _encode, config=config)["input_ids"][0] == [
+        BOS,
+        *red,
+        *pictures[0],
+        EOS,
+    ]
 
 
 def test_documents_that_do_not_fit_the_layout_are_refused(layout_tokenizer):

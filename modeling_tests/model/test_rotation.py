@@ -1,4 +1,6 @@
-"""Rotary positions that depend on the length (`longrope`, `dynamic`): what shares a forward is rotated as it is alone."""
+"""Rotary positions that depend on the length (`longrope`, `dynamic`): what shares a forward is rotated as it is
+alone.
+"""
 
 import copy
 
@@ -64,7 +66,9 @@ def _document_logits(model, ids, mask, written):
         if step:
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
-        output = model(input_ids=new, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        output = model(
+            input_ids=new, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
         said.append(output.logits[:, -1])
     return said
 
@@ -90,7 +94,9 @@ def test_branches_of_guidance_are_those_of_forwards_of_their_own(rope, mode, kin
     ids, mask = _padded(rows)
     contexts = [[[BOS, mask_id]] * 2]
     settings = {"guidance_scale": 3.0, "do_sample": False, "max_new_tokens": N, "eos_token_id": None, "pad_token_id": 0}
-    if kind == "negative prompts":  # under longrope, one that is long from the start and one that becomes so in the picture
+    if (
+        kind == "negative prompts"
+    ):  # under longrope, one that is long from the start and one that becomes so in the picture
         long = 30 if rope == "longrope" else 5
         contexts = [[[BOS, *range(20, 20 + long)], [BOS, *range(30, 30 + min(long, 12))]]]
         negative, negative_mask = _padded(contexts[0])

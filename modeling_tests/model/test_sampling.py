@@ -1,4 +1,6 @@
-"""Settings by modality, pictures in number and place, and the rest of what `generate()` takes, through the whole of it."""
+"""Settings by modality, pictures in number and place, and the rest of what `generate()` takes, through the whole of
+it.
+"""
 
 import pytest
 import torch
@@ -58,7 +60,10 @@ def scores_of(model, **settings) -> tuple[tuple[torch.Tensor, ...], torch.Tensor
             {"temperature": 1.0, "top_k": 0},
             {"image_temperature": 0.5, "image_top_k": 4, "image_top_p": 0.9, "image_min_p": 0.1},
         ),
-        ({"temperature": 2.0, "top_k": 4, "top_p": 0.9}, {"image_temperature": 1.0, "image_top_k": 0, "image_top_p": 1.0}),
+        (
+            {"temperature": 2.0, "top_k": 4, "top_p": 0.9},
+            {"image_temperature": 1.0, "image_top_k": 0, "image_top_p": 1.0},
+        ),
         ({"temperature": 0.6, "top_k": 7, "min_p": 0.1}, {}),
     ],
 )
@@ -155,7 +160,9 @@ def test_one_picture_after_each_sentence(jam, processor):
     """`sentence_end_token_ids` are the ids whose text ends a sentence, and nothing else."""
     ends = processor.sentence_end_token_ids()
     tokenizer = processor.tokenizer
-    assert ends and all(tokenizer.decode([i]).rstrip("\"')]»”’").endswith((".", "!", "?", "…", "。", "！", "？")) for i in ends)
+    assert ends and all(
+        tokenizer.decode([i]).rstrip("\"')]»”’").endswith((".", "!", "?", "…", "。", "！", "？")) for i in ends
+    )
     others = set(range(len(tokenizer))) - set(ends)
     assert not any(tokenizer.decode([i]).endswith((".", "!", "?")) for i in others - set(tokenizer.all_special_ids))
     model = jam("llama", "uniform", "average")
@@ -185,7 +192,13 @@ def test_one_picture_after_each_sentence(jam, processor):
 def test_settings_in_the_generation_config_are_saved_and_read(jam, tmp_path):
     model = jam("llama", "cross", "preserving")
     ids = torch.tensor([[BOS, 30, 31]])
-    asked = {"generation_mode": "image", "guidance_scale": 3.0, "image_top_k": 2, "image_temperature": 0.8, "do_sample": True}
+    asked = {
+        "generation_mode": "image",
+        "guidance_scale": 3.0,
+        "image_top_k": 2,
+        "image_temperature": 0.8,
+        "do_sample": True,
+    }
     torch.manual_seed(0)
     expected = model.generate(ids, **asked)
     model.generation_config.update(**{"guidance_scale": 3.0, "do_sample": True})

@@ -1,4 +1,6 @@
-"""`post_process_interleaved` on batches with padding: random documents, made from parts, against what they were made of."""
+"""`post_process_interleaved` on batches with padding: random documents, made from parts, against what they were
+made of.
+"""
 
 import numpy as np
 import pytest
@@ -30,7 +32,8 @@ def parts(draw):
     code = st.integers(FIRST, LAST - 1)
     kinds = draw(st.lists(st.sampled_from(["text", "picture", "picture"]), max_size=5))
     found = [
-        (kind, draw(st.sampled_from(TEXTS) if kind == "text" else st.lists(code, min_size=N, max_size=N))) for kind in kinds
+        (kind, draw(st.sampled_from(TEXTS) if kind == "text" else st.lists(code, min_size=N, max_size=N)))
+        for kind in kinds
     ]
     return found, draw(st.sampled_from(["eos", "cut", "unfinished"])), draw(st.lists(code, min_size=1, max_size=N - 1))
 
@@ -71,7 +74,8 @@ def matches(segments, expected, model, processor) -> bool:
             pixels = model.decode_image_tokens(torch.tensor([part]))
             image = processor.image_processor.postprocess(pixels)[0]
             same = (
-                set(segment) == {"type", "image"} and np.abs(np.asarray(segment["image"], int) - np.asarray(image)).max() <= 1
+                set(segment) == {"type", "image"}
+                and np.abs(np.asarray(segment["image"], int) - np.asarray(image)).max() <= 1
             )
         if not same:
             return False
@@ -85,13 +89,17 @@ def test_segments_of_padded_batches_are_the_parts_they_were_made_of(name, layout
     @settings(max_examples=60, deadline=None)
     @given(st.lists(parts(), min_size=1, max_size=3), st.booleans(), st.integers(0, 4), st.booleans(), st.booleans())
     def check(documents, left, more, has_bos, skip):
-        rows, expected = zip(*(assemble(*document, layout, layout_tokenizer, has_bos, not skip) for document in documents))
+        rows, expected = zip(
+            *(assemble(*document, layout, layout_tokenizer, has_bos, not skip) for document in documents)
+        )
         length = max(map(len, rows)) + more
         padded = [[PAD] * (length - len(r)) + r if left else r + [PAD] * (length - len(r)) for r in rows]
         found = processor.post_process_interleaved(
             torch.tensor(padded).view(len(rows), length), model, skip_special_tokens=skip
         )
-        assert all(matches(segments, parts_, model, processor) for segments, parts_ in zip(found, expected, strict=True))
+        assert all(
+            matches(segments, parts_, model, processor) for segments, parts_ in zip(found, expected, strict=True)
+        )
 
     check()
 
@@ -102,7 +110,12 @@ def test_a_prompt_may_end_anywhere(name, layout_jam, layout_tokenizer):  # noqa:
     model, layout, processor = layout_jam(name), LAYOUTS[name], layout_processor(layout_tokenizer, name)
     codes = [[*range(FIRST, LAST)], [*range(LAST - 1, FIRST - 1, -1)]]
     red = layout_tokenizer("red", add_special_tokens=False)["input_ids"]
-    pieces = [([BOS, *red], "red"), (picture(layout, codes[0]), codes[0]), (picture(layout, codes[1]), codes[1]), (red, "red")]
+    pieces = [
+        ([BOS, *red], "red"),
+        (picture(layout, codes[0]), codes[0]),
+        (picture(layout, codes[1]), codes[1]),
+        (red, "red"),
+    ]
     ids = [PAD, PAD, *(token for piece, _ in pieces for token in piece), EOS]
     for cut in range(len(ids) + 1):
         start, expected = 2, []

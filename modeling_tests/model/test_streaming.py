@@ -1,4 +1,6 @@
-"""Streaming: events joined are the segments of the finished document, whatever the layout, the rows and the way of drawing."""
+"""Streaming: events joined are the segments of the finished document, whatever the layout, the rows and the way of
+drawing.
+"""
 
 import asyncio
 import gc
@@ -58,7 +60,9 @@ def assert_same_documents(found, expected) -> None:
                 assert np.abs(np.asarray(mine["image"], int) - np.asarray(other["image"], int)).max() <= 1
 
 
-def put_all(streamer: JamStreamer, prompt: list[list[int]], written: list[list[int]], chunk: int | None = None) -> list[dict]:
+def put_all(
+    streamer: JamStreamer, prompt: list[list[int]], written: list[list[int]], chunk: int | None = None
+) -> list[dict]:
     """As GenerationMixin does it: prompts, then one id for each row, or `chunk` ids at once; all events."""
     streamer.put(torch.tensor(prompt))
     columns = torch.tensor(written)
@@ -68,13 +72,15 @@ def put_all(streamer: JamStreamer, prompt: list[list[int]], written: list[list[i
     return list(streamer)
 
 
-# ----- against post_process_interleaved, without a model that writes ---------------------------------------------------
+# ----- against post_process_interleaved, without a model that writes --------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_document_cut_anywhere_gives_its_segments(data, laid_out):
-    """Random documents, text of random bytes among them, unfinished pictures, rows that ended, any cut into prompt and rest."""
+    """Random documents, text of random bytes among them, unfinished pictures, rows that ended, any cut into prompt
+    and rest.
+    """
     name = data.draw(st.sampled_from(list(LAYOUTS)))
     (model, processor), layout = laid_out(name), LAYOUTS[name]
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
@@ -82,7 +88,10 @@ def test_any_document_cut_anywhere_gives_its_segments(data, laid_out):
     for _ in range(data.draw(st.integers(1, 3))):
         row = random_document(layout, rng, data.draw(st.integers(0, 2)))
         if data.draw(st.booleans()):  # white space alone between two pictures is no segment
-            row += [*picture(layout, range(FIRST, LAST)), *processor.tokenizer(" \n ", add_special_tokens=False)["input_ids"]]
+            row += [
+                *picture(layout, range(FIRST, LAST)),
+                *processor.tokenizer(" \n ", add_special_tokens=False)["input_ids"],
+            ]
             row += picture(layout, range(FIRST, LAST))
         row += processor.tokenizer("a ruby\n is — красный 红色 🟥.", add_special_tokens=False)["input_ids"]
         ending = data.draw(st.sampled_from(["end", "open", "half"]))
@@ -99,7 +108,9 @@ def test_any_document_cut_anywhere_gives_its_segments(data, laid_out):
         partial_every=data.draw(st.sampled_from([None, 1, 5])),
     )
     events = put_all(streamer, prompt, written, data.draw(st.sampled_from([None, 1, 4])))
-    expected = [processor.post_process_interleaved(torch.tensor([row]), model, skip_special_tokens=skip)[0] for row in rows]
+    expected = [
+        processor.post_process_interleaved(torch.tensor([row]), model, skip_special_tokens=skip)[0] for row in rows
+    ]
     assert_same_documents(joined(events, len(rows)), expected)
     assert not [e for e in events if e["type"] == "text" and "\ufffd" in e["text"]] or any(
         "\ufffd" in s.get("text", "") for document in expected for s in document
@@ -230,7 +241,9 @@ def test_text_comes_in_the_pieces_of_the_stock_streamer(seed, jam, processor):
 
 
 def test_a_decoder_that_strips_its_first_space_strips_only_that_of_the_run(laid_out, monkeypatch):
-    """As SentencePiece's do. The stock streamer, which forgets what stood before a new line, loses the space behind it."""
+    """As SentencePiece's do. The stock streamer, which forgets what stood before a new line, loses the space behind
+    it.
+    """
     model, processor = laid_out("plain")
     tokenizer = processor.tokenizer
     decode = type(tokenizer).decode
@@ -240,7 +253,11 @@ def test_a_decoder_that_strips_its_first_space_strips_only_that_of_the_run(laid_
     ids = [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in (" a\n", " b", " c")]
     row = [token for piece in ids for token in piece]
     events = put_all(JamStreamer(model, processor), [[BOS]], [row])
-    assert "".join(e["text"] for e in events) == "a\n b c" == processor.post_process_interleaved([row], model)[0][0]["text"]
+    assert (
+        "".join(e["text"] for e in events)
+        == "a\n b c"
+        == processor.post_process_interleaved([row], model)[0][0]["text"]
+    )
 
 
 def test_a_row_that_ended_sends_its_last_word_while_others_write(laid_out):
@@ -268,7 +285,9 @@ def test_padding_that_generate_is_told_is_not_shown(laid_out):
     settings = {"generation_mode": "text", "max_new_tokens": 4, "do_sample": False, "pad_token_id": pad}
     ids = torch.tensor([[BOS, 40], [BOS, 40]])
     events = list(
-        stream(model, processor, input_ids=ids, attention_mask=torch.ones_like(ids), logits_processor=[ends], **settings)
+        stream(
+            model, processor, input_ids=ids, attention_mask=torch.ones_like(ids), logits_processor=[ends], **settings
+        )
     )
     assert {event["row"] for event in events} == {1}
 
@@ -407,7 +426,9 @@ def test_a_streamer_serves_one_generate_after_another(skip_prompt, laid_out):
     streamer = JamStreamer(model, processor, skip_prompt=skip_prompt)
     both = []
     for _ in range(2):
-        model.generate(torch.tensor([[BOS, 60], [BOS, 61]]), generation_mode="image", do_sample=False, streamer=streamer)
+        model.generate(
+            torch.tensor([[BOS, 60], [BOS, 61]]), generation_mode="image", do_sample=False, streamer=streamer
+        )
         both.append(joined(streamer, 2))
     assert both[0] == both[1] and len(both[0][1]) == 2 - skip_prompt
     streamer.put(torch.tensor([[BOS], [BOS]]))

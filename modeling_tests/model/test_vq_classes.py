@@ -108,7 +108,9 @@ def test_diffusers_defaults_are_as_before():
     config = JamVQConfig()
     assert config.vq_class == "diffusers" and config.sample_size == 256 and config.grid_size == 32
     older = {
-        key: value for key, value in config.to_dict().items() if key not in ("has_decoder", "vqvae_config", "codebook_l2_norm")
+        key: value
+        for key, value in config.to_dict().items()
+        if key not in ("has_decoder", "vqvae_config", "codebook_l2_norm")
     }
     assert JamVQConfig.from_dict(older).to_dict() == config.to_dict()
 
@@ -124,7 +126,9 @@ def test_it_stays_as_it_is_in_training_in_half_precision_and_under_autocast(jam)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(vq.encode(pictures()), codes)
         assert torch.equal(vq.decode(codes), pixels)
-    assert all(torch.equal(tensor, state[key]) and tensor.dtype == state[key].dtype for key, tensor in vq.state_dict().items())
+    assert all(
+        torch.equal(tensor, state[key]) and tensor.dtype == state[key].dtype for key, tensor in vq.state_dict().items()
+    )
     assert not any(parameter.requires_grad for parameter in vq.parameters())
 
 

@@ -118,7 +118,19 @@ def test_command_line(run, tmp_path, capsys):
     for name, held in (("two.md", "A red circle."), ("two.json", '"jam_documents": 1')):
         options[3] = str(tmp_path / name)
         assert (
-            main(["generate", "A red circle.", "Blue.", "--negative-prompt", "green", "--guidance-scale", "2", *more, *options])
+            main(
+                [
+                    "generate",
+                    "A red circle.",
+                    "Blue.",
+                    "--negative-prompt",
+                    "green",
+                    "--guidance-scale",
+                    "2",
+                    *more,
+                    *options,
+                ]
+            )
             == 0
         )
         assert held in (tmp_path / name).read_text()

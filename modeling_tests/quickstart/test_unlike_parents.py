@@ -128,8 +128,17 @@ def test_the_jams_documents_hold_the_same_captions_and_codes(run, fused, chamele
         picture = [config.break_token_id, *(codes[index] + config.image_token_offset), config.image_end_token_id]
         assert ours["validation"][index]["input_ids"] == [*jam(caption)["input_ids"], *picture, jam.eos_token_id]
         image = tokenizers[2]
-        picture = [*image.convert_tokens_to_ids(["<racm3:break>"]), *rows[codes[index]], image.convert_tokens_to_ids("<eoss>")]
-        expected = [image.bos_token_id, *image(caption, add_special_tokens=False)["input_ids"], *picture, image.eos_token_id]
+        picture = [
+            *image.convert_tokens_to_ids(["<racm3:break>"]),
+            *rows[codes[index]],
+            image.convert_tokens_to_ids("<eoss>"),
+        ]
+        expected = [
+            image.bos_token_id,
+            *image(caption, add_special_tokens=False)["input_ids"],
+            *picture,
+            image.eos_token_id,
+        ]
         assert theirs["validation"][index]["input_ids"] == expected
     assert config.image_end_token_id != config.break_token_id and config.bos_token_id is None
     texts, own = parents_of(run).documents("texts"), parents_of(run).parents_documents("llm", "texts")
@@ -141,7 +150,9 @@ def test_the_jams_documents_hold_the_same_captions_and_codes(run, fused, chamele
 
 
 def test_the_image_parent_learns_its_codes(run, chameleon, tokenizers):
-    """The class's own loss puts minus infinity on them; ours is that of the plain head, and the codes' rows have moved."""
+    """The class's own loss puts minus infinity on them; ours is that of the plain head, and the codes' rows have
+    moved.
+    """
     lesson = parents_of(run).image_model()
     batch = replace(lesson.collator, cm3=None)([lesson.documents[0], lesson.documents[1]])
     model = lesson.model.eval()
@@ -248,7 +259,9 @@ def test_a_tokenizer_that_transformers_reads_otherwise_is_warned_of(run, tmp_pat
     shutil.copytree(run.path("llm"), folder, ignore=shutil.ignore_patterns("tokenizer*"))
     texts = run.data("texts")["train"]["text"]
     own = PreTrainedTokenizerFast(
-        tokenizer_object=byte_level_bpe(texts, 400, ["<|endoftext|>"]), eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+        tokenizer_object=byte_level_bpe(texts, 400, ["<|endoftext|>"]),
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
     )
     own.save_pretrained(folder)
     settings = {"mode": "cross", "vq_model": run.path("vq")}

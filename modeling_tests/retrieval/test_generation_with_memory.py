@@ -1,4 +1,6 @@
-"""`generate(memory=index)` from end to end: what the index is asked for a prompt, what it answers, and what is written."""
+"""`generate(memory=index)` from end to end: what the index is asked for a prompt, what it answers, and what is
+written.
+"""
 
 import copy
 
@@ -87,7 +89,9 @@ class Asked:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_what_a_prompt_asks_for(name, worlds, monkeypatch):
-    """Its words without markup; pictures as they came in pixels, or decoded where they came as codes; no half-drawn ones."""
+    """Its words without markup; pictures as they came in pixels, or decoded where they came as codes; no half-drawn
+    ones.
+    """
     model, processor, index = worlds(name)
     asked, layout = Asked(index.embedder), LAYOUTS[name]
     monkeypatch.setattr(index, "embedder", asked)
@@ -154,7 +158,9 @@ def test_a_saved_processor_serves(worlds, tmp_path):
     again = copy.copy(index)
     again.processor = JamProcessor.from_pretrained(tmp_path)
     inputs = processor(text=["red"], return_tensors="pt")
-    outputs = [model.generate(**inputs, memory=i, generation_mode="image", do_sample=False).tolist() for i in (index, again)]
+    outputs = [
+        model.generate(**inputs, memory=i, generation_mode="image", do_sample=False).tolist() for i in (index, again)
+    ]
     assert outputs[0] == outputs[1]
 
 

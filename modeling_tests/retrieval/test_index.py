@@ -153,7 +153,9 @@ def test_rows_left_out_are_not_found_and_stand_in_nobodys_way(table_index):
 
 
 def test_queries_of_text_pictures_and_both(clip_folder, tmp_path, model, jam_processor):
-    """Each document is found by its own text, its picture and both; its number of near-duplicates is set by the threshold."""
+    """Each document is found by its own text, its picture and both; its number of near-duplicates is set by the
+    threshold.
+    """
     rows, embedder = pairs(12), ClipEmbedder(clip_folder)
     everything = RetrievalSettings(num_documents=1, max_score=1.0)
     index = build_index(rows, model, jam_processor, tmp_path / "index", embedder=embedder, settings=everything)
@@ -191,7 +193,13 @@ def test_queries_that_are_none(table_index):
         table_index.retrieve(["a", "b"], [noise(0)])
     with pytest.raises(ValueError, match="no such file"):
         table_index.retrieve(images=["nowhere.png"])
-    for wrong in ({"num_documents": -1}, {"num_documents": 1.5}, {"num_documents": True}, {"max_score": 2}, {"max_score": "1"}):
+    for wrong in (
+        {"num_documents": -1},
+        {"num_documents": 1.5},
+        {"num_documents": True},
+        {"max_score": 2},
+        {"max_score": "1"},
+    ):
         with pytest.raises(ValueError, match=f"RetrievalSettings: {next(iter(wrong))} must be"):
             RetrievalSettings(**wrong)
 
@@ -226,7 +234,9 @@ def test_no_query_has_no_answer_and_batches_have_pictures(table_index, tmp_path,
         with pytest.raises(ValueError, match="batch_size must be a number of pictures"):
             build_index(pairs(2), model, jam_processor, tmp_path / "index", embedder=TableEmbedder(), batch_size=size)
     with pytest.raises(ValueError, match="a list with one dict for each document"):
-        build_index({"text": ["a"], "image": [noise(0)]}, model, jam_processor, tmp_path / "index", embedder=TableEmbedder())
+        build_index(
+            {"text": ["a"], "image": [noise(0)]}, model, jam_processor, tmp_path / "index", embedder=TableEmbedder()
+        )
 
 
 # ----- files ----------------------------------------------------------------------------------------------------------
@@ -398,6 +408,8 @@ def test_the_vq_model_of_a_saved_jam(tmp_path, model):
 def test_a_dataset_on_the_disk_is_indexed(tmp_path, model, jam_processor):
     rows = Dataset.from_list([{"caption": row["text"], "image": row["image"]} for row in pairs(4)])
     rows.save_to_disk(tmp_path / "rows")
-    index = build_index(load_from_disk(tmp_path / "rows"), model, jam_processor, tmp_path / "index", embedder=TableEmbedder())
+    index = build_index(
+        load_from_disk(tmp_path / "rows"), model, jam_processor, tmp_path / "index", embedder=TableEmbedder()
+    )
     assert index.documents["text"][:] == [row["text"] for row in pairs(4)]
     assert index.documents["id"][:] == ["0", "1", "2", "3"]

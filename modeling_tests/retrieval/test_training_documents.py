@@ -90,7 +90,9 @@ def test_a_namesake_is_not_the_pair_itself(tmp_path, worlds):
     """Of one caption's two pictures, each may be retrieved for the other, where the threshold lets it."""
     model, processor, _ = worlds()
     twins = [{"text": "red", "codes": [0] * N}, {"text": "red", "codes": [1] * N}]
-    index = build_index(twins, model, processor, tmp_path / "a", embedder=TableEmbedder(), settings=RetrievalSettings(1, 1.0))
+    index = build_index(
+        twins, model, processor, tmp_path / "a", embedder=TableEmbedder(), settings=RetrievalSettings(1, 1.0)
+    )
     seeds = [documents_with_memory(index, model, seed=seed)["memory_ids"][:] for seed in range(6)]
     assert {tuple(ids) for rows in seeds for ids in rows[:1]} == {(), ("1",)}
     assert {tuple(ids) for rows in seeds for ids in rows[1:]} == {(), ("0",)}

@@ -15,12 +15,16 @@ def test_rows_keep_the_codebooks_geometry(family, vq):
     assert initialise_image_embeddings(model, vq, 60 - NUM_CODES, std=0.06) == NUM_CODES
     codebook = vq.vq.quantize.embedding.weight.detach()
     centred = codebook - codebook.mean(0)
-    values, vectors = torch.linalg.eigh(centred.double() @ centred.double().T)  # half-whitened: the root of the Gram matrix
+    values, vectors = torch.linalg.eigh(
+        centred.double() @ centred.double().T
+    )  # half-whitened: the root of the Gram matrix
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     expected = (root / (root.diag()[:, None] * root.diag()).sqrt()).float()
     for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
         rows = table[60 - NUM_CODES :].detach()
-        torch.testing.assert_close(F.cosine_similarity(rows[:, None], rows[None], dim=-1), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            F.cosine_similarity(rows[:, None], rows[None], dim=-1), expected, rtol=1e-3, atol=1e-3
+        )
         assert rows.std().item() == pytest.approx(0.06, rel=1e-3)
     assert torch.equal(model.get_input_embeddings().weight[: 60 - NUM_CODES], before[: 60 - NUM_CODES])
 

@@ -41,7 +41,9 @@ def test_matrices_move_as_with_torch_muon():
 def test_the_rest_moves_as_with_torch_adamw():
     shapes = [(10, 4), (6,)]
     ours, theirs, matrix = _parameters(shapes), _parameters(shapes), _parameters([(8, 8)])
-    optimizer = MuonAdamW([{"params": matrix, "muon": True}, {"params": ours}], lr=0.01, weight_decay=0.1, betas=(0.9, 0.98))
+    optimizer = MuonAdamW(
+        [{"params": matrix, "muon": True}, {"params": ours}], lr=0.01, weight_decay=0.1, betas=(0.9, 0.98)
+    )
     matrix[0].grad = torch.ones(8, 8)
     _steps(optimizer, ours, 3)
     _steps(torch.optim.AdamW(theirs, lr=0.01, weight_decay=0.1, betas=(0.9, 0.98)), theirs, 3)
@@ -109,6 +111,8 @@ def test_a_jam_gives_its_streams_and_cross_blocks_to_muon(jam):
     groups = muon_parameter_groups(model, 0.02, 1e-3, 0.1)
     taken = {names[id(p)] for p in groups[0]["params"]}
     assert all(".layers." in name for name in taken)
-    assert {"text_layer", "image_layer", "text_cross", "image_cross"} <= {part for name in taken for part in name.split(".")}
+    assert {"text_layer", "image_layer", "text_cross", "image_cross"} <= {
+        part for name in taken for part in name.split(".")
+    }
     rest = {names[id(p)] for group in groups[1:] for p in group["params"]}
     assert {"lm_head.weight", "image_head.weight"} <= rest and not any("vq_model" in name for name in rest | taken)

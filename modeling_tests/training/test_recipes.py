@@ -136,8 +136,12 @@ def test_a_run_killed_while_it_wrote_a_checkpoint_goes_on_from_the_one_before(pa
 def test_accumulation_equals_a_larger_batch(is_jam, jam, parents, tmp_path):
     results = []
     for batch, accumulation in ((8, 1), (1, 8)):
-        model = jam("llama", "cross", "preserving") if is_jam else AutoModelForCausalLM.from_pretrained(parents("llama")[0])
-        settings = RecipeSettings(**{**SETTINGS, "max_steps": 3, "batch_size": batch}, gradient_accumulation_steps=accumulation)
+        model = (
+            jam("llama", "cross", "preserving") if is_jam else AutoModelForCausalLM.from_pretrained(parents("llama")[0])
+        )
+        settings = RecipeSettings(
+            **{**SETTINGS, "max_steps": 3, "batch_size": batch}, gradient_accumulation_steps=accumulation
+        )
         collator = JamDataCollator(0, model.config.vocab_size)
         train_causal_lm(model, _ragged_data(model), tmp_path / f"{batch}", settings, collator)
         results.append(model.state_dict())
@@ -193,8 +197,9 @@ def test_a_run_with_other_settings_is_not_continued(parents, tmp_path):
 
 
 def test_packed_training_is_that_of_separate_rows(jam, tmp_path):
-    """The Trainer counts a document's first token among its items, where nothing is predicted; packing cannot. So the rates
-    of both runs' losses differ by a factor, which Adam's steps do not feel."""
+    """The Trainer counts a document's first token among its items, where nothing is predicted; packing cannot. So the
+    rates of both runs' losses differ by a factor, which Adam's steps do not feel.
+    """
     states = []
     for packing in (False, True):
         model = jam("llama", "cross", "preserving")
@@ -254,7 +259,9 @@ def test_evaluation_is_without_masking(parents, tmp_path):
 
 def test_freezing_none_trains_all_but_the_vq_model(jam):
     model = jam("llama", "cross", "preserving")
-    assert freeze(model, "none") == freeze(model, "vq") == [n for n, _ in model.named_parameters() if "vq_model" not in n]
+    assert (
+        freeze(model, "none") == freeze(model, "vq") == [n for n, _ in model.named_parameters() if "vq_model" not in n]
+    )
 
 
 def test_bad_settings(jam):

@@ -1,4 +1,6 @@
-"""Runs of `train_causal_lm` as users have them: with adapters, killed at the last moment, continued with other things."""
+"""Runs of `train_causal_lm` as users have them: with adapters, killed at the last moment, continued with other
+things.
+"""
 
 import json
 from dataclasses import replace
@@ -84,7 +86,9 @@ def test_a_preset_narrows_what_an_adapter_trains(jam, tmp_path):
 def test_what_an_adapter_would_not_save_is_refused(parents, tmp_path):
     model = get_peft_model(stock(parents), LoraConfig(r=4, target_modules=["q_proj"]))
     model.get_base_model().lm_head.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"1 parameter\(s\) would be trained that the adapter does not save, e.g. .*lm_head"):
+    with pytest.raises(
+        ValueError, match=r"1 parameter\(s\) would be trained that the adapter does not save, e.g. .*lm_head"
+    ):
         train_causal_lm(model, data(model), tmp_path / "out", SETTINGS, plain(model))
     assert not list(tmp_path.iterdir())
 

@@ -1,7 +1,7 @@
 """transformers' Trainer, as it is, on a JAM: label smoothing, and labels that are used outside of `forward`.
 
-The oracles are plain arithmetic on the model's own logits with the codes of the pictures as targets, and a stock class with
-the same weights in the same Trainer.
+The oracles are plain arithmetic on the model's own logits with the codes of the pictures as targets, and a stock class
+with the same weights in the same Trainer.
 """
 
 import sys
@@ -193,7 +193,10 @@ def test_labels_outside_of_forward_are_codes(collator, mode, init, jam, tmp_path
 def test_pictures_that_were_lost_are_not_learned_as_placeholders(jam, tmp_path):
     model = jam("llama", "cross", "preserving")
     rows = [{name: row[name] for name in ("input_ids", "labels")} for row in rows_with_pictures(model)]
-    for settings in ({"label_smoothing_factor": SMOOTHING}, {"loss": lambda outputs, labels, **_: outputs.logits.sum()}):
+    for settings in (
+        {"label_smoothing_factor": SMOOTHING},
+        {"loss": lambda outputs, labels, **_: outputs.logits.sum()},
+    ):
         with pytest.raises(ValueError, match="no pixel_values came with them"):
             trainer(model, tmp_path, rows, **settings).train()
 

@@ -9,7 +9,9 @@ from PIL import Image
 
 
 def url_to_local_path(url: str, return_url_if_not_found: bool = True) -> str:
-    """A picture of random pixels for the address of a picture, always the same; other addresses come back as they are."""
+    """A picture of random pixels for the address of a picture, always the same; other addresses come back as they
+    are.
+    """
     if not url.endswith((".png", ".jpg", ".jpeg")):
         return url
     path = Path(tempfile.gettempdir()) / f"jam-conformance-{zlib.crc32(url.encode()):08x}.png"

@@ -1,6 +1,7 @@
 """Not in the source distribution: starts the processes of a distributed test, on the CPU, over gloo.
 
-They are forked from a server that has imported what they need, so that a test pays for its processes but not for their imports.
+They are forked from a server that has imported what they need, so that a test pays for its processes but not for their
+imports.
 """
 
 from __future__ import annotations
@@ -42,9 +43,13 @@ def _start_rank_processes(function: Callable, args: tuple = (), nprocs: int = 2)
 
 def _run_rank(rank: int, world_size: int, host: str, port: int, function: Callable, args: tuple, kwargs: dict) -> None:
     torch.set_num_threads(1)
-    os.environ.update(WORLD_SIZE=str(world_size), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR=host, MASTER_PORT=str(port))
+    os.environ.update(
+        WORLD_SIZE=str(world_size), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR=host, MASTER_PORT=str(port)
+    )
     store = dist.TCPStore(host, port, world_size=None, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=1800))
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=1800)
+    )
     try:
         function(rank, *args, **kwargs)
     finally:
@@ -52,7 +57,9 @@ def _run_rank(rank: int, world_size: int, host: str, port: int, function: Callab
 
 
 def run_distributed(world_size: int) -> Callable[[Callable], Callable]:
-    """`run_distributed(world_size=2)(function)(*args)` runs `function(rank, *args)` in that many processes of one group."""
+    """`run_distributed(world_size=2)(function)(*args)` runs `function(rank, *args)` in that many processes of one
+    group.
+    """
 
     def launcher(function: Callable) -> Callable:
         def launch(*args: Any, **kwargs: Any) -> None:
