@@ -44,6 +44,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python modeling_tests/model_lint.py
+	$(BIN)/python modeling_tests/text_lint.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

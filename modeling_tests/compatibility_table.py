@@ -21,9 +21,9 @@ MODES = ("uniform", "width", "cross")
 
 INTRODUCTION = """# What works, in each fusion mode
 
-Written by `make compatibility` from test results; do not edit. **yes**: every test of the feature passed. **partly**: some
-passed, the others were skipped for the reason below. **skipped**: all were. **NO**: a test failed. **-**: not a feature of the
-mode.
+Written by `make compatibility` from test results; do not edit. **yes**: every test of the feature passed. **partly**:
+some passed, the others were skipped for the reason below. **skipped**: all were. **NO**: a test failed. **-**: not a
+feature of the mode.
 """
 
 
