@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import random
 from pathlib import Path
 
@@ -18,10 +17,9 @@ from jam_hf import JamForCausalLM, JamProcessor, JamVQConfig, JamVQModel
 from jam_hf.training.tokenizer import train_tokenizer
 
 
-pytest_plugins = ["feature_report", "nightly", "pytester"]
+pytest_plugins = ["deprecations", "feature_report", "nightly", "pytester"]
 
 torch.set_num_threads(1)  # the models are tiny, and the tests run side by side
-logging.getLogger("transformers").setLevel(logging.ERROR)
 
 NUM_CODES = 16
 VQ_SETTINGS = {

@@ -46,7 +46,8 @@ def generate_padded(
     config = copy.deepcopy(settings)
     config.num_return_sequences, config.max_length = 1, None
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    never_ends = {"eos_token_id": None} if ends == [-1] else {}  # None alone would be the model's own
+    if ends == [-1]:  # None would be the model's own
+        config.eos_token_id = []
     pad = config.pad_token_id if config.pad_token_id is not None else max(ends[0], 0)
     rows = [index for index in range(len(inputs)) for _ in range(copies)]
     written: dict[int, tuple[list[int], tuple[float, float]]] = {}
@@ -56,7 +57,7 @@ def generate_padded(
         config.max_new_tokens, longest = budgets[rows[group[0]]], max(map(len, prompts))
         ids, mask = left_padded(prompts, pad, model.device)
         start = time.perf_counter()
-        output = model.generate(ids, attention_mask=mask, generation_config=config, **never_ends)
+        output = model.generate(ids, attention_mask=mask, generation_config=config)
         for place, new in zip(group, output[:, longest:].tolist()):
             end = next((i + 1 for i, token in enumerate(new) if token in ends), len(new))
             written[place] = (new[:end], (start, time.perf_counter()))

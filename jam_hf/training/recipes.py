@@ -392,7 +392,7 @@ def train_causal_lm(
         save_steps=settings.save_steps,
         save_total_limit=1,
         logging_steps=settings.logging_steps,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing=settings.gradient_checkpointing,
         report_to="none",
         remove_unused_columns=False,
         train_sampling_strategy="group_by_length" if settings.group_by_length else "random",

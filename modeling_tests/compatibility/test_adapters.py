@@ -165,7 +165,7 @@ def test_gradients_with_checkpointing_are_those_without(reentrant, mode, init, j
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            peft_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            peft_model.activation_checkpointing_enable({"use_reentrant": reentrant})
             peft_model.enable_input_require_grads()
         peft_model.zero_grad()
         peft_model(input_ids=ids, labels=ids).loss.backward()

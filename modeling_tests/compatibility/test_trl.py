@@ -45,7 +45,7 @@ def chats(count: int = 4) -> Dataset:
 
 
 def trainer(model, processor, tmp_path, dataset=None, max_steps=4, peft_config=None, **settings):
-    settings = {"assistant_only_loss": True, "learning_rate": 1e-2, "gradient_checkpointing": False, **settings}
+    settings = {"assistant_only_loss": True, "learning_rate": 1e-2, "activation_checkpointing": False, **settings}
     arguments = trl.SFTConfig(
         str(tmp_path / "out"),
         max_steps=max_steps,
@@ -102,7 +102,7 @@ def test_the_loss_is_that_of_the_models_own_logits_and_codes(assistant_only, mod
 def test_the_loss_falls_and_the_vq_model_stays(mode, init, jam, processor, tmp_path):
     model = jam("llama", mode, init)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    run = trainer(model, processor, tmp_path, max_steps=4, gradient_checkpointing=True)
+    run = trainer(model, processor, tmp_path, max_steps=4, activation_checkpointing=True)
     run.train()
     assert losses(run)[-1] < 0.8 * losses(run)[0]
     for name, parameter in model.named_parameters():
@@ -197,7 +197,7 @@ def test_preferences_take_the_codes_of_pictures_for_ids(jam, processor, tmp_path
         str(tmp_path / "out"),
         max_steps=2,
         per_device_train_batch_size=4,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         learning_rate=0.0,
         **ON_CPU,
     )
@@ -221,7 +221,7 @@ def test_answers_rated_alone_have_the_codes_of_pictures_in_every_batch(jam, proc
         str(tmp_path / "out"),
         max_steps=1,
         per_device_train_batch_size=4,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         learning_rate=0.0,
         **ON_CPU,
     )
@@ -253,7 +253,7 @@ def test_rewarded_answers_have_the_probabilities_of_full_documents(kind, jam, pr
         save_strategy="no",
         use_cpu=True,
         bf16=False,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         learning_rate=0.0,
     )
     run = getattr(trl, f"{kind}Trainer")(

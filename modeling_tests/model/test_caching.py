@@ -115,7 +115,7 @@ def test_gradients_reach_everything_but_the_vq_model_with_and_without_checkpoint
     for checkpointing in (False, True):
         model.zero_grad()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         losses.append(loss.item())

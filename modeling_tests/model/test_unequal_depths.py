@@ -398,7 +398,7 @@ def test_gradient_checkpointing_changes_no_gradient():
         for settings in (None, {"use_reentrant": False}, {"use_reentrant": True}):
             model.zero_grad()
             if settings is not None:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+                model.activation_checkpointing_enable(settings)
                 if settings["use_reentrant"]:
                     model.enable_input_require_grads()
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
