@@ -34,8 +34,9 @@ class _Version(argparse.Action):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
 
     def __call__(self, parser: argparse.ArgumentParser, *args: object) -> None:
-        (folder,) = importlib.util.find_spec("jam_hf").submodule_search_locations
-        print("jam-hf", runpy.run_path(str(Path(folder, "version.py")))["__version__"])
+        package = importlib.util.find_spec("jam_hf")
+        assert package is not None and package.origin is not None
+        print("jam-hf", runpy.run_path(str(Path(package.origin).with_name("version.py")))["__version__"])
         parser.exit()
 
 
@@ -52,12 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, help="print the version, and exit")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error (default: one line)")
-    commands = parser.add_subparsers(
+    subparsers = parser.add_subparsers(
         prog="jam-hf", dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS
     )
     for name, module in COMMANDS.items():
         words = module.Options.__doc__
-        command = commands.add_parser(name, description=f"{words[0].upper()}{words[1:]}.", formatter_class=raw)
+        command = subparsers.add_parser(name, description=f"{words[0].upper()}{words[1:]}.", formatter_class=raw)
         add_options(command, module.Options)
         if module is quickstart:
             command.epilog = "stages:\n" + "\n".join(

@@ -73,7 +73,7 @@ class CM3Settings:
 
 def segments(ids: np.ndarray, settings: CM3Settings) -> list[tuple[int, int]]:
     """Maximal runs `[start, end)` without a boundary token, in order; see `keep_first_token` for the first token."""
-    boundary = np.zeros(len(ids), dtype=bool)
+    boundary: np.ndarray = np.zeros(len(ids), dtype=bool)
     boundary[0] = settings.keep_first_token
     for token in settings.boundary_token_ids:  # a few comparisons: several times faster than np.isin on one document
         boundary |= ids == token
@@ -168,7 +168,7 @@ def unmask(ids: np.ndarray, settings: CM3Settings) -> np.ndarray:
     pieces, position = [], 0
     openings = [*(positions[half:] - positions[half]), len(back)]
     for index in range(half):
-        where = positions[index]
+        where = int(positions[index])
         start, end = openings[index], openings[index + 1]
         if ids[where] != back[start] or back[end - 1] != settings.mask_end_token_id:
             raise ValueError(

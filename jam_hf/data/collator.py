@@ -89,7 +89,7 @@ class JamDataCollator:
 
     def _padded(self, rows: list[np.ndarray], length: int) -> dict[str, torch.Tensor]:
         kept = np.arange(length) < np.array([len(ids) for ids in rows])[:, None]
-        padded = np.full((len(rows), length), self.pad_token_id, dtype=np.int64)
+        padded: np.ndarray = np.full((len(rows), length), self.pad_token_id, dtype=np.int64)
         padded[kept] = np.concatenate(rows)
         input_ids, mask = torch.from_numpy(padded), torch.from_numpy(kept)
         return {"input_ids": input_ids, "attention_mask": mask.long(), "labels": input_ids.masked_fill(~mask, -100)}
@@ -104,7 +104,7 @@ class JamDataCollator:
                 used.append(0)
             bins[index].append(ids)
             used[index] += len(ids)
-        input_ids = np.full((len(bins), length), self.pad_token_id, dtype=np.int64)
+        input_ids: np.ndarray = np.full((len(bins), length), self.pad_token_id, dtype=np.int64)
         labels = np.full_like(input_ids, -100)
         positions = np.zeros_like(input_ids)
         for row, documents in enumerate(bins):

@@ -352,8 +352,7 @@ class JamCrossDecoder(JamPreTrainedModel):
         # A device map fills device after device in the order of registration.
         for name in (name for name, stem in stems.items() if stem.stands_first):
             self.add_module(name, stems[name])
-        # trf-ignore: TRF034 (the four parts of a depth are checkpointing layers; its own checkpoint would compute them
-        # twice)
+        # trf-ignore: TRF034 (the four parts of a depth are checkpointing layers: its own would compute them twice)
         self.layers = nn.ModuleList([JamCrossDecoderLayer(config, depth) for depth in range(config.num_hidden_layers)])
         for name in (name for name, stem in stems.items() if not stem.stands_first):
             self.add_module(name, stems[name])

@@ -115,7 +115,7 @@ def render(picture: Picture, image_size: int = IMAGE_SIZE) -> Image.Image:
     if image_size < GRID or image_size % GRID:
         raise ValueError(f"render: image_size must be a positive multiple of {GRID}, got {image_size}.")
     cell = image_size // GRID
-    pixels = np.empty((image_size, image_size, 3), np.float32)
+    pixels: np.ndarray = np.empty((image_size, image_size, 3), np.float32)
     pixels[:] = BACKGROUNDS[picture.background]
     for o in picture.objects:
         rows = slice(o.cell[0] * cell, (o.cell[0] + 1) * cell)

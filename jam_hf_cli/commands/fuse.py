@@ -95,7 +95,7 @@ def run(options: Options) -> None:
         print(plan.explain(options.explain))
     elif options.dry_run:
         print(plan.describe())
-    else:
+    elif options.output is not None:
         print(plan.describe(tensors=False), file=sys.stderr)
         path = run_fusion(plan, options.output, options.overwrite)
         print(f"fused: {path} (recipe {str(plan.digest)[:16]})")
