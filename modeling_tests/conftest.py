@@ -77,7 +77,9 @@ def parent_model(family: str, vocab_size: int, seed: int, **changes) -> torch.nn
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--shuffle", type=int, metavar="SEED", help="run the files, and the tests of each, in another order")
+    parser.addoption(
+        "--shuffle", type=int, metavar="SEED", help="run the files, and the tests of each, in another order"
+    )
 
 
 @pytest.hookimpl(trylast=True)
@@ -157,7 +159,9 @@ def loaded(fused):
 
 @pytest.fixture
 def jam(loaded):
-    """`jam(family, mode, init, alive=True)` -> model; alive: zero-initialised outputs get weights, so that all counts."""
+    """`jam(family, mode, init, alive=True)` -> model; alive: zero-initialised outputs get weights, so that all
+    counts.
+    """
     return lambda family, mode, init, alive=True: copy.deepcopy(loaded(family, mode, init, alive))
 
 

@@ -22,8 +22,8 @@ class Deprecation(DeprecationWarning):
 def is_owed(message: str, files: Iterable[str]) -> bool:
     """Whether a deprecation is not for this package to mend. `files`: of the calls that led to it, the innermost first.
 
-    `generate()` with a config and arguments of one call still goes by both, and tests hold which goes first; the package
-    itself says one of the two. transformers 5.23 says both to a draft model, in its own candidate generators.
+    `generate()` with a config and arguments of one call still goes by both, and tests hold which goes first; the
+    package itself says one of the two. transformers 5.23 says both to a draft model, in its own candidate generators.
     """
     if not message.startswith(BOTH):
         return False

@@ -1,7 +1,8 @@
 """`generate_batch` on a CPU: the same requests by `generate()`, in padded batches.
 
-transformers' pages save the memory of a GPU. On a CPU each step of theirs gathers all pages and attends with one mask over the
-keys of all requests, which takes about twice the time of `generate()` (modeling_tests/benchmarks/continuous_batching.py).
+transformers' pages save the memory of a GPU. On a CPU each step of theirs gathers all pages and attends with one mask
+over the keys of all requests, which takes about twice the time of `generate()`
+(modeling_tests/benchmarks/continuous_batching.py).
 
 It knows requests and budgets; what is obeyed and refused is decided before (continuous_settings.py).
 """
@@ -20,8 +21,9 @@ from .private import GenerationOutput, RequestStatus
 
 
 def groups(requests: Sequence[tuple[int, int]], tokens: int) -> list[list[int]]:
-    """Which of `requests` (prompt length and budget, in ids) go together: those of one budget, by length, and no more than
-    `tokens` ids with padding; one that is larger goes alone."""
+    """Which of `requests` (prompt length and budget, in ids) go together: those of one budget, by length, and no more
+    than `tokens` ids with padding; one that is larger goes alone.
+    """
     found: list[list[int]] = []
     for index in sorted(range(len(requests)), key=lambda i: (requests[i][1], requests[i][0], i)):
         length, budget = requests[index]

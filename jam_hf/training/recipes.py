@@ -53,11 +53,15 @@ class RecipeSettings:
     bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast (accelerators)"})
     seed: int = field(default=0, metadata={"help": "seed of initialisation, order and masking"})
     eval_steps: int = field(default=0, metadata={"help": "steps between evaluations; 0: none"})
-    save_steps: int = field(default=200, metadata={"help": "steps between checkpoints that a killed run continues from"})
+    save_steps: int = field(
+        default=200, metadata={"help": "steps between checkpoints that a killed run continues from"}
+    )
     logging_steps: int = field(default=10, metadata={"help": "steps between points of the loss curve"})
     freeze: str = field(default="vq", metadata={"help": "what stays as it is: see FREEZE_PRESETS"})
     group_by_length: bool = field(default=False, metadata={"help": "batches of documents of like length: less padding"})
-    packing: bool = field(default=False, metadata={"help": "short documents share rows: less padding, batches stay mixed"})
+    packing: bool = field(
+        default=False, metadata={"help": "short documents share rows: less padding, batches stay mixed"}
+    )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "trade compute for memory"})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "attention while training; eager is the fastest for short documents on a CPU"}
@@ -144,12 +148,14 @@ def _check_that_all_is_saved(model: PreTrainedModel) -> None:
         for tensor in get_peft_model_state_dict(model, adapter_name=adapter).values()
     }
     lost = [
-        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.data_ptr() not in saved
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.data_ptr() not in saved
     ]
     if lost:
         raise ValueError(
-            f"{len(lost)} parameter(s) would be trained that the adapter does not save, e.g. {lost[0]}. Name their modules in "
-            "modules_to_save of the peft config, or freeze them."
+            f"{len(lost)} parameter(s) would be trained that the adapter does not save, e.g. {lost[0]}. Name their "
+            "modules in modules_to_save of the peft config, or freeze them."
         )
 
 
@@ -176,8 +182,8 @@ class _AlreadyTrained(Exception):
 class _Continue(TrainerCallback):
     """When a run continues, the Trainer skips the batches seen without collating them; the masking must skip them too.
 
-    Where no step is left, the Trainer would take one all the same, so it is stopped here: its model and its state are those of
-    the checkpoint by now.
+    Where no step is left, the Trainer would take one all the same, so it is stopped here: its model and its state are
+    those of the checkpoint by now.
     """
 
     def __init__(self, collator: JamDataCollator):
@@ -193,9 +199,13 @@ class _Continue(TrainerCallback):
 
 
 class _Progress(ProgressCallback):
-    """One bar, with the loss in it, instead of a line for each point of the curve; evaluations are still written out."""
+    """One bar, with the loss in it, instead of a line for each point of the curve; evaluations are still written
+    out.
+    """
 
-    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: Any, control: Any, logs: dict | None = None, **kwargs: Any
+    ) -> None:
         if logs and "loss" in logs and self.training_bar is not None:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
         elif logs and any(key.startswith("eval_") for key in logs):
@@ -219,7 +229,9 @@ _REPORTING = ("save_steps", "logging_steps", "eval_steps")
 
 
 def _check_continues(run_dir: Path, settings: RecipeSettings, beginning: dict[str, Any]) -> None:
-    """Refuse to continue a run that began with something else (see fingerprints.py); leave this behind for the next time."""
+    """Refuse to continue a run that began with something else (see fingerprints.py); leave this behind for the next
+    time.
+    """
     described = {k: v for k, v in asdict(settings).items() if k not in _REPORTING} | beginning
     path = run_dir / "settings.json"
     if path.is_file():
@@ -227,15 +239,17 @@ def _check_continues(run_dir: Path, settings: RecipeSettings, beginning: dict[st
         changed = sorted(k for k in described if before.get(k) != described[k])
         if changed:
             raise ValueError(
-                f"'{run_dir}' holds an interrupted run that began with other settings, data or weights ({', '.join(changed)}). "
-                "Delete it to begin again, or go on with what it began with."
+                f"'{run_dir}' holds an interrupted run that began with other settings, data or weights "
+                f"({', '.join(changed)}). Delete it to begin again, or go on with what it began with."
             )
     run_dir.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(described, indent=1) + "\n")
 
 
 def _in_main_process(trainer: Trainer, check: Any) -> None:
-    """Run `check()` in the main process; what it raises is raised in all, so that none waits for the others for ever."""
+    """Run `check()` in the main process; what it raises is raised in all, so that none waits for the others for
+    ever.
+    """
     error: list[Exception | None] = [None]
     if trainer.is_world_process_zero():
         try:
@@ -291,7 +305,9 @@ def _loss_by_tokens(prediction: EvalPrediction) -> dict[str, float]:
 
 
 class _JamTrainer(Trainer):
-    """Evaluates by tokens, on documents as they are, without CM3; groups by length in an order that can be continued."""
+    """Evaluates by tokens, on documents as they are, without CM3; groups by length in an order that can be
+    continued.
+    """
 
     def __init__(self, *args: Any, muon_learning_rate: float = 0.0, **kwargs: Any):
         super().__init__(*args, compute_metrics=_loss_by_tokens, preprocess_logits_for_metrics=_loss_of_rows, **kwargs)
@@ -343,17 +359,17 @@ def train_causal_lm(
         train_dataset, eval_datasets: column `input_ids`; evaluation losses carry the datasets' names.
         tokenizer: anything with `save_pretrained`, saved beside the model.
         overwrite: replace a non-empty `output_dir`, once the model is trained.
-    Under peft the adapter is trained and saved, and what peft froze stays as it is; under FSDP2 (`accelerate launch`) the whole
-    model is saved. Evaluation losses are means over tokens.
+    Under peft the adapter is trained and saved, and what peft froze stays as it is; under FSDP2 (`accelerate launch`)
+    the whole model is saved. Evaluation losses are means over tokens.
 
     Returns:
         the loss curve, `{"step", "loss", ...}` as the Trainer logs it; also in `history.json`.
     Raises:
-        ValueError: if `<output_dir>.run` holds a run that began with other settings, documents, masking or weights, if the
-            model cannot keep packed documents apart, if something is trainable that its adapter does not save, or if the
-            model could not be saved afterwards (asked before the first step).
-        FileExistsError: if `output_dir` holds anything and `overwrite` is False, or another run writes it; before the first
-            step. If it was filled while the model was trained, the error says where the model lies.
+        ValueError: if `<output_dir>.run` holds a run that began with other settings, documents, masking or weights, if
+            the model cannot keep packed documents apart, if something is trainable that its adapter does not save, or
+            if the model could not be saved afterwards (asked before the first step).
+        FileExistsError: if `output_dir` holds anything and `overwrite` is False, or another run writes it; before the
+            first step. If it was filled while the model was trained, the error says where the model lies.
     """
     if settings.packing:
         if not supports_packing(model.config):
@@ -429,7 +445,11 @@ def train_causal_lm(
         # Weights in shards come together in all processes at once; the main process writes them.
         state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
         place: Any = whole_folder(output_dir, overwrite, locks[0]) if main else tempfile.TemporaryDirectory()
-        facts = {"steps": settings.max_steps, "batch_size": settings.batch_size, "learning_rate": settings.learning_rate}
+        facts = {
+            "steps": settings.max_steps,
+            "batch_size": settings.batch_size,
+            "learning_rate": settings.learning_rate,
+        }
         record(model, "trained", **facts, freeze=settings.freeze, documents=len(train_dataset), jam_hf=__version__)
         with place as folder:
             model.save_pretrained(folder, is_main_process=main, state_dict=state)

@@ -1,6 +1,8 @@
-"""Adapters: peft's LoRA and DoRA on a JAM by peft's own calls and by the presets of jam_hf, trained, saved, merged, switched.
+"""Adapters: peft's LoRA and DoRA on a JAM by peft's own calls and by the presets of jam_hf, trained, saved, merged,
+switched.
 
-The oracle is peft on a stock parent where one can be had, else the JAM without its adapter and plain arithmetic on its weights.
+The oracle is peft on a stock parent where one can be had, else the JAM without its adapter and plain arithmetic on its
+weights.
 """
 
 import copy
@@ -90,7 +92,13 @@ def test_all_linear_is_all_but_the_output_embedding_and_the_vq_model(family, mod
 @pytest.mark.feature("peft", "the frozen VQ model is never adapted")
 def test_the_attention_of_the_vq_model_is_not_found_by_all_linear():
     vq_config = {**VQ_SETTINGS, "mid_block_add_attention": True}
-    text = {"model_type": "llama", "vocab_size": 300, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    text = {
+        "model_type": "llama",
+        "vocab_size": 300,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+    }
     model = JamForCausalLM(JamConfig(text_config={**text, "num_attention_heads": 2}, vq_config=vq_config))
     assert sum(isinstance(module, JamVQLinear) for module in model.modules()) == 8
     peft_model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
@@ -181,7 +189,9 @@ def test_trainer_learns_a_picture_through_an_adapter(mode, init, jam, processor,
     model = jam("llama", mode, init)
     peft_model = get_peft_model(model, lora_config(model, r=4))
     pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    inputs = processor.tokenizer("red" + "<break>" + "<image>" * 16 + "<break></s>", return_tensors="pt")["input_ids"][0]
+    inputs = processor.tokenizer("red" + "<break>" + "<image>" * 16 + "<break></s>", return_tensors="pt")["input_ids"][
+        0
+    ]
     rows = [{"input_ids": inputs, "labels": inputs.clone(), "pixel_values": pixels[i]} for i in range(2)]
     base = copy.deepcopy({n: p for n, p in model.named_parameters() if "lora_" not in n})
     arguments = TrainingArguments(
@@ -240,7 +250,9 @@ def test_saved_adapters_come_back_by_every_road(mode, init, jam, fused, tmp_path
     peft_model.save_pretrained(tmp_path)
     base = fused("llama", mode, init)
     assert not torch.equal(expected, logits(JamForCausalLM.from_pretrained(base).eval()))
-    assert torch.equal(logits(PeftModel.from_pretrained(JamForCausalLM.from_pretrained(base), tmp_path).eval()), expected)
+    assert torch.equal(
+        logits(PeftModel.from_pretrained(JamForCausalLM.from_pretrained(base), tmp_path).eval()), expected
+    )
     automatic = AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()
     assert isinstance(automatic.get_base_model(), JamForCausalLM) and torch.equal(logits(automatic), expected)
     by_transformers = JamForCausalLM.from_pretrained(base).eval()
@@ -348,7 +360,9 @@ def test_ia3_with_named_targets(mode, init, jam):
 
 def test_bad_presets_and_a_missing_peft_are_named(jam, parents, monkeypatch):
     model = jam("llama", "cross", "preserving")
-    with pytest.raises(ValueError, match="must be one of all, attention, text_stream, image_stream, cross_only, got 'text'"):
+    with pytest.raises(
+        ValueError, match="must be one of all, attention, text_stream, image_stream, cross_only, got 'text'"
+    ):
         lora_config(model, "text")
     with pytest.raises(ValueError, match="leave target_modules out"):
         lora_config(model, target_modules=["q_proj"])

@@ -1,7 +1,7 @@
 """trl's SFTTrainer, as it is, on chats with text and pictures in them: what it learns from, and that it learns.
 
-trl puts its own `forward` in place of the model's. The oracle is torch's cross-entropy on the model's own logits, with the
-codes of the pictures as targets.
+trl puts its own `forward` in place of the model's. The oracle is torch's cross-entropy on the model's own logits, with
+the codes of the pictures as targets.
 """
 
 import numpy as np
@@ -28,7 +28,8 @@ def pictures(count: int) -> list[Image.Image]:
     """Noise of different brightness: pictures with different codes."""
     rng = np.random.default_rng(0)
     return [
-        Image.fromarray(rng.integers(0, 40 + 200 * i // count, (16, 16, 3)).astype(np.uint8), mode="RGB") for i in range(count)
+        Image.fromarray(rng.integers(0, 40 + 200 * i // count, (16, 16, 3)).astype(np.uint8), mode="RGB")
+        for i in range(count)
     ]
 
 
@@ -187,7 +188,9 @@ def test_without_the_package_trls_loss_is_refused(jam, monkeypatch):
 
 
 def test_preferences_take_the_codes_of_pictures_for_ids(jam, processor, tmp_path):
-    """DPO makes its labels of `input_ids` itself. Before the first step policy and reference are one: the loss is log 2."""
+    """DPO makes its labels of `input_ids` itself. Before the first step policy and reference are one: the loss is
+    log 2.
+    """
     model = jam("llama", "cross", "preserving", alive=False)
     question = [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "?"}]}]
     answers = {"chosen": "red", "rejected": "a ruby"}
@@ -209,7 +212,9 @@ def test_preferences_take_the_codes_of_pictures_for_ids(jam, processor, tmp_path
 
 
 def test_answers_rated_alone_have_the_codes_of_pictures_in_every_batch(jam, processor, tmp_path):
-    """KTO compares each prompt with another's answer, too. Before the first step policy and reference are one: 1 / 2."""
+    """KTO compares each prompt with another's answer, too. Before the first step policy and reference are one: 1
+    / 2.
+    """
     question = [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "?"}]}]
     answers = ("red", "a ruby", "red", "a ruby is red")
     sides = [[{"role": "assistant", "content": [{"type": "text", "text": text}]}] for text in answers]

@@ -61,7 +61,9 @@ def test_generation_agrees_batched_padded_cached_and_not(family, mode, init, jam
 def test_attention_back_ends_agree(family, fused):
     ids, results = None, []
     for implementation in ("eager", "sdpa", {"text_config": "eager", "image_config": "sdpa"}):
-        model = JamForCausalLM.from_pretrained(fused(family, "cross", "paper"), attn_implementation=implementation).eval()
+        model = JamForCausalLM.from_pretrained(
+            fused(family, "cross", "paper"), attn_implementation=implementation
+        ).eval()
         ids = random_ids(model, 2, 10)
         mask = torch.ones_like(ids)
         mask[0, :3] = 0

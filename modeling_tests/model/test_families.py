@@ -1,4 +1,5 @@
-"""Every decoder family, as either stream of a cross JAM and as the decoder of a uniform one, against the stock class itself.
+"""Every decoder family, as either stream of a cross JAM and as the decoder of a uniform one, against the stock class
+itself.
 
 Weights are copied here by name, without `jam_hf.fuse`. No weight is left at zero or one, windows are shorter than the
 sequences, heads are grouped, and the two streams of a pair have different widths.
@@ -151,7 +152,10 @@ def cross_jam(text: str, image: str, alive: bool = False, **settings) -> JamForC
     config = jam_config("cross", parents["text"].config, parents["image"].config, **settings)
     torch.manual_seed(0)
     model = JamForCausalLM(config).eval()
-    weights = {"lm_head.weight": parents["text"].lm_head.weight, "image_head.weight": parents["image"].lm_head.weight[FIRST:]}
+    weights = {
+        "lm_head.weight": parents["text"].lm_head.weight,
+        "image_head.weight": parents["image"].lm_head.weight[FIRST:],
+    }
     embeddings = []
     for stream, source in parents.items():
         for name, tensor in decoder_of(source).state_dict().items():
@@ -199,8 +203,12 @@ def padded() -> dict[str, torch.Tensor]:
 
 
 def same_logits(model: JamForCausalLM, text: str, image: str, **inputs) -> tuple[bool, bool]:
-    """Whether the columns of text and those of image codes are bit for bit the parents', where the mask lets one look."""
-    seen = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(inputs["input_ids"]).bool()
+    """Whether the columns of text and those of image codes are bit for bit the parents', where the mask lets one
+    look.
+    """
+    seen = (
+        inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(inputs["input_ids"]).bool()
+    )
     with torch.no_grad():
         ours = model(**inputs).logits[seen]
     text_logits = parent_logits(parent(text, "text"), **inputs)[seen]
@@ -208,7 +216,7 @@ def same_logits(model: JamForCausalLM, text: str, image: str, **inputs) -> tuple
     return torch.equal(ours[:, :FIRST], text_logits[:, :FIRST]), torch.equal(ours[:, FIRST:], image_logits[:, FIRST:])
 
 
-# ----- against the stock classes ----------------------------------------------------------------------------------------
+# ----- against the stock classes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.sampled
@@ -223,7 +231,12 @@ def test_both_parents_bit_for_bit(text, image, use_cache):
 @by_pair
 def test_states_and_attentions_are_the_parents(text, image):
     model = cross_jam(text, image)
-    settings = {"output_hidden_states": True, "output_attentions": True, "use_cache": False, "input_ids": any_ids(length=12)}
+    settings = {
+        "output_hidden_states": True,
+        "output_attentions": True,
+        "use_cache": False,
+        "input_ids": any_ids(length=12),
+    }
     stock = [parent(text, "text"), parent(image, "image")]
     for each in (model, *stock):
         each.set_attn_implementation("eager")
@@ -265,7 +278,10 @@ def test_a_uniform_jam_is_its_parent(family, tmp_path):
 @by_decoder
 def test_caches_of_a_uniform_jam_are_the_parents(family):
     ours, theirs = uniform_jam(family).config, parent(family, "text").config
-    for make in (lambda config: DynamicCache(config=config), lambda config: StaticCache(config=config, max_cache_len=32)):
+    for make in (
+        lambda config: DynamicCache(config=config),
+        lambda config: StaticCache(config=config, max_cache_len=32),
+    ):
         layers = [[(type(layer), layer.get_max_length()) for layer in make(config).layers] for config in (ours, theirs)]
         assert layers[0] == layers[1] and len(layers[0]) == LAYERS
 
@@ -293,10 +309,12 @@ def test_attentions_know_their_own_windows(text, image):
             found = getattr(ours, f"{stream}_layer").self_attn
             for name in ("layer_type", "sliding_window"):
                 assert getattr(found, name, None) == getattr(theirs.self_attn, name, None)
-            assert getattr(found.config, "sliding_window", None) == getattr(theirs.self_attn.config, "sliding_window", None)
+            assert getattr(found.config, "sliding_window", None) == getattr(
+                theirs.self_attn.config, "sliding_window", None
+            )
 
 
-# ----- planted errors ---------------------------------------------------------------------------------------------------
+# ----- planted errors -------------------------------------------------------------------------------------------------
 
 
 def test_a_mask_that_does_not_slide_is_seen(monkeypatch):
@@ -306,7 +324,10 @@ def test_a_mask_that_does_not_slide_is_seen(monkeypatch):
     model = cross_jam("qwen3", "mistral")
     monkeypatch.setattr(modeling_jam_families, "create_sliding_window_causal_mask", whole)
     assert same_logits(model, "qwen3", "mistral", input_ids=any_ids()) == (False, False)
-    assert same_logits(model, "qwen3", "mistral", input_ids=any_ids(length=4)) == (True, True)  # shorter than the windows
+    assert same_logits(model, "qwen3", "mistral", input_ids=any_ids(length=4)) == (
+        True,
+        True,
+    )  # shorter than the windows
 
 
 def test_the_window_of_the_other_stream_is_seen():
@@ -363,7 +384,7 @@ def test_swin_norm_left_out_is_seen(monkeypatch):
     assert same_logits(model, "chameleon-swin", "mistral", input_ids=any_ids()) == (False, True)
 
 
-# ----- caches -----------------------------------------------------------------------------------------------------------
+# ----- caches ---------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -451,7 +472,13 @@ def test_drafts_are_taken_back_from_windows(text, image):
 
 def test_beams_over_windows():
     model = cross_jam("mistral", "qwen2", alive=True)
-    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "num_beams": 3, "input_ids": any_ids(2, 9)}
+    settings = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "eos_token_id": None,
+        "num_beams": 3,
+        "input_ids": any_ids(2, 9),
+    }
     expected = model.generate(**settings, use_cache=False)
     for cache in ("dynamic", "static"):
         assert model.generate(**settings, cache_implementation=cache).tolist() == expected.tolist()
@@ -486,7 +513,7 @@ def test_supports_packing_says_what_the_stock_decoder_does(family):
     assert torch.allclose(packed, alone, rtol=1e-4, atol=1e-4) == supports_packing(model.config)
 
 
-# ----- the JAM as a whole -----------------------------------------------------------------------------------------------
+# ----- the JAM as a whole ---------------------------------------------------------------------------------------------
 
 
 @by_pair
@@ -555,7 +582,7 @@ def test_cross_blocks_have_the_family_of_their_queries_and_no_biases(text, image
         assert cross.cross_attn.q_proj.out_features == heads * config.num_attention_heads
 
 
-# ----- configs ----------------------------------------------------------------------------------------------------------
+# ----- configs --------------------------------------------------------------------------------------------------------
 
 
 def test_every_family_of_the_registry_is_tested_here():
@@ -583,7 +610,10 @@ def test_refusals():
     ("config", "words"),
     [
         ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "sliding_window=None"),
-        ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 2}, "known kinds: full_attention, sliding_attention"),
+        (
+            {"model_type": "qwen3", "layer_types": ["chunked_attention"] * 2},
+            "known kinds: full_attention, sliding_attention",
+        ),
         ({"model_type": "mistral", "layer_types": ["full_attention"] * 2}, "mistral.*sliding_window=4096"),
         ({"model_type": "llama", "sliding_window": 4, "layer_types": ["sliding_attention"] * 2}, "layers of a 'llama'"),
     ],
@@ -609,7 +639,9 @@ def test_tensor_parallel_plans_name_every_projection(text, image):
         model = JamForCausalLM(config).model
         plan = tensor_parallel_plan(config, processes)
         names = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-        covered = {name.replace(f".{depth}.", ".*.") for name in names for depth in range(LAYERS) if f".{depth}." in name}
+        covered = {
+            name.replace(f".{depth}.", ".*.") for name in names for depth in range(LAYERS) if f".{depth}." in name
+        }
         covered = {name for name in covered if name.startswith("language_model.layers")}
         norms = {name for name in plan if name.endswith(("q_norm", "k_norm"))}
         assert covered == set(plan) - norms - {"language_model.embed_tokens"}
@@ -623,6 +655,9 @@ def test_tensor_parallel_plans_name_every_projection(text, image):
 def test_adapters_find_their_default_targets_in_every_method_as_before():
     constants = pytest.importorskip("peft.utils.constants")
     for method in ("LORA", "OFT", "VERA"):
-        assert getattr(constants, f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING")["jam"] == ["q_proj", "v_proj"]
+        assert getattr(constants, f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING")["jam"] == [
+            "q_proj",
+            "v_proj",
+        ]
     for method in ("IA3", "LNTUNING", "ADALORA"):  # peft adapts other modules in one family than in another
         assert "jam" not in getattr(constants, f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING")

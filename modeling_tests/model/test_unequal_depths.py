@@ -104,7 +104,7 @@ def differences(model: JamForCausalLM, text: nn.Module, image: nn.Module) -> lis
     ]
 
 
-# ----- the pairing ------------------------------------------------------------------------------------------------------
+# ----- the pairing ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("depths", PAIRS)
@@ -148,7 +148,9 @@ def test_equal_depths_are_as_they_were(tmp_path):
 def test_the_number_of_depths_can_be_set():
     config = config_of(*parents_of("llama", (3, 5)))
     config.num_hidden_layers = 4
-    assert config.text_config.num_hidden_layers == config.image_config.num_hidden_layers == config.num_hidden_layers == 4
+    assert (
+        config.text_config.num_hidden_layers == config.image_config.num_hidden_layers == config.num_hidden_layers == 4
+    )
     assert config.layer_pairing is None and config.layer_pairs == [[i, i] for i in range(4)]
 
 
@@ -183,7 +185,7 @@ def test_a_pairing_where_it_has_no_place_is_refused():
         JamForCausalLM(config)
 
 
-# ----- function preservation --------------------------------------------------------------------------------------------
+# ----- function preservation ------------------------------------------------------------------------------------------
 
 
 @every_case
@@ -237,7 +239,7 @@ def test_saved_and_loaded(families, depths, tmp_path):
         assert found == (list(range(max(depths))) if stream == deeper else paired)
 
 
-# ----- with living cross blocks -----------------------------------------------------------------------------------------
+# ----- with living cross blocks ---------------------------------------------------------------------------------------
 
 
 def cross_by_hand(block: nn.Module, states: torch.Tensor, other: torch.Tensor, config, rotary) -> torch.Tensor:
@@ -268,7 +270,9 @@ def cross_by_hand(block: nn.Module, states: torch.Tensor, other: torch.Tensor, c
 
 
 def oracle(model: JamForCausalLM, parents: tuple[nn.Module, nn.Module], pairs: list[list[int]], ids: torch.Tensor):
-    """Logits by a plain loop: each pair of layers is run up to, one stream after the other, then they exchange states."""
+    """Logits by a plain loop: each pair of layers is run up to, one stream after the other, then they exchange
+    states.
+    """
     states, positions = [], torch.arange(ids.shape[1])[None]
     for parent in parents:
         decoder = decoder_of(parent)
@@ -418,7 +422,9 @@ def test_depths_may_lie_on_disk(tmp_path):
     device_map = {f"model.language_model.{name}": device for name, device in parts.items()}
     device_map |= {f"model.language_model.layers.{depth}": "disk" if depth in (0, 1) else "cpu" for depth in range(5)}
     device_map |= {"model.vq_model": "cpu", "lm_head": "cpu", "image_head": "cpu"}
-    spread = JamForCausalLM.from_pretrained(tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "disk").eval()
+    spread = JamForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "disk"
+    ).eval()
     assert spread.model.language_model.layers[0].image_layer.mlp.up_proj.weight.device.type == "meta"
     inputs = inputs_of(model)
     assert torch.equal(spread(**inputs).logits, model(**inputs).logits)
