@@ -91,6 +91,7 @@ OFFERED |= {
     "check_parts": "jam_hf.fusion.config_checks:check_parts",
     "check_pairing": "jam_hf.fusion.config_checks:check_pairing",
     "paper": "jam_hf.fusion.paper:paper",
+    "register_adapter_targets": "jam_hf.integrations.peft:register_adapter_targets",
     "model_loaded": "jam_hf.provenance:model_loaded",
     "catch_card_writers": "jam_hf.provenance:catch_card_writers",
     "before_saving": "jam_hf.provenance:before_saving",

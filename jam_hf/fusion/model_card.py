@@ -71,8 +71,8 @@ output = model.generate(**inputs, generation_mode="interleaved")
 segments = processor.post_process_interleaved(output, model, prompt_length=inputs["input_ids"].shape[1])[0]
 ```
 
-Without it, leave the first line out and pass `trust_remote_code=True` to both `from_pretrained` calls: the code lies in this
-repository; read it first. It needs `diffusers`, for the image tokenizer.
+Without it, leave the first line out and pass `trust_remote_code=True` to both `from_pretrained` calls: the code lies in
+this repository; read it first. It needs `diffusers`, for the image tokenizer.
 
 ## Pipelines
 

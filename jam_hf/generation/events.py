@@ -1,7 +1,8 @@
 """From ids, as `generate()` writes them, to events: text as it comes, each picture when it is complete.
 
-It tells text from pictures as `JamProcessor.post_process_interleaved` does. When text is readable is decided by
-transformers' `TextStreamer`. It does not know how ids are chosen, nor how events reach their consumer (streaming.py).
+`PictureLayout.runs` tells text from pictures, as for `JamProcessor.post_process_interleaved`. When text is readable is
+decided by transformers' `TextStreamer`. It does not know how ids are chosen, nor how events reach their consumer
+(streaming.py).
 """
 
 from __future__ import annotations
@@ -98,8 +99,7 @@ class DocumentStreamer(BaseStreamer):
         self.skip_prompt, self.timeout = skip_prompt, timeout
         self.partial_every, self.skip_special_tokens = partial_every, skip_special_tokens
         config = model.config
-        layout = config.picture_layout
-        self.codes, self.marks, self.structure = layout.codes, {layout.begin, layout.end}, set(layout.structure)
+        self.layout = config.picture_layout
         ends, pad = end_ids(model.generation_config.eos_token_id), model.generation_config.pad_token_id
         pad = pad_token_id if pad_token_id is not None else pad
         self.pad = pad if pad is not None else ends[0] if ends else None  # as GenerationMixin has it
@@ -142,8 +142,8 @@ class DocumentStreamer(BaseStreamer):
     def end(self) -> None:
         """The document is written: what is held back is sent, an unfinished picture as its codes."""
         for index in range(len(self.rows or [])):
+            self._read(index, [self.layout.end])
             self._end_text(index)
-            self._end_picture(index)
         self._deliver()
         self.rows = None
         self._send(None)
@@ -165,36 +165,22 @@ class DocumentStreamer(BaseStreamer):
     def _half_drawn(self, ids: list[int]) -> list[int]:
         """The codes of a picture that a prompt ends in; none where it ends in text or behind a whole picture."""
         count = 0
-        for token in reversed([token for token in ids if token not in self.structure]):
-            if token not in self.codes:
+        for token in reversed([token for token in ids if token not in self.layout.structure]):
+            if token not in self.layout.codes:
                 break
             count += 1
         count %= self.processor.image_seq_length
-        return [token for token in ids if token in self.codes][-count:] if count else []
+        return [token for token in ids if token in self.layout.codes][-count:] if count else []
 
     def _read(self, index: int, ids: list[int]) -> None:
-        row = self.rows[index]
-        text: list[int] = []
-        for token in ids:
-            if token in self.structure:
-                continue
-            if token in self.codes:
-                if not row.codes:
-                    self._write_text(index, text)
-                    self._end_text(index)
-                    text = []
-                row.codes.append(token)
-                self._picture_grew(index)
-                continue
-            self._end_picture(index)
-            if token not in self.marks:
-                text.append(token)
-        self._write_text(index, text)
-
-    def _write_text(self, index: int, ids: list[int]) -> None:
-        if ids:
-            self.rows[index].text.put(torch.tensor(ids))
-            self._text_event(index)
+        for kind, run in self.layout.runs(ids, self.rows[index].codes):
+            if kind == "text":
+                self.rows[index].text.put(torch.tensor(run))
+                self._text_event(index)
+            elif kind == "image":
+                self._picture_event(index, kind, run)
+            else:
+                self._picture_grew(index, run)
 
     def _end_text(self, index: int) -> None:
         row = self.rows[index]
@@ -206,25 +192,16 @@ class DocumentStreamer(BaseStreamer):
         if text := self.rows[index].text.take():
             self.events.append({"type": "text", "row": index, "text": text})
 
-    def _picture_grew(self, index: int) -> None:
-        codes = self.rows[index].codes
+    def _picture_grew(self, index: int, codes: list[int]) -> None:
+        if len(codes) == 1:
+            self._end_text(index)
         if self.events and self.events[-1]["type"] == "partial_image" and self.events[-1]["row"] == index:
             self.events.pop()  # several codes came at once: the newest state is enough
-        if len(codes) == self.processor.image_seq_length:
-            self._picture_event(index, "image")
-            self.rows[index].codes = []
-        elif self.partial_every and len(codes) % self.partial_every == 0:
-            self._picture_event(index, "partial_image")
+        if self.partial_every and len(codes) % self.partial_every == 0 and len(codes) < len(self.layout.positions):
+            self._picture_event(index, "partial_image", codes)
 
-    def _end_picture(self, index: int) -> None:
-        """Whatever comes after fewer than N codes, the picture stays unfinished."""
-        if self.rows[index].codes:
-            self._picture_event(index, "image")
-            self.rows[index].codes = []
-
-    def _picture_event(self, index: int, kind: str) -> None:
-        tokens = list(self.rows[index].codes)
-        self.events.append({"type": kind, "row": index, "image": None, "image_tokens": tokens})
+    def _picture_event(self, index: int, kind: str, codes: list[int]) -> None:
+        self.events.append({"type": kind, "row": index, "image": None, "image_tokens": list(codes)})
 
     def _deliver(self) -> None:
         """Draw the pictures of this step in one batch, and send all events."""

@@ -119,9 +119,7 @@ class JamCallSettings:
         return DocumentRules(self.generation_mode, least, self.max_new_images, after, places)
 
     def _guidance(self) -> GuidanceSettings:
-        return GuidanceSettings(
-            self.guidance_scale, self.image_guidance_scale, self.contrastive_alpha, self.contrastive_k
-        )
+        return GuidanceSettings(*(getattr(self, name) for name in GUIDANCE_SETTINGS))
 
     def guidance(self) -> GuidanceSettings | None:
         """How pictures are guided; None where the call has nothing to guide."""
@@ -138,8 +136,7 @@ class JamCallSettings:
 
     def image_warpers(self, num_beams: int = 1) -> dict[type[LogitsProcessor], tuple[bool, LogitsProcessor | None]]:
         """For transformers' warpers, in the order in which it applies them: whether codes have a setting of their own,
-        and what warps them then (None: nothing does). They are read where a call samples.
-        """
+        and what warps them then (None: nothing does). They are read where a call samples."""
         keep = {} if num_beams == 1 else {"min_tokens_to_keep": 2}
         made = (
             (self.image_temperature, _stock("image_temperature", self.image_temperature, 1, TemperatureLogitsWarper)),

@@ -1,10 +1,9 @@
 """One call of `generate()`: what was asked, and what its steps change.
 
 transformers' loops hand a call's own things to some of their hooks, not to all (`_reorder_cache` gets a cache alone),
-and copy
-what they hand on to draft models. So a call is kept beside them, in a context variable: threads that generate at once
-have each their own, and behind a call within a call (a draft, a segment of best of n) the outer one is current again.
-Nothing is left on configs, caches or masks, and a call that breaks off leaves nothing either.
+and copy what they hand on to draft models. So a call is kept beside them, in a context variable: threads that generate
+at once have each their own, and behind a call within a call (a draft, a segment of best of n) the outer one is current
+again. Nothing is left on configs, caches or masks, and a call that breaks off leaves nothing either.
 
 Shape suffixes: B rows, T positions, K codes of the codebook.
 """
@@ -43,9 +42,7 @@ class JamCall:
     in_parts: bool = False
     # While it runs:
     prompt_ids: torch.LongTensor | None = field(default=None, init=False)  # with codes in place of pictures
-    loop: str | None = field(
-        default=None, init=False
-    )  # transformers' name of its own; None for a loop that a user brings
+    loop: str | None = field(default=None, init=False)  # transformers' name of it; None for one that a user brings
     steps: Any = field(default=None, init=False)  # what changes single steps: jam_hf/generation/picture_steps.py
 
     def setting(self, name: str, own: Any) -> Any:

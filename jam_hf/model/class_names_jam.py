@@ -1,9 +1,8 @@
 """The names of the JAM classes in transformers' static tables, which Auto registration does not fill.
 
 `transformers serve` reads there what a model can do, pipelines whether they support it, model cards their task, trl and
-lm_eval
-whether it is a causal LM and takes pictures. It knows names only, and comes along with the config: a table may be read
-before any model class is loaded.
+lm_eval whether it is a causal LM and takes pictures. It knows names only, and comes along with the config: a table may
+be read before any model class is loaded.
 """
 
 from .transformers_private_jam import modeling_auto

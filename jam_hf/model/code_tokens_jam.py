@@ -1,5 +1,4 @@
-"""A prompt that spells the name of an image code, `<img:17>`, is text: it is read by a tokenizer to which names mean
-nothing.
+"""A prompt that spells the name of an image code, `<img:17>`, is text: read by a tokenizer that knows no such names.
 
 The names are special tokens behind all others, so that decoding can show a code and no new token gets a code's id
 (jam_hf/data/code_names.py gives them).
@@ -46,8 +45,7 @@ def _without_names(tokenizer: Any, form: str) -> Any:
     if backend is None:
         raise ValueError(
             f"JamProcessor: a prompt has the name of an image code ({form.format(0)}, ...), and a "
-            f"{type(tokenizer).__name__} cannot read it as text. Leave it out, or use a tokenizer of the tokenizers "
-            "library."
+            f"{type(tokenizer).__name__} cannot read it as text. Leave it out, or use one of the tokenizers library."
         )
     names, state = _names_pattern(form), json.loads(backend.to_str())
     hidden = {}

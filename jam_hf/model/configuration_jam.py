@@ -1,8 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
-# applicable law or agreed to in writing, software distributed under the License is distributed on an
-# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
-# specific language governing permissions and limitations under the License.
+# Licensed under the Apache License, Version 2.0.
 """Configuration of a JAM: the one home of every id, of the grid and of the shapes.
 
 It knows numbers only: nothing here builds a module or reads a file. Everything that can be derived is derived here, and
@@ -29,14 +25,8 @@ FUSION_MODES = ("uniform", "width", "cross")
 CROSS_FORMS = ("preserving", "paper")
 # Read from, and written to, the decoders' own configs: they are the home of these numbers.
 _DELEGATED = (
-    "vocab_size",
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "use_cache",
-)
+    "vocab_size hidden_size num_attention_heads num_key_value_heads head_dim max_position_embeddings use_cache"
+).split()
 
 
 @strict
@@ -67,14 +57,12 @@ class JamConfig(PreTrainedConfig):
         image_head_act (`str`, defaults to `"gelu"`): its activation, by transformers' name.
         break_token_id, mask_token_id, image_token_id (`int`): `<break>` on both sides of a picture, the first CM3
             sentinel `<mask>`, and the placeholder `<image>` that stands for a code in text.
-        image_end_token_id (`int`, *optional*): closes a picture that `<break>` opened; `<break>` does both where
-            `None`.
+        image_end_token_id (`int`, *optional*): closes a picture that `<break>` opened; `None`: `<break>` does both.
         image_prefix_token_ids, image_suffix_token_ids (`list[int]`, default to none): tokens between the opening token
             and the first code, and between the last code and the closing token.
         image_row_end_token_id (`int`, *optional*): follows each row of a picture's grid, the last one included. With
             these four a JAM writes pictures as its image parent does (Chameleon: a closing token of its own; Emu3: a
-            prefix that tells the size, row ends, an end of frame). Their tokens stand for nothing else: they never
-            occur in text.
+            prefix that tells the size, row ends, an end of frame). Their tokens never occur in text.
         num_mask_tokens (`int`, defaults to 8): CM3 sentinels, ids `mask_token_id + i` (paper: 512).
         mask_end_token_id (`int`, *optional*): end of an infilled span; right after the sentinels where `None`.
         image_token_offset (`int`, *optional*): id of image code 0; the last codes of the vocabulary where `None`.
@@ -134,10 +122,9 @@ class JamConfig(PreTrainedConfig):
         # Checked before the sub-configs are built: a wrong mode must not surface as a wrong shape.
         _check_choice("fusion_mode", self.fusion_mode, FUSION_MODES)
         _check_choice("cross_form", self.cross_form, CROSS_FORMS)
-        if self.cross_attention_interval < 1:
-            raise ValueError(
-                f"JamConfig: `cross_attention_interval` must be at least 1, got {self.cross_attention_interval}."
-            )
+        for name in ("cross_attention_interval", "num_mask_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"JamConfig: `{name}` must be at least 1, got {getattr(self, name)}.")
         if self.fusion_mode == "cross" and self.image_config is None:
             self.image_config = copy.deepcopy(self.text_config) if self.text_config is not None else {}
         elif self.fusion_mode != "cross" and self.image_config is not None:
@@ -146,9 +133,13 @@ class JamConfig(PreTrainedConfig):
                 "one decoder, described by `text_config`. Leave `image_config` out."
             )
         super().__post_init__(**kwargs)
-        self._check_family("text_config")
-        if self.image_config is not None:
-            self._check_family("image_config")
+        for name, config in (("text_config", self.text_config), ("image_config", self.image_config)):
+            if config is not None and config.model_type not in FAMILIES:
+                raise ValueError(
+                    f"JamConfig: `{name}` is of the family '{config.model_type}', which JAM does not support yet. "
+                    f"Supported families: {', '.join(FAMILIES)}. (Others may scale embeddings, cap logits or mix kinds "
+                    "of attention; fusing them unseen would give a wrong model, not an error.)"
+                )
         # Whether the parts fit together was seen when they were put together; a saved JAM is as it was then.
         tell("check_parts", self)
         pairs = self.layer_pairs
@@ -181,9 +172,7 @@ class JamConfig(PreTrainedConfig):
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in `PreTrainedConfig`; without the fields of what this JAM has not (unequal depths, an MLP as image
-        head).
-        """
+        """As in `PreTrainedConfig`; without fields of what this JAM has not (unequal depths, an MLP as image head)."""
         values = super().to_dict()
         for name in ("layer_pairing", "provenance"):
             if getattr(self, name) is None:
@@ -196,23 +185,9 @@ class JamConfig(PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """As in `PreTrainedConfig`; files say nothing of what a picture does not have."""
         names = ("image_end_token_id", "image_prefix_token_ids", "image_row_end_token_id", "image_suffix_token_ids")
-        return {
-            name: value
-            for name, value in super().to_diff_dict().items()
-            if name not in names or value not in (None, [])
-        }
+        return {k: value for k, value in super().to_diff_dict().items() if k not in names or value not in (None, [])}
 
     # ----- checks -----------------------------------------------------------------------------------------------------
-
-    def _check_family(self, name: str) -> None:
-        config = getattr(self, name)
-        family = config.model_type
-        if family not in FAMILIES:
-            raise ValueError(
-                f"JamConfig: `{name}` is of the family '{family}', which JAM does not support yet. Supported families: "
-                f"{', '.join(FAMILIES)}. (Others may scale embeddings, cap logits or mix kinds of attention; fusing "
-                "them unseen would give a wrong model, not an error.)"
-            )
 
     def _derive_and_check_ids(self) -> None:
         vocab_size, codes = self.vocab_size, self.num_image_tokens
@@ -229,48 +204,34 @@ class JamConfig(PreTrainedConfig):
             self.mask_end_token_id = self.mask_token_id + self.num_mask_tokens
         if self.image_token_offset is None:
             self.image_token_offset = vocab_size - codes
-        if self.num_mask_tokens < 1:
-            raise ValueError(f"JamConfig: `num_mask_tokens` must be at least 1, got {self.num_mask_tokens}.")
         first, last = self.image_token_range.start, self.image_token_range.stop
         if not 0 <= first < last <= vocab_size:
             raise ValueError(
                 f"JamConfig: the {codes} image codes would take the ids [{first}, {last}), outside the vocabulary of "
                 f"{vocab_size}. Enlarge vocab_size of the decoders or move `image_token_offset`."
             )
+        # pad, bos and eos may coincide (OPT and metaseq start a document with eos); what marks pictures may not.
         eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
-        singles = {
+        shared = {
             "pad_token_id": self.pad_token_id,
             "bos_token_id": self.bos_token_id,
             **{f"eos_token_id[{i}]" if len(eos) > 1 else "eos_token_id": value for i, value in enumerate(eos)},
-            "break_token_id": self.break_token_id,
-            "image_token_id": self.image_token_id,
-            "mask_end_token_id": self.mask_end_token_id,
-            **(layout := self._derive_layout_ids()),
         }
-        sentinels = {f"mask_token_id + {i}": self.mask_token_id + i for i in range(self.num_mask_tokens)}
-        for name, value in {**singles, **sentinels}.items():
-            if value is None:
-                continue
-            if not 0 <= value < vocab_size:
+        own = {name: getattr(self, name) for name in ("break_token_id", "image_token_id", "mask_end_token_id")}
+        own |= {f"mask_token_id + {i}": self.mask_token_id + i for i in range(self.num_mask_tokens)}
+        own |= self._derive_layout_ids()
+        taken: dict[int, str] = {}
+        for name, value in {**own, **shared}.items():
+            if value is not None and not 0 <= value < vocab_size:
                 raise ValueError(
                     f"JamConfig: {name} is {value}, outside the vocabulary of {vocab_size} (ids 0..{vocab_size - 1})."
                 )
-            if first <= value < last:
+            if value is not None and first <= value < last:
                 raise ValueError(f"JamConfig: {name} is {value}, inside the range of image codes [{first}, {last}).")
-        # pad, bos and eos may coincide (OPT and metaseq start a document with eos); what marks pictures may not.
-        taken: dict[int, str] = {}
-        strict_names = ["break_token_id", "image_token_id", "mask_end_token_id", *sentinels, *layout]
-        for name in strict_names:
-            value = {**singles, **sentinels}[name]
             if value in taken:
                 raise ValueError(f"JamConfig: {name} and {taken[value]} have the same id {value}; each needs its own.")
-            taken[value] = name
-        for name in ("pad_token_id", "bos_token_id", *(n for n in singles if n.startswith("eos"))):
-            if singles[name] in taken:
-                raise ValueError(
-                    f"JamConfig: {name} and {taken[singles[name]]} have the same id {singles[name]}; each needs its "
-                    "own."
-                )
+            if name in own:
+                taken[value] = name
 
     def _derive_layout_ids(self) -> dict[str, int]:
         """The ids that stand in pictures beside `<break>` and the codes, by their names in messages."""
@@ -290,9 +251,7 @@ class JamConfig(PreTrainedConfig):
 
     @property
     def embedding_sizes(self) -> tuple[int, ...]:
-        """Widths of the parts of one row of the input embedding: one, or text and image in the preserving cross
-        form.
-        """
+        """Widths of the parts of a row of the input embedding: one, or text and image in the preserving cross form."""
         if self.fusion_mode == "cross" and self.cross_form == "preserving":
             return embedding_size_of(self.text_config), embedding_size_of(self.image_config)
         return (embedding_size_of(self.text_config),)
@@ -392,9 +351,7 @@ class JamConfig(PreTrainedConfig):
 
     @property
     def cross_attention_layers(self) -> tuple[int, ...]:
-        """Depths followed by a pair of cross blocks (empty for uniform and width): every interval-th that has both
-        layers.
-        """
+        """Depths followed by cross blocks (empty for uniform and width): every interval-th that has both layers."""
         # Depths are numbered by the deeper stream, whose layer has the higher number in a pair.
         return tuple(max(pair) for pair in self.layer_pairs[:: self.cross_attention_interval])
 
@@ -406,15 +363,13 @@ class JamConfig(PreTrainedConfig):
         follow, "text_cross" (text reads image) and "image_cross". The place in this order is the place in the cache.
         """
         text, image, crossed = (
-            frozenset(depths)
-            for depths in (self.text_layer_depths, self.image_layer_depths, self.cross_attention_layers)
+            set(self.text_layer_depths),
+            set(self.image_layer_depths),
+            set(self.cross_attention_layers),
         )
         parts = {"text_layer": text, "image_layer": image, "text_cross": crossed, "image_cross": crossed}
         return tuple(
-            (depth, part)
-            for depth in range(self.num_hidden_layers)
-            for part, depths in parts.items()
-            if depth in depths
+            (at, part) for at in range(self.num_hidden_layers) for part, depths in parts.items() if at in depths
         )
 
     @property
@@ -437,8 +392,7 @@ class JamConfig(PreTrainedConfig):
 
         Uniform and width: the layers. Cross: as `visited_attentions` has it. An offloaded cache fetches the next entry
         while one is at work, so it needs the order of the visits. An entry has a `sliding_window` where that attention
-        slides, and
-        only there: caches go by it. Cross blocks attend to all that came before.
+        slides, and only there: caches go by it. Cross blocks attend to all that came before.
         """
         whole = [_without_window(config) for config in self.decoder_configs]
         if self.fusion_mode != "cross":
@@ -459,9 +413,7 @@ class JamConfig(PreTrainedConfig):
     @per_layer_config.setter
     def per_layer_config(self, value: Any) -> None:
         if value is not None:
-            raise ValueError(
-                "JamConfig: per-layer overrides are not supported; set them in text_config or image_config."
-            )
+            raise ValueError("JamConfig: per-layer overrides are not supported; set text_config or image_config.")
 
     @property
     def layer_types(self) -> list[str]:
@@ -475,9 +427,7 @@ class JamConfig(PreTrainedConfig):
             raise ValueError("JamConfig: layer_types follow from text_config and image_config; set them there.")
 
     def validate_layer_type(self) -> None:
-        """Nothing to check here: a cross JAM has more attentions than depths, and the decoders' configs check their
-        own.
-        """
+        """Nothing to check: a cross JAM has more attentions than depths, and the decoders' configs check their own."""
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
@@ -486,9 +436,7 @@ class JamConfig(PreTrainedConfig):
 
     @property
     def base_model_fsdp_plan(self) -> dict[str, str]:
-        """FSDP2 styles by the same names: one unit for the embedding, for every depth and for the frozen image
-        tokenizer.
-        """
+        """FSDP2 styles by the same names: a unit each for the embedding, every depth and the frozen image tokenizer."""
         return dict.fromkeys(("language_model.embed_tokens", "language_model.layers.*", "vq_model"), "free_full_weight")
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:

@@ -1,10 +1,5 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
-# applicable law or agreed to in writing, software distributed under the License is distributed on an
-# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
-# specific language governing permissions and limitations under the License.
-"""Configuration of the VQ image tokenizer of a JAM: which class runs it, the size of its pictures, and how pixels come
-to it.
+# Licensed under the Apache License, Version 2.0.
+"""Configuration of the VQ image tokenizer of a JAM: which class runs it, the size of its pictures, its pixels.
 
 It knows numbers only: nothing here builds a module. What can contradict is checked here, when the config is built.
 """
@@ -28,15 +23,13 @@ else:
     Derived = int | None
 
 
-# The VQ classes of transformers that JamVQModel runs where diffusers has none for the weights, by their configs'
-# `model_type`.
+# transformers' VQ classes, which JamVQModel runs where diffusers has none for the weights, by `model_type`.
 VQVAE_CLASSES = {"janus_vqgan": "janus", "emu3_vqgan": "emu3"}
 
 
 @strict
 class JamVQConfig(PreTrainedConfig):
-    r"""Arguments of [`diffusers.VQModel`], the image tokenizer inside a JAM, or the config of the class that is in its
-    place.
+    r"""Arguments of [`diffusers.VQModel`], the image tokenizer inside a JAM, or the config of a class in its place.
 
     Args:
         sample_size (`int`, *optional*): side of a picture in pixels; pictures are square. Where `None`: 256; with a
@@ -44,8 +37,7 @@ class JamVQConfig(PreTrainedConfig):
         num_vq_embeddings (`int`, defaults to 8192): number of codes in the codebook (paper: 8192).
         block_out_channels (`list[int]`): channels per level; each level but the last halves the resolution.
         vq_embed_dim (`int`, *optional*): size of a codebook vector, `latent_channels` where `None`.
-        has_decoder (`bool`, defaults to `True`): `False` for a tokenizer that can only encode (transformers'
-            Chameleon).
+        has_decoder (`bool`, defaults to `True`): `False` for one that can only encode (transformers' Chameleon).
         vqvae_config (`JanusVQVAEConfig`, `Emu3VQVAEConfig` or `dict`, *optional*): the transformers class to run
             instead of `diffusers.VQModel`. Channels, depth and codebook are then read from it.
         codebook_l2_norm (`bool`, defaults to `False`): with a Janus `vqvae_config`, normalise latents and codebook
@@ -85,25 +77,20 @@ class JamVQConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.vqvae_config, dict) and "model_type" not in self.vqvae_config:
-            raise ValueError(
-                f"JamVQConfig: `vqvae_config` must say its `model_type`, one of {', '.join(VQVAE_CLASSES)}."
-            )
+            raise ValueError(f"JamVQConfig: `vqvae_config` must say its `model_type`: {' or '.join(VQVAE_CLASSES)}.")
         super().__post_init__(**kwargs)
         if self.vqvae_config is not None:
             self._follow_vqvae_config()
         if self.codebook_l2_norm and self.vq_class != "janus":
             raise ValueError(
-                "JamVQConfig: `codebook_l2_norm` is for a Janus `vqvae_config`: its decoder normalises, the others' do "
-                "not."
+                "JamVQConfig: `codebook_l2_norm` is for a Janus `vqvae_config`: no other's decoder normalises."
             )
         if self.sample_size is None:
             self.sample_size = 256
         levels = len(self.block_out_channels)
-        if self.down_block_types is None:
-            self.down_block_types = ["DownEncoderBlock2D"] * levels
-        if self.up_block_types is None:
-            self.up_block_types = ["UpDecoderBlock2D"] * levels
-        for name in ("down_block_types", "up_block_types"):
+        for name, stock in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            if getattr(self, name) is None:
+                setattr(self, name, [stock] * levels)
             if len(getattr(self, name)) != levels:
                 raise ValueError(
                     f"JamVQConfig: `{name}` must have one entry per level of `block_out_channels` ({levels}), "
@@ -122,8 +109,7 @@ class JamVQConfig(PreTrainedConfig):
         inner = self.vqvae_config
         if inner.model_type not in VQVAE_CLASSES:
             raise ValueError(
-                f"JamVQConfig: `vqvae_config` is a '{inner.model_type}'; supported: "
-                f"{', '.join(map(repr, VQVAE_CLASSES))}."
+                f"JamVQConfig: `vqvae_config` is a '{inner.model_type}'; supported: {str(tuple(VQVAE_CLASSES))[1:-1]}."
             )
         if inner.double_latent or not self.has_decoder:
             raise ValueError(
@@ -166,9 +152,7 @@ class JamVQConfig(PreTrainedConfig):
 
     @property
     def pixel_range(self) -> tuple[float, float]:
-        """The least and the largest of `pixel_values`: [-1, 1], and what `image_processing` makes of 0 and 255
-        where more.
-        """
+        """The least and the largest of `pixel_values`: [-1, 1], or more where `image_processing` says so."""
         said = self.image_processing or {}
         white = 255 * said.get("rescale_factor", 1 / 255)
         means, stds = said.get("image_mean", [0.5] * 3), said.get("image_std", [0.5] * 3)

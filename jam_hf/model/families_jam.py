@@ -1,5 +1,4 @@
-"""The fact sheets of the decoder families: all that a JAM and its tools know of one family beside what every decoder
-has.
+"""The fact sheets of the decoder families: what a JAM and its tools know of one beside what every decoder has.
 
 An explicit registry: families that scale their embeddings, cap their logits or have other kinds of layers would be
 silently wrong in a JAM, so what is not listed is refused, and nothing is guessed from a config by duck typing. It holds
@@ -118,14 +117,7 @@ FAMILIES: dict[str, Family] = {
             counts_all_heads=True,
             text_parent=False,
         ),
-        Family(
-            "emu3_text_model",
-            "Emu3",
-            module="emu3",
-            decoder="TextModel",
-            text_parent=False,
-            computes_like="llama",
-        ),
+        Family("emu3_text_model", "Emu3", module="emu3", decoder="TextModel", text_parent=False, computes_like="llama"),
     )
 }
 
@@ -140,9 +132,7 @@ def family_of(config: Any) -> Family:
 
 
 def attention_type(config: Any, depth: int) -> str:
-    """ "sliding_attention" or "full_attention": what the stock decoder of this config does in the layer of this
-    depth.
-    """
+    """ "sliding_attention" or "full_attention": what the stock decoder of this config does in its layer `depth`."""
     family = FAMILIES.get(config.model_type)  # transformers asks before the JAM's config has refused what is not listed
     windows = "none" if family is None else family.windows
     if windows == "layer_types":

@@ -55,8 +55,7 @@ class JamGenerationMixin(GenerationMixin):
         Args:
             generation_mode, min_new_images, max_new_images, image_after_token_ids, image_positions, guidance_scale,
             image_guidance_scale, contrastive_alpha, contrastive_k, image_temperature, image_top_k, image_top_p,
-            image_min_p,
-            image_repetition_penalty, image_no_repeat_ngram_size (*optional*): see [`JamCallSettings`]
+            image_min_p, image_repetition_penalty, image_no_repeat_ngram_size (*optional*): see [`JamCallSettings`]
                 (call_settings_jam.py); they may also stand in the generation config.
             negative_prompt_ids (int64 `[B or 1, T]`, *optional*), negative_prompt_attention_mask: what guidance turns
                 away from, in place of `<mask>`.
@@ -122,8 +121,7 @@ class JamGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"The draft model (assistant_model) has {theirs} ids, this JAM {ours}, which has those of pictures "
                 "too. Drafts are translated by both tokenizers: generate(..., assistant_model=draft, "
-                "tokenizer=processor.tokenizer, assistant_tokenizer=AutoTokenizer.from_pretrained(<folder of the draft "
-                "model>))."
+                "tokenizer=processor.tokenizer, assistant_tokenizer=AutoTokenizer.from_pretrained(<its folder>))."
             )
 
     def prompt_with_codes(self, input_ids: torch.LongTensor, pixel_values: torch.Tensor | None) -> torch.LongTensor:
@@ -142,9 +140,7 @@ class JamGenerationMixin(GenerationMixin):
         return input_ids
 
     def call_settings(self, generation_config: Any, arguments: dict[str, Any] | None = None) -> JamCallSettings:
-        """A JAM's own settings of a call with this generation config and these arguments, out of which they are
-        taken.
-        """
+        """A JAM's own settings of a call with this generation config and `arguments`, out of which they are taken."""
         arguments = {} if arguments is None else arguments
         ids, mask = (arguments.pop(name, None) for name in ("negative_prompt_ids", "negative_prompt_attention_mask"))
         rows = negative_prompts(ids, mask, self.config.image_token_id)
@@ -162,9 +158,7 @@ class JamGenerationMixin(GenerationMixin):
         if call is not None and call.prompt_length is not None:
             return copy.deepcopy(generation_config), kwargs
         config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        if (
-            call is not None
-        ):  # GenerationMixin would answer it with a second forward over the whole prompt at every step
+        if call is not None:  # GenerationMixin would answer it with a forward over the whole prompt at every step
             config.guidance_scale = None
         return config, model_kwargs
 
@@ -203,17 +197,12 @@ class JamGenerationMixin(GenerationMixin):
             # whole model's config asks for it; here a single stream's may.
             position_ids = model_kwargs["position_ids"]
             model_kwargs["attention_mask"] = position_ids.new_ones(len(position_ids), generation_config._mask_length)
-        made_here = (
-            type(cache) is DynamicCache and not getattr(cache, "_is_user_defined", False) and not cache.offloading
-        )
-        as_usual = generation_config.cache_implementation in (None, "dynamic")
-        if made_here and as_usual and call.loop in ROWS_FOLLOW:
+        ours = type(cache) is DynamicCache and not getattr(cache, "_is_user_defined", False) and not cache.offloading
+        if ours and generation_config.cache_implementation in (None, "dynamic") and call.loop in ROWS_FOLLOW:
             model_kwargs["past_key_values"] = tell("block_cache", self.config, otherwise=cache)
 
     def _call_of(self, generation_config: Any) -> JamCall:
-        """The call that this is; one by the config alone where a hook of `GenerationMixin` is called outside
-        `generate()`.
-        """
+        """The call that this is; one by the config alone where a hook is called outside of `generate()`."""
         return current_call() or JamCall(self.call_settings(generation_config), generation_config, {})
 
     def prepare_inputs_for_generation(
@@ -274,23 +263,16 @@ class JamGenerationMixin(GenerationMixin):
         prompt_rows = None if encoder_input_ids is None else len(encoder_input_ids)
         if negative is not None and prompt_rows is not None and len(negative) not in (1, prompt_rows):
             raise ValueError(
-                f"negative_prompt_ids have {len(negative)} row(s), the prompt {prompt_rows}: give one for all or one "
-                "for each."
+                f"negative_prompt_ids have {len(negative)} row(s), the prompt {prompt_rows}: give one, or one for each."
             )
         if call.in_parts:
             return LogitsProcessorList()
         # A segment of a document counts from the document's prompt.
         prompt_length = input_ids_seq_length if call.prompt_length is None else call.prompt_length
         processors = super()._get_logits_processor(
-            generation_config=generation_config,
-            input_ids_seq_length=prompt_length,
-            encoder_input_ids=encoder_input_ids,
-            model_kwargs=model_kwargs,
-            **kwargs,
+            generation_config, prompt_length, encoder_input_ids, model_kwargs=model_kwargs, **kwargs
         )
-        if (
-            generation_config.is_assistant
-        ):  # a draft model: the processors of the model it drafts for come with the call
+        if generation_config.is_assistant:  # a draft model: the call brings the processors of the one it drafts for
             return processors
 
         cache = model_kwargs.get("past_key_values")
@@ -339,18 +321,11 @@ class JamGenerationMixin(GenerationMixin):
         )
 
     def _guidance(
-        self,
-        call: JamCall,
-        generation_config: Any,
-        reader: PictureReader,
-        cache: Any,
-        mask: torch.Tensor | None,
-        embedded: int,
-        infills: bool,
+        self, call: JamCall, config: Any, reader: PictureReader, cache: Any, mask: Any, embedded: int, infills: bool
     ) -> Guidance | None:
         """What runs the branches of this call, in the document's own forward where that can be; None without guidance.
 
-        `mask`, `embedded`: see [`Guidance`]. `infills`: whether gaps are filled.
+        `config`: of transformers' loop. `mask`, `embedded`: see [`Guidance`]. `infills`: whether gaps are filled.
         """
         settings, negative = call.settings.guidance(), call.settings.negative_prompt_ids
         if settings is None:
@@ -364,7 +339,7 @@ class JamGenerationMixin(GenerationMixin):
             )
         contexts = BranchContexts(self.config, reader.grammar, negative)
         shared = (self, settings, reader, contexts, mask, embedded)
-        return tell("packed_guidance", shared, call, generation_config, cache) or SeparateGuidance(*shared)
+        return tell("packed_guidance", shared, call, config, cache) or SeparateGuidance(*shared)
 
 
 __all__ = ["JamGenerationMixin"]

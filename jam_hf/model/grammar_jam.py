@@ -29,11 +29,10 @@ class PictureState(NamedTuple):
     """Where each row stands; all `[B]`.
 
     in_picture (bool): after an opening token, before the closing one. position (int64): tokens of that picture so far,
-    which
-    is its codes so far where a picture is codes alone. closed (bool): the last token closes a picture.
-    images, words (int64): pictures closed, and tokens outside pictures written, since the prompt ended. last (int64):
-    the last id, -1 where there is none. room (int64): tokens that may still be written. opened_here (int64): pictures
-    opened since the prompt ended, behind the last id of text.
+    which is its codes so far where a picture is codes alone. closed (bool): the last token closes a picture. images,
+    words (int64): pictures closed, and tokens outside pictures written, since the prompt ended. last (int64): the last
+    id, -1 where there is none. room (int64): tokens that may still be written. opened_here (int64): pictures opened
+    since the prompt ended, behind the last id of text.
     """
 
     in_picture: torch.Tensor
@@ -65,9 +64,7 @@ class DocumentRules:
 
     def __post_init__(self) -> None:
         if self.mode not in GENERATION_MODES:
-            raise ValueError(
-                f"generation_mode must be one of {', '.join(map(repr, GENERATION_MODES))}, got {self.mode!r}."
-            )
+            raise ValueError(f"generation_mode must be one of {str(GENERATION_MODES)[1:-1]}, got {self.mode!r}.")
         for name, count in (("min_new_images", self.min_images), ("max_new_images", self.max_images)):
             if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
                 raise ValueError(f"{name} must be a number of pictures, 0 or more, got {count!r}.")
@@ -76,12 +73,10 @@ class DocumentRules:
                 f"max_new_images={self.max_images} allows fewer pictures than are asked for: min_new_images="
                 f"{self.min_images}, image_positions={list(self.image_positions)}."
             )
-        if any(place < 0 for place in self.image_positions) or list(self.image_positions) != sorted(
-            self.image_positions
-        ):
+        places = list(self.image_positions)
+        if places != sorted(places) or (places and places[0] < 0):
             raise ValueError(
-                "image_positions must be numbers of text tokens, 0 or more, in ascending order, got "
-                f"{list(self.image_positions)}."
+                f"image_positions must be numbers of text tokens, 0 or more, in ascending order, got {places}."
             )
         asked = self.min_images or self.max_images is not None or self.image_after_token_ids or self.image_positions
         if self.mode != "interleaved" and asked:
@@ -112,16 +107,15 @@ class PictureGrammar:
         self.end_token_id, self.structure = self.layout.end, self.layout.structure
         self.picture_length, self.vocab_size = len(self.layout.template), config.vocab_size
         self._constants: dict[object, torch.Tensor] = {}
-        self.eos_token_ids = (
-            config.eos_token_ids if eos_token_ids is None else [i for i in eos_token_ids if i is not None]
-        )
+        ends = config.eos_token_ids if eos_token_ids is None else eos_token_ids
+        self.eos_token_ids = [i for i in ends if i is not None]
         reserved = [config.image_token_id, config.mask_end_token_id, config.pad_token_id]
         reserved += [config.mask_token_id + i for i in range(config.num_mask_tokens)]
         reserved += [*self.structure, config.image_end_token_id]
-        ends = {
+        ends = [
             *self.eos_token_ids,
             *config.eos_token_ids,
-        }  # one that pads as well is an end, or text where a call has others
+        ]  # one that pads too is an end, or text where a call has others
         self.reserved = [i for i in reserved if i is not None and i not in ends]
         # What stands at each position of a picture (-1: a code), the closing token last, and its kind of set.
         self.next_ids = (*self.layout.template, self.end_token_id)
@@ -135,9 +129,7 @@ class PictureGrammar:
         return self._constants[device, ids]
 
     def is_picture_token(self, input_ids: torch.LongTensor) -> torch.Tensor:
-        """What stands between an opening and a closing token: image codes, their placeholders, the layout's own
-        tokens.
-        """
+        """What stands between an opening and a closing token: codes, their placeholders, the layout's own tokens."""
         tokens = (input_ids >= self.first_code) & (input_ids <= self.last_code)
         tokens = tokens | (input_ids == self.image_token_id)
         return tokens | torch.isin(input_ids, self._on(input_ids.device, self.structure)) if self.structure else tokens
@@ -204,9 +196,7 @@ class PictureGrammar:
         )
 
     def next_in_picture(self, state: PictureState) -> torch.LongTensor:
-        """int64 `[B]`: the one id that may come next inside a picture, -1 for any code; of no meaning for rows in
-        text.
-        """
+        """int64 `[B]`: the one id that may come next inside a picture, -1 for any code; no meaning for rows in text."""
         return self._on(state.position.device, self.next_ids)[state.position.clamp(max=self.picture_length)]
 
     def awaits_code(self, state: PictureState) -> torch.Tensor:
@@ -274,9 +264,7 @@ class PictureGrammar:
         return self._constants[key]
 
     def masked(self, scores: torch.FloatTensor, kinds: torch.LongTensor) -> torch.FloatTensor:
-        """Scores `[B, V]` with minus infinity for all ids that are not in the row's set; `kinds` as from `kinds`,
-        `[B]`.
-        """
+        """Scores `[B, V]`, minus infinity for ids that are not in the row's set; `kinds`: `[B]`, as from `kinds`."""
         return torch.where(self.sets(scores.shape[-1], scores.device)[kinds], scores, float("-inf"))
 
     def check_rules(self, rules: DocumentRules) -> None:
@@ -291,11 +279,8 @@ class PictureGrammar:
                 "no special tokens (processor.sentence_end_token_ids() has those that end a sentence)."
             )
 
-    def check_room(
-        self, rules: DocumentRules, room: torch.Tensor | int, input_ids: torch.LongTensor | None = None
-    ) -> None:
-        """Whether the pictures that are asked for can be finished in `room` more ids behind `input_ids`, int64 `[B,
-        T]`.
+    def check_room(self, rules: DocumentRules, room: torch.Tensor | int, input_ids: torch.Tensor | None = None) -> None:
+        """Whether the pictures that are asked for fit into `room` more ids behind `input_ids`, int64 `[B, T]`.
 
         Args:
             room: one number for all rows, or int64 `[B]`, or `[B * copies]` where rows are repeated (beams).
@@ -339,8 +324,7 @@ class PictureGrammar:
         return self.sets(vocab_size, input_ids.device)[self.kinds(state, DocumentRules(mode))]
 
     def last_pictures(self, sequences: torch.LongTensor) -> torch.LongTensor:
-        """The codes of the last complete picture of each row: int64 `[B, T]`, as `generate()` returns it, to int64 `[B,
-        N]`.
+        """The codes of the last complete picture of each row of what `generate()` returns: int64 `[B, T]` -> `[B, N]`.
 
         Raises:
             ValueError: if a row has no complete picture (`<break>`, N codes, `<break>`, in the config's layout).
@@ -354,13 +338,11 @@ class PictureGrammar:
                     break
             else:
                 what = f"<break>, {count} codes" + (" in their layout" if self.structure else "")
-                closing = (
-                    "<break>" if self.end_token_id == self.break_token_id else f"the closing token {self.end_token_id}"
-                )
+                own_end = self.end_token_id != self.break_token_id
+                closing = f"the closing token {self.end_token_id}" if own_end else "<break>"
                 raise ValueError(
                     f"Row {row} of the written ids has no complete picture ({what}, {closing}). Expected what "
-                    "generate(generation_mode='image') returns; post_process_interleaved takes documents of any kind "
-                    "apart."
+                    "generate(generation_mode='image') returns; post_process_interleaved takes any document apart."
                 )
         return torch.tensor(pictures, device=sequences.device)
 
@@ -369,21 +351,19 @@ class PictureReader:
     """The states of a growing batch: each call reads the ids that came since the last.
 
     `follows`: rows stay where they are and grow by one id a step, as in greedy decoding and sampling, so that only the
-    last id
-    is read. Beams and drafts move and repeat rows: then the whole is read off the ids each time.
+    last id is read. Beams and drafts move and repeat rows: then the whole is read off the ids each time.
     """
 
     def __init__(
         self,
         grammar: PictureGrammar,
         prompt_length: int,
-        room: torch.LongTensor | int,
+        room: torch.Tensor | int,
         follows: bool,
         enforced: bool = True,
     ):
         """`room`: int64 `[B]` (or one number), tokens that may be written after the prompt. `enforced`: rows are held
-        to the grammar; otherwise a picture may be left at any place.
-        """
+        to the grammar; otherwise a picture may be left at any place."""
         self.grammar, self.prompt_length, self.room, self.follows = grammar, prompt_length, room, follows
         self.enforced = enforced
         self._ids: torch.LongTensor | None = None
@@ -437,9 +417,7 @@ def as_ids(ids: torch.Tensor | None, name: str = "input_ids") -> torch.LongTenso
 def left_padded(
     rows: Sequence[Sequence[int]], pad: int, device: torch.device | None = None, width: int = 0
 ) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Rows of ids of any lengths as one batch, padded on the left: ids and attention mask, int64 `[R, T]`, T >=
-    width.
-    """
+    """Rows of ids of any lengths as one batch, padded on the left: ids and mask, int64 `[R, T]`, T >= width."""
     longest = max(width, *map(len, rows))
     ids = [[pad] * (longest - len(row)) + list(row) for row in rows]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]

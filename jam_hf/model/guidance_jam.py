@@ -1,5 +1,4 @@
-"""Guidance of pictures: what the branches beside the document see, how their logits are put together, and how they are
-run.
+"""Guidance of pictures: what the branches beside the document see, how they are run, how logits are put together.
 
 A branch is a context of its own for the picture that is being drawn: `<mask>` in place of the document, a negative
 prompt, or the document's pictures alone. `SeparateGuidance` runs each in forwards of its own. With jam_hf, branches
@@ -154,9 +153,7 @@ class BranchContexts:
 
 
 class Guidance:
-    """What both ways to run the branches share: which rows are guided, and what each branch has seen when a picture
-    opens.
-    """
+    """What both ways to run the branches share: which rows are guided, what each branch sees before a picture."""
 
     def __init__(
         self,
@@ -168,8 +165,7 @@ class Guidance:
         embedded: int = 0,
     ):
         """`prompt_mask`: `[B, T]`, 0 for the prompt's padding; `None` where there is none. `embedded`: tokens of the
-        prompt that came as `inputs_embeds` and have no ids.
-        """
+        prompt that came as `inputs_embeds` and have no ids."""
         self.model, self.settings, self.reader, self.contexts = model, settings, reader, contexts
         self.grammar, self.prompt_mask, self.embedded = reader.grammar, prompt_mask, embedded
         config = model.config
@@ -181,9 +177,7 @@ class Guidance:
         return [p if p < length else -1 for p in self.reader.host_positions(input_ids)]
 
     def branch_ids(self, branch: str, input_ids: torch.LongTensor, row: int, position: int) -> list[int]:
-        """All that the branch sees of a row that is `position` tokens into a picture: its context, `<break>`, the
-        picture.
-        """
+        """What the branch sees of a row, `position` tokens into a picture: its context, `<break>`, the picture."""
         ids = input_ids[row].tolist()
         start = len(ids) - position - 1
         if start < 0:  # a prompt that came as embeddings and opened a picture
@@ -196,24 +190,15 @@ class Guidance:
         return [*before, *ids[start:]]
 
     @torch.no_grad()
-    def _forward(
-        self, ids: torch.LongTensor, position_ids: torch.LongTensor, cache: Cache, **seen: Any
-    ) -> torch.Tensor:
+    def _forward(self, ids: torch.Tensor, position_ids: torch.Tensor, cache: Cache, **seen: Any) -> torch.Tensor:
         """Ids int64 `[R, Q]` -> logits of codes behind the last, `[R, K]`."""
         logits = self.model(
-            input_ids=ids,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **seen,
+            input_ids=ids, position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **seen
         ).logits
         return logits[:, -1, self.grammar.codes]
 
     def logits(self, input_ids: torch.LongTensor) -> list[torch.Tensor] | None:
-        """For each branch, the logits of codes `[B, K]` (of no meaning for rows that are not guided); None where
-        none is.
-        """
+        """For each branch, the logits of codes `[B, K]` (meaningless for rows not guided); None where none is."""
         raise NotImplementedError
 
 
@@ -255,11 +240,9 @@ class SeparateGuidance(Guidance):
         branch: tuple[Any, ...],
         ids: torch.LongTensor,
         mask: torch.LongTensor,
-        earlier: dict[tuple[Any, ...], tuple[torch.LongTensor, DynamicCache]],
+        earlier: dict[tuple[Any, ...], Any],
     ) -> torch.Tensor:
-        """Ids and mask int64 `[R, Q]` -> logits of codes `[R, K]`. `earlier`: the caches of the call before this
-        one.
-        """
+        """Ids and mask int64 `[R, Q]` -> logits of codes `[R, K]`. `earlier`: `caches` of the call before this one."""
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
         seen, cache = earlier.get(branch, (None, None))
         grown = seen is not None and torch.equal(ids[:, :-1], seen)

@@ -30,8 +30,7 @@ from .call_settings_jam import JamCallSettings
 from .grammar_jam import PictureReader
 
 
-# Of transformers' processors, those that read which ids stand before. The others read scores, or how many ids there
-# are.
+# Of transformers' processors, those that read which ids stand before. The others read scores, or numbers of ids.
 SEQUENCES = (SequenceBiasLogitsProcessor, NoBadWordsLogitsProcessor)
 OF_PROMPT = (EncoderRepetitionPenaltyLogitsProcessor, EncoderNoRepeatNGramLogitsProcessor)
 LOOKS_BACK = (
@@ -47,8 +46,7 @@ class HistoryLogitsProcessor(LogitsProcessor):
     """One of transformers' processors over the history of one modality, row by row.
 
     A row's history are its ids of that modality in order, without padding and as if what lies between were not there;
-    the
-    scores of all other ids are left as they are. Of text: what is no code, no placeholder and no mark of a picture.
+    the scores of all other ids are left as they are. Of text: what is no code, no placeholder and no mark of a picture.
     """
 
     def __init__(
@@ -60,8 +58,7 @@ class HistoryLogitsProcessor(LogitsProcessor):
         codes: bool = False,
     ):
         """`prompt_mask`: `[B, T]`, 0 for padding of the prompt's ids. `prompt_ids`: int64 `[P, T]`, for processors that
-        go by the prompt; B is a multiple of P. `codes`: whether it is for codes; then `stock` counts them from 0.
-        """
+        go by the prompt; B is a multiple of P. `codes`: whether it is for codes; then `stock` counts them from 0."""
         self.stock, self.reader, self.prompt_mask, self.codes = stock, reader, prompt_mask, codes
         self.prompt_ids = prompt_ids if isinstance(stock, OF_PROMPT) else None
         self._of_prompt: dict[int, LogitsProcessor] = {}

@@ -1,8 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
-# applicable law or agreed to in writing, software distributed under the License is distributed on an
-# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
-# specific language governing permissions and limitations under the License.
+# Licensed under the Apache License, Version 2.0.
 """Pictures in and out: any PIL picture or array to the square RGB tensor the VQ model reads, and back.
 
 It knows pixels only. PIL and numpy do the work: torchvision, which has no CPU build everywhere, is not needed.
@@ -37,14 +33,12 @@ class JamImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-a
 
 
 class JamImageProcessor(PilBackend):
-    """Resize the shorter side to `size`, cut the centre square, scale to [-1, 1]; or what the image parent's processor
-    does.
+    """Resize the shorter side to `size`, cut the centre square, scale to [-1, 1]; or as the image parent's processor.
 
     Grey pictures become RGB, transparent ones are laid on white (not with `do_convert_rgb=False`, which leaves the
     channels as they are); the sides may have any length. Whatever way a picture comes, path, URL, base64, PIL, array,
     it is decoded by one decoder (picture_input_jam.py), turned upright by its EXIF tag. Arrays are in 0..255, or with
-    `do_rescale=False` floats in
-    0..1: transformers' own rule, which is never guessed from the values.
+    `do_rescale=False` floats in 0..1: transformers' own rule, which is never guessed from the values.
 
     Args:
         size (`dict`, defaults to `{"shortest_edge": 256}`), crop_size (`dict`, defaults to 256x256): in pixels; both
@@ -122,20 +116,13 @@ class JamImageProcessor(PilBackend):
         return pixels.astype(np.float32) / 255 if in_unit_range else pixels
 
     def _preprocess(
-        self,
-        images: list[np.ndarray],
-        *args: Any,
-        do_rescale: bool,
-        do_normalize: bool,
-        rescale_factor: float,
-        **kwargs: Any,
+        self, images: list, *args: Any, do_rescale: bool, do_normalize: bool, rescale_factor: float, **kwargs: Any
     ) -> Any:
         in_unit_range = [image.dtype.kind == "f" for image in images]  # as process_image leaves them
         if not do_rescale and not all(in_unit_range) and (do_normalize or any(in_unit_range)):
             raise ValueError(
                 f"Picture {in_unit_range.index(False)} has values in 0..255, and do_rescale=False says that values are "
-                "in 0..1, as floats. Leave do_rescale out for pictures and for arrays in 0..255; a call takes one of "
-                "the two."
+                "in 0..1, as floats. Leave do_rescale out for pictures and arrays in 0..255; a call takes one of both."
             )
         if any(in_unit_range):  # in 8 bits again: where transformers resizes floats, it cuts off fractions
             images = [(image * 255).round().astype(np.uint8) for image in images]
@@ -143,11 +130,7 @@ class JamImageProcessor(PilBackend):
         scales = {"do_rescale": do_rescale, "do_normalize": do_normalize, "rescale_factor": rescale_factor}
         if kwargs.pop("letterbox", False):
             side = kwargs["crop_size"].height
-            resize = {
-                "size": SizeDict(height=side, width=side),
-                "resample": kwargs["resample"],
-                "min_size": kwargs["min_size"],
-            }
+            resize = {"size": SizeDict(height=side, width=side), **{k: kwargs[k] for k in ("resample", "min_size")}}
             colour = tuple(int(mean * 255) for mean in kwargs["image_mean"])
             images = [JanusImageProcessorPil.resize(self, image, **resize) for image in images]
             images = [JanusImageProcessorPil.pad_to_square(self, image, colour) for image in images]
@@ -155,9 +138,7 @@ class JamImageProcessor(PilBackend):
         return super()._preprocess(images, *args, **scales, **kwargs)
 
     def postprocess(self, pixel_values: torch.Tensor) -> list[Image.Image]:
-        """Float `[P, 3, H, W]` (as `decode_image_tokens` returns it) to P RGB pictures: scaling and normalising
-        undone.
-        """
+        """Float `[P, 3, H, W]`, as `decode_image_tokens` returns it, to P RGB pictures: scaling, normalising undone."""
         pixels = pixel_values.detach().float().cpu()
         if self.do_normalize:
             mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in (self.image_mean, self.image_std))

@@ -1,7 +1,6 @@
 """The grammar, settings by modality and stop strings as what transformers' loops call at every step.
 
-Where a row stands they read off a `PictureReader`, stop strings off its last id; they know nothing of models, caches or
-loops.
+Where a row stands they read off a `PictureReader`, stop strings off its last id; they know no models, caches or loops.
 """
 
 from __future__ import annotations
@@ -9,12 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StopStringCriteria,
-)
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StopStringCriteria
 
 from .call_settings_jam import WARPER_CLASSES, JamCallSettings
 from .grammar_jam import DocumentRules, PictureGrammar, PictureReader
@@ -72,8 +66,7 @@ class PictureWarperLogitsProcessor(LogitsProcessor):
 
 class TextStopStringCriteria(StoppingCriteria):
     """Stop strings of text, in one run of it: the names of codes and marks (":" in "<img:4>", ">" of "<break>") are
-    none, nor is what a picture parts.
-    """
+    none, nor is what a picture parts."""
 
     def __init__(self, stock: StopStringCriteria, grammar: PictureGrammar):
         self.stock, self.grammar = stock, grammar
@@ -88,9 +81,7 @@ def warp_by_modality(
     processors: LogitsProcessorList, settings: JamCallSettings, num_beams: int, reader: PictureReader
 ) -> None:
     """Put `image_temperature` and so on beside transformers' own warpers, each where it stands or would stand."""
-    place = next(
-        (p for p, processor in enumerate(processors) if isinstance(processor, WARPER_CLASSES)), len(processors)
-    )
+    place = next((p for p, each in enumerate(processors) if isinstance(each, WARPER_CLASSES)), len(processors))
     for stock, (is_set, image) in settings.image_warpers(num_beams).items():
         found = next((p for p, processor in enumerate(processors) if type(processor) is stock), None)
         if is_set:

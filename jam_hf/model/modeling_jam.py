@@ -1,8 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
-# applicable law or agreed to in writing, software distributed under the License is distributed on an
-# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
-# specific language governing permissions and limitations under the License.
+# Licensed under the Apache License, Version 2.0.
 """JamModel and JamForCausalLM: stock decoders (one, or two in lockstep), a frozen VQ model and the output head.
 
 It knows token ids and how pictures become ids; how two streams are mixed is modeling_jam_cross.py, how a document is
@@ -11,7 +7,6 @@ written token by token is generation_jam.py.
 Shape suffixes: B batch, T positions, E embedding size, V vocabulary, K codebook, N codes a picture.
 """
 
-import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +20,12 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_jam import JamConfig
-from .families_jam import FAMILIES, family_of
+from .families_jam import family_of
 from .generation_jam import JamGenerationMixin
 from .grammar_jam import PictureGrammar, as_ids
 from .modeling_jam_cross import JamCrossDecoder, JamModelOutputWithPast, JamPreTrainedModel
 from .modeling_jam_vq import JamVQModel
-from .package_jam import from_package
+from .package_jam import from_package, tell
 from .trainer_jam import teach_trainers
 from .transformers_private_jam import (
     JanusVQVAEHead,
@@ -60,7 +55,7 @@ class JamModel(JamPreTrainedModel):
             self.language_model = family.class_of(family.decoder)(config.text_config)
         self.vq_model = JamVQModel(config.vq_config)
         self.vq_model.requires_grad_(False)
-        _register_adapter_targets()
+        tell("register_adapter_targets")
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -71,9 +66,7 @@ class JamModel(JamPreTrainedModel):
 
     @torch.no_grad()
     def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.LongTensor:
-        """Pixels to image token ids: float `[P, 3, H, W]` in [-1, 1] -> int64 `[P, N]` (codes +
-        `image_token_offset`).
-        """
+        """Pixels to image token ids: float `[P, 3, H, W]` in [-1, 1] -> int64 `[P, N]` (codes + their offset)."""
         return self.vq_model.encode(pixel_values) + self.config.image_token_offset
 
     @torch.no_grad()
@@ -187,9 +180,8 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
 
     `lm_head` is the one output projection. In the preserving cross form it reads the text stream, and the columns of
     the image codes come from `image_head`, which reads the image stream. Where the config asks for an MLP as
-    `image_head` (`image_head_hidden_size`), those columns come from it in every mode; in the others it reads the state
-    that `lm_head` reads. Quantisers leave `lm_head` and a linear `image_head` by themselves; an MLP, as in Janus, where
-    their skip list names it.
+    `image_head` (`image_head_hidden_size`), those columns come from it in every mode; in the others it reads what
+    `lm_head` reads. Quantisers skip `lm_head` and a linear `image_head`; an MLP if their skip list names it.
     """
 
     _tp_plan = {
@@ -204,14 +196,12 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
         self.loss_type = "ForCausalLM"  # transformers reads it off the name of the class, which a subclass may change
         self.model = JamModel(config)
         self.vocab_size = config.vocab_size
-        # CODEPATH: in the preserving form of JAM-Cross two embeddings lie side by side, to which one projection cannot
-        # be tied.
+        # CODEPATH: in the preserving form of JAM-Cross two embeddings lie side by side; no projection is tied to those.
         if len(config.embedding_sizes) == 1:
             self._tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
         self.lm_head = nn.Linear(config.embedding_sizes[0], config.vocab_size, bias=False)
         self.image_head = None
-        # CODEPATH: JAMs with a Janus image parent have its MLP; of the others, only the preserving JAM-Cross has an
-        # image head.
+        # CODEPATH: JAMs with a Janus image parent have its MLP; of others, the preserving JAM-Cross has an image head.
         if config.image_head_hidden_size is not None:
             self.image_head = JanusVQVAEHead(
                 JanusVQVAEConfig(
@@ -227,9 +217,7 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """The loss takes `num_items_in_batch`. A Trainer asks when it is made, and is told of codes
-        (trainer_jam.py).
-        """
+        """The loss takes `num_items_in_batch`. A Trainer asks when made, and is told of codes (trainer_jam.py)."""
         teach_trainers()
         return True
 
@@ -262,10 +250,8 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
             return
         # CODEPATH: where a picture is one code, a lone placeholder is a whole picture.
         if self.config.image_seq_length > 1:
-            in_a_row = placeholders[:, 1:] & placeholders[:, :-1]
-        else:
-            in_a_row = placeholders
-        if bool(in_a_row.any()):
+            placeholders = placeholders[:, 1:] & placeholders[:, :-1]
+        if bool(placeholders.any()):
             raise ValueError(
                 "input_ids have placeholders <image>, but no pixel_values came with them: the model would learn the "
                 "placeholder. Let the collator keep pixel_values (Trainer: remove_unused_columns=False), or encode the "
@@ -297,18 +283,13 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
         """Logits `[B, T, V]` of both heads, or `[B, T, K]` of the codes alone."""
         first, last = self.config.image_token_range.start, self.config.image_token_range.stop
         if self.image_head is None:
-            return (
-                nn.functional.linear(states_BTD, self.lm_head.weight[first:last])
-                if codes_alone
-                else self.lm_head(states_BTD)
-            )
-        image_logits_BTK = self.image_head(image_states_BTD)
+            head = self.lm_head
+            return nn.functional.linear(states_BTD, head.weight[first:last]) if codes_alone else head(states_BTD)
+        codes_BTK = self.image_head(image_states_BTD)
         if codes_alone:
-            return image_logits_BTK
+            return codes_BTK
         logits_BTV = self.lm_head(states_BTD)
-        return torch.cat(
-            (logits_BTV[..., :first], image_logits_BTK.to(logits_BTV.device), logits_BTV[..., last:]), dim=-1
-        )
+        return torch.cat((logits_BTV[..., :first], codes_BTK.to(logits_BTV.device), logits_BTV[..., last:]), dim=-1)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As in `nn.Module`; what trl's trainers put in place of `forward` gets a JAM's logits (integrations/trl.py).
@@ -376,26 +357,6 @@ class JamForCausalLM(JamPreTrainedModel, JamGenerationMixin):
             cross_attentions=outputs.cross_attentions,
             image_cross_attentions=outputs.image_cross_attentions,
         )
-
-
-@functools.cache
-def _register_adapter_targets() -> None:
-    """Tell peft, where it is installed, what an adapter without `target_modules` adapts in a JAM.
-
-    It is what peft has for its decoders, in every method for which peft treats their families alike, of those that it
-    knows (LoRA: the queries and values of all attentions, those of both streams and of the cross blocks). Called once,
-    when a JAM is
-    built: importing peft takes its time, and diffusers has brought it along by then.
-    """
-    try:
-        from .transformers_private_jam import constants
-    except ImportError:
-        return
-    for name, table in vars(constants).items():
-        if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_TARGET_MODULES_MAPPING"):
-            targets = [table[family] for family in FAMILIES if family in table]
-            if targets and all(other == targets[0] for other in targets):
-                table.setdefault(JamConfig.model_type, targets[0])
 
 
 __all__ = ["JamForCausalLM", "JamModel"]

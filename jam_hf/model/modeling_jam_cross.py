@@ -1,17 +1,11 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
-# applicable law or agreed to in writing, software distributed under the License is distributed on an
-# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
-# specific language governing permissions and limitations under the License.
-"""JAM-Cross: two stock decoders in lockstep, with bidirectional cross-attention between them (paper, section
-"JAM-Cross").
+# Licensed under the Apache License, Version 2.0.
+"""JAM-Cross: two stock decoders in lockstep, with bidirectional cross-attention between them (paper: "JAM-Cross").
 
 One module holds one depth: the text layer, the image layer and the cross blocks that follow them, so that a device map,
 an offload or an FSDP wrap keeps a depth together (docs/architecture.md). It does not know about pixels, the output head
 or how pictures are marked.
 
-Shape suffixes: B batch, T new positions, S cached + new positions, D hidden size, H heads, K key/value heads, Q head
-size.
+Shape suffixes: B batch, T new positions, S cached + new ones, D hidden size, H heads, K key/value heads, Q head size.
 """
 
 from __future__ import annotations
@@ -75,8 +69,7 @@ class JamModelOutputWithPast(ModelOutput):
             depths (`JamConfig.num_hidden_layers`). Attentions: one for each text layer. A depth without a text layer,
             in streams of different depths, repeats the state and has no attention.
         image_last_hidden_state (`[B, T, E]`): what the image head reads (cross, preserving form).
-        image_hidden_states, image_attentions: image stream: the states beside `hidden_states[1:]`; one for each image
-            layer.
+        image_hidden_states, image_attentions: image stream: the states beside `hidden_states[1:]`; one for each layer.
         cross_attentions, image_cross_attentions: text reading image, image reading text; one entry per cross block.
     """
 
@@ -131,18 +124,10 @@ class JamCrossAttention(nn.Module):
             query_BHTQ, key_BKTQ = apply_rotary_pos_emb(query_BHTQ, key_BKTQ, *position_embeddings)
         if past_key_values is not None:
             key_BKTQ, value_BKTQ = past_key_values.update(key_BKTQ, value_BKTQ, self.layer_idx)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        kind, dropout = self.config._attn_implementation, self.attention_dropout if self.training else 0.0
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention_forward)
         output, weights = attend(
-            self,
-            query_BHTQ,
-            key_BKTQ,
-            value_BKTQ,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
+            self, query_BHTQ, key_BKTQ, value_BKTQ, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights
 
@@ -174,9 +159,8 @@ class JamCrossBlock(GradientCheckpointingLayer):
 class JamCrossDecoderLayer(nn.Module):
     """One depth of a JAM-Cross: a stock layer of each stream, then, at every interval, a cross block in each direction.
 
-    Where the streams have different numbers of layers, a depth may hold a layer of the deeper one alone: the other is
-    None.
-    Not a GradientCheckpointingLayer itself: its four parts are, and checkpointing twice would compute twice.
+    In streams of different depths, a depth may hold a layer of the deeper one alone: the other is None. Not a
+    GradientCheckpointingLayer itself: its four parts are, and checkpointing twice would compute twice.
     """
 
     def __init__(self, config: JamConfig, depth: int):
@@ -207,15 +191,12 @@ class JamCrossDecoderLayer(nn.Module):
         image_kwargs: dict[str, dict[str, Any]],
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[B, T, D_text]`, `[B, T, D_image]` -> the same. The keyword dicts hold each stream's mask and positions, by
-        kind of attention.
-        """
+        """`[B, T, D_text]`, `[B, T, D_image]` -> the same. The dicts: masks and positions by kind of attention."""
         if self.text_layer is not None:
             text_states = states_of(self.text_layer(text_states, **text_kwargs[self.text_attention_type], **kwargs))
         if self.image_layer is not None:
-            image_states = states_of(
-                self.image_layer(image_states, **image_kwargs[self.image_attention_type], **kwargs)
-            )
+            of_image = image_kwargs[self.image_attention_type]
+            image_states = states_of(self.image_layer(image_states, **of_image, **kwargs))
         if self.text_cross is not None:
             # Both directions read the states from before either update [A]; so do the cached keys and values. Both go
             # by position: reentrant checkpointing sees no gradients of what goes by keyword.
@@ -257,9 +238,7 @@ class JamPreTrainedModel(PreTrainedModel):
         return super().train(mode)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As in `PreTrainedModel`; the folder carries card and recipe on, with what was done since
-        (jam_hf/provenance.py).
-        """
+        """As in `PreTrainedModel`; the folder carries card and recipe on, with what was done (jam_hf/provenance.py)."""
         main, provenance = kwargs.get("is_main_process", True), self.config.provenance
         if main and not tell("before_saving", self, kwargs.get("state_dict")) and provenance:
             history = [entry for entry in provenance.get("history") or [] if entry != UNWATCHED]
@@ -281,9 +260,8 @@ class JamPreTrainedModel(PreTrainedModel):
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
         """As in `PreTrainedModel`; see `split_for` in jam_hf/integrations/sharding.py."""
         if distributed_config is not None:
-            from_package("split_for", "A model that is split over processes (tp_size, fsdp_size)")(
-                model, distributed_config
-            )
+            split_for = from_package("split_for", "A model that is split over processes (tp_size, fsdp_size)")
+            split_for(model, distributed_config)
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     def _resolve_parallel_plans(self, distributed_config: Any) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
@@ -305,9 +283,7 @@ class JamPreTrainedModel(PreTrainedModel):
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs: Any) -> None:
-        """As in `PreTrainedModel`. The streams, which are no `PreTrainedModel`s of their own, are set without a
-        warning.
-        """
+        """As in `PreTrainedModel`. The streams, no `PreTrainedModel`s of their own, are set without a warning."""
         # CODEPATH: only JAM-Cross has streams beside each other.
         if self.config.fusion_mode == "cross" and isinstance(attn_implementation, str):
             checked = self.get_correct_attn_implementation(attn_implementation)
@@ -359,12 +335,8 @@ class JamCrossDecoder(JamPreTrainedModel):
         self.output_projection = (
             JamOutputProjection(text.hidden_size + image.hidden_size, text.hidden_size, bias=False) if paper else None
         )
-        self.text_sliding_index = sliding_cache_index(
-            text, [layer.text_layer for layer in self.layers if layer.text_layer is not None]
-        )
-        self.image_sliding_index = sliding_cache_index(
-            image, [layer.image_layer for layer in self.layers if layer.image_layer is not None]
-        )
+        self.text_sliding_index = sliding_cache_index(text, [layer.text_layer for layer in self.layers])
+        self.image_sliding_index = sliding_cache_index(image, [layer.image_layer for layer in self.layers])
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -375,20 +347,16 @@ class JamCrossDecoder(JamPreTrainedModel):
         return masks_by_type(config, sliding_index, **kwargs)
 
     def masks_for_generate(self, **kwargs: Any) -> torch.Tensor | dict[str, Any] | None:
-        """Masks that `generate()` makes outside a compiled step, as `forward` takes them; `kwargs` as in
-        `create_causal_mask`.
+        """Masks that `generate()` makes outside a compiled step, as `forward` takes them; `kwargs`: see `stream_masks`.
 
         One mask where one serves all attentions; otherwise one each under `{stream}_{kind of attention}`.
         """
         text, image = self.stream_masks("text", **kwargs), self.stream_masks("image", **kwargs)
-        implementations = {
-            stream._attn_implementation for stream in (self.config.text_config, self.config.image_config)
-        }
+        implementations = {config._attn_implementation for config in self.config.decoder_configs}
         if len(implementations) == len(text) == len(image) == 1:
             return text["full_attention"]
-        return {f"text_{kind}": mask for kind, mask in text.items()} | {
-            f"image_{kind}": mask for kind, mask in image.items()
-        }
+        streams = (("text", text), ("image", image))
+        return {f"{stream}_{kind}": mask for stream, masks in streams for kind, mask in masks.items()}
 
     @merge_with_config_defaults
     @capture_outputs
@@ -455,12 +423,9 @@ class JamCrossDecoder(JamPreTrainedModel):
             )
 
         if self.output_projection is not None:
-            # "Final states" are those of the last layers, before any norm; the one LayerNorm that follows is the text
-            # parent's [R].
-            fused = self.output_projection(torch.cat((text_states, image_states), dim=-1))
-            return JamModelOutputWithPast(
-                last_hidden_state=self.text_stem.finish(fused), past_key_values=past_key_values
-            )
+            # "Final states" are those of the last layers, before any norm; the LayerNorm is the text parent's [R].
+            fused = self.text_stem.finish(self.output_projection(torch.cat((text_states, image_states), dim=-1)))
+            return JamModelOutputWithPast(last_hidden_state=fused, past_key_values=past_key_values)
         return JamModelOutputWithPast(
             last_hidden_state=self.text_stem.finish(text_states),
             past_key_values=past_key_values,

@@ -1,10 +1,5 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
-# applicable law or agreed to in writing, software distributed under the License is distributed on an
-# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
-# specific language governing permissions and limitations under the License.
-"""The modules that a JAM takes from each stock transformers decoder: layers, norms, FFNs, and what surrounds the
-layers.
+# Licensed under the Apache License, Version 2.0.
+"""The modules that a JAM takes from each stock transformers decoder: layers and what surrounds them, norms, FFNs.
 
 What differs between families is read off their fact sheets (families_jam.py). How two streams are mixed is not known
 here (modeling_jam_cross.py).
@@ -18,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
@@ -39,9 +34,7 @@ class JamFeedForward(nn.Module):
 
 
 class RotaryStem(nn.Module):
-    """What a decoder with rotary positions does before its first and after its last layer, under the family's own
-    names.
-    """
+    """What a decoder with rotary positions does before its first and after its last layer, under its own names."""
 
     # Whether its weights stand before the layers, as in the stock decoder; a device map goes by that order.
     stands_first = False
@@ -52,9 +45,7 @@ class RotaryStem(nn.Module):
         self.rotary_emb = family.class_of(family.rotary)(config=config)
         self.norm = make_norm(config) if has_final_norm else None
 
-    def position_ids(
-        self, inputs_embeds: torch.Tensor, attention_mask: Any, past_key_values: Cache | None
-    ) -> torch.LongTensor:
+    def position_ids(self, inputs_embeds: torch.Tensor, attention_mask: Any, past_key_values: Any) -> torch.LongTensor:
         """`[1, T]`: counted from the start of the row, as the stock decoders do."""
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         return (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
@@ -93,9 +84,7 @@ class OPTStem(nn.Module):
             if projected:
                 self.project_out = nn.Linear(config.hidden_size, config.word_embed_proj_dim, bias=False)
 
-    def position_ids(
-        self, inputs_embeds: torch.Tensor, attention_mask: Any, past_key_values: Cache | None
-    ) -> torch.LongTensor:
+    def position_ids(self, inputs_embeds: torch.Tensor, attention_mask: Any, past_key_values: Any) -> torch.LongTensor:
         """`[B or 1, T]`: counted over the attended positions of the 2D mask, as OPTDecoder does (padding is -1)."""
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
@@ -105,9 +94,7 @@ class OPTStem(nn.Module):
         return position_ids[:, torch.arange(inputs_embeds.shape[1], device=position_ids.device) + past]
 
     def embed(self, inputs_embeds_BTE: torch.Tensor, position_ids: torch.LongTensor) -> torch.Tensor:
-        if (
-            self.embed_positions is None
-        ):  # the paper's form: the text stream's embedding, positions included, feeds both
+        if self.embed_positions is None:  # the paper's form: the text stream's embedding, with positions, feeds both
             return inputs_embeds_BTE
         hidden_BTD = inputs_embeds_BTE if self.project_in is None else self.project_in(inputs_embeds_BTE)
         return hidden_BTD + self.embed_positions(None, 0, position_ids=position_ids).to(hidden_BTD.device)
@@ -157,14 +144,12 @@ def make_feed_forward(config: PreTrainedConfig) -> nn.Module:
     return feed_forward
 
 
-def sliding_cache_index(config: PreTrainedConfig, layers: list[nn.Module]) -> int | None:
+def sliding_cache_index(config: PreTrainedConfig, layers: list[nn.Module | None]) -> int | None:
     """Where the first of a stream's `layers` that slides stands in the JAM's cache; None where none slides."""
-    indices = [
-        layer.self_attn.layer_idx
-        for depth, layer in enumerate(layers)
-        if attention_type(config, depth) == "sliding_attention"
-    ]
-    return indices[0] if indices else None
+    for depth, layer in enumerate(layer for layer in layers if layer is not None):
+        if attention_type(config, depth) == "sliding_attention":
+            return layer.self_attn.layer_idx
+    return None
 
 
 def masks_by_type(config: PreTrainedConfig, sliding_index: int | None, **kwargs: Any) -> dict[str, Any]:

@@ -1,13 +1,8 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
-# applicable law or agreed to in writing, software distributed under the License is distributed on an
-# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
-# specific language governing permissions and limitations under the License.
+# Licensed under the Apache License, Version 2.0.
 """The image tokenizer of a JAM: pixels to codes and codes to pixels, by a stock VQ model (modeling_jam_vq_classes.py).
 
 It knows codes (0..K-1) and pixels only: token ids, offsets and `<break>` are the business of modeling_jam.py.
-Shape suffixes: B pictures, C channels, H/W pixels, G grid side, N = G*G codes, E codebook vector, K codes in the
-codebook.
+Shape suffixes: B pictures, C channels, H/W pixels, G grid side, N = G*G codes, E codebook vector, K codes of it.
 """
 
 from __future__ import annotations
@@ -28,8 +23,7 @@ class JamVQModel(PreTrainedModel):
     """VQ-VAE image tokenizer (paper: Gafni et al. 2022) around a stock VQ model, which is `self.vq`.
 
     That is a `diffusers.VQModel` or, where `config.vqvae_config` says so, transformers' `JanusVQVAE` or `Emu3VQVAE`.
-    Codes are
-    read in raster order: top row first, left to right.
+    Codes are read in raster order: top row first, left to right.
     """
 
     config: JamVQConfig
@@ -55,19 +49,15 @@ class JamVQModel(PreTrainedModel):
             super()._init_weights(module)
 
     def train(self, mode: bool = True) -> JamVQModel:
-        """As in `nn.Module`; transformers' classes stay as for inference: batch norms would learn, and codes with
-        them.
-        """
+        """As in `nn.Module`; transformers' classes stay as for inference: batch norms would change the codes."""
         super().train(mode)
         self.vq.train(mode and self.config.vq_class == "diffusers")
         return self
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> JamVQModel:
-        """`model.to(torch.bfloat16)`, `.half()` and their like move the tokenizer, but leave it in the precision it
-        has.
+        """`model.to(torch.bfloat16)`, `.half()` and their like move the tokenizer, but leave its precision.
 
-        In half precision near ties between codes would flip, and the search for the nearest code does not run
-        everywhere.
+        In half precision near ties between codes would flip, and the search for the nearest does not run everywhere.
         """
 
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
@@ -81,8 +71,7 @@ class JamVQModel(PreTrainedModel):
         if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
             found = pixel_values.dtype if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
             raise ValueError(
-                f"pixel_values must be a float tensor with values in [-1, 1], got {found}. JamImageProcessor makes "
-                "them."
+                f"pixel_values must be a float tensor in [-1, 1], got {found}. JamImageProcessor makes them."
             )
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected or not len(pixel_values):
             raise ValueError(
@@ -121,8 +110,7 @@ class JamVQModel(PreTrainedModel):
         Returns:
             float `[B, C, H, W]`, about [-1, 1] (not clamped).
         Raises:
-            ValueError: if a picture does not have exactly N codes, a code is outside the codebook, or there is no
-                decoder.
+            ValueError: if a picture has not exactly N codes, a code is outside the codebook, or there is no decoder.
         """
         if codes.dim() != 2 or codes.shape[1] != self.config.image_seq_length:
             raise ValueError(
@@ -151,8 +139,7 @@ class JamVQModel(PreTrainedModel):
         if not (return_codes or self.config.has_decoder):
             raise ValueError(
                 "This image tokenizer can encode pictures but not decode codes: it was made from weights without a "
-                "decoder (transformers' Chameleon has none). Convert the original vqgan.ckpt, which has both: jam-hf "
-                "convert-vq."
+                "decoder (transformers' Chameleon). Convert the original vqgan.ckpt, which has both: jam-hf convert-vq."
             )
         device = self.device
         with torch.autocast(device.type if device.type != "meta" else "cpu", enabled=False):
@@ -174,8 +161,7 @@ class JamVQModel(PreTrainedModel):
         latents_BEGG = stock.latents(self.vq, pixel_values.to(self.dtype))
         latents_XE = latents_BEGG.permute(0, 2, 3, 1).reshape(-1, latents_BEGG.shape[1])
         codebook_KE = self.vq.quantize.embedding(torch.arange(self.config.num_vq_embeddings, device=latents_XE.device))
-        # CODEPATH: LlamaGen's tokenizer looks for codes by direction; taming's, Janus', Emu3's and Chameleon's by
-        # distance.
+        # CODEPATH: LlamaGen's tokenizer looks for codes by direction; taming, Janus, Emu3 and Chameleon by distance.
         if self.config.codebook_l2_norm:
             latents_XE, codebook_KE = F.normalize(latents_XE, dim=-1), F.normalize(codebook_KE, dim=-1)
         return stock.nearest(latents_XE, codebook_KE).view(latents_BEGG.shape[0], -1)

@@ -1,8 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
-# applicable law or agreed to in writing, software distributed under the License is distributed on an
-# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
-# specific language governing permissions and limitations under the License.
+# Licensed under the Apache License, Version 2.0.
 """The stock VQ models that a JamVQModel runs: diffusers' VQModel, and transformers' Janus and Emu3 classes.
 
 It knows how each is built, and how pixels become latents and codes become pixels in it; it does not know token ids,
@@ -88,8 +84,7 @@ class JamEmu3VQVAE(_InsideJam, Emu3VQVAE):
 @dataclass(frozen=True)
 class VQClass:
     """build: the model of a config. latents: `[B, C, H, W]` -> `[B, E, G, G]`, before quantisation. nearest: `[X, E]`,
-    `[K, E]`
-    -> `[X]`, each latent's code. pixels: codes `[B, G, G]` -> `[B, C, H, W]`.
+    `[K, E]` -> `[X]`, each latent's code. pixels: codes `[B, G, G]` -> `[B, C, H, W]`.
 
     `latents` and `nearest` are the halves of the class' own `encode`. They are apart because the stock quantisers read
     `embedding.weight` themselves, which is empty where the weights are offloaded.

@@ -9,8 +9,7 @@ from types import MethodType
 from typing import Any
 
 
-# A name to `module:attribute`, which is imported when it is asked for. Empty in a folder that was loaded without
-# jam_hf.
+# A name to `module:attribute`, imported when it is asked for. Empty in a folder that was loaded without jam_hf.
 OFFERED: dict[str, str] = {}
 
 
@@ -30,9 +29,7 @@ def from_package(name: str, what: str) -> Any:
 
 
 def tell(name: str, *args: Any, otherwise: Any = None) -> Any:
-    """Call what jam_hf has under `name`, where it is there; without it nothing is done and the answer is
-    `otherwise`.
-    """
+    """Call what jam_hf has under `name`; where it is not there, nothing is done and the answer is `otherwise`."""
     return from_package(name, name)(*args) if name in OFFERED else otherwise
 
 

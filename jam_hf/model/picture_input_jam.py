@@ -1,8 +1,7 @@
 """One decoder for all ways in: a path, URL, `data:` URI, base64, bytes, a row of `datasets`, a PIL picture or an array.
 
 What it returns is a PIL picture of 8 bits a channel that stands upright and keeps its transparency as an alpha channel.
-It
-knows no size, no colours and no model: the image processor lays alpha on white, resizes and scales.
+It knows no size, no colours and no model: the image processor lays alpha on white, resizes and scales.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from .transformers_private_jam import httpx
 
 _ORIENTATION = 0x0112
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-# Pillow spreads 2 and 4 bits of grey to 8 as it reads them, and leaves the clear shade beside them (PNG's tRNS) as it
-# is.
+# Pillow spreads 2 and 4 bits of grey to 8 as it reads them, and leaves the clear shade beside (PNG's tRNS) as it is.
 _SPREAD = {"L;2": 85, "L;4": 17}
 
 
@@ -120,8 +118,7 @@ def picture_of_array(array: np.ndarray, do_rescale: bool, channels: str | None =
         array: `[H, W]`, `[H, W, C]` or `[C, H, W]`, C from 1 (grey) to 4 (RGB and alpha; 2: grey and alpha). bool:
             black and white; uint16: 0..65535; any other dtype, floats included: 0..255, or with `do_rescale=False`
             floats in 0..1. Fractions are rounded to 8 bits.
-        channels: "channels_first" or "channels_last" (transformers' `input_data_format`), where the shape leaves it
-            open.
+        channels: "channels_first" or "channels_last" (`input_data_format`), where the shape leaves it open.
     Raises:
         ValueError: if values are out of this range, or in 0..1 where 0..255 is expected, or the shape is no picture's.
     """

@@ -5,7 +5,7 @@ It knows ids only, a JAM's or an image parent's. `JamConfig.picture_layout` is t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,8 +24,7 @@ class PictureLayout:
             vocabulary.
         grid: rows and columns of codes; `None`: codes alone, as many as come.
         prefix, row_end, suffix: ids between `begin` and the first code, behind each row, and behind the last row.
-        placeholder: id of the token that stands for a picture, or for each of its codes, in text; `None`: there is
-            none.
+        placeholder: id of the token that stands for a picture, or for each code, in text; `None`: there is none.
     """
 
     begin: int
@@ -79,6 +78,35 @@ class PictureLayout:
             return None
         fits = all(token in self.codes if place < 0 else token == place for place, token in zip(self.template, ids))
         return [ids[position] for position in self.positions] if fits else None
+
+    def runs(self, ids: Iterable[int], drawn: list[int] | None = None) -> Iterator[tuple[str, list[int]]]:
+        """The ids of a document, or of its next part, taken apart.
+
+        Args:
+            drawn: codes of the picture that is under way; changed in place, to be handed on with the next part.
+        Yields:
+            ("text", ids without marks), ("drawing", `drawn`) behind each code, and ("image", codes) behind the N-th, or
+            behind fewer where something else follows. What the layout has between codes is left out.
+        """
+        text: list[int] = []
+        drawn = [] if drawn is None else drawn
+        for token in ids:
+            if token in self.structure:
+                continue
+            is_code = token in self.codes
+            if is_code:
+                if text:
+                    yield "text", text
+                    text = []
+                drawn.append(token)
+                yield "drawing", drawn
+            elif token not in (self.begin, self.end):
+                text.append(token)
+            if drawn and (not is_code or len(drawn) == len(self.positions)):
+                yield "image", drawn.copy()
+                drawn.clear()
+        if text:
+            yield "text", text
 
     def ids_of(self, codes: np.ndarray) -> np.ndarray:
         """Raw codes, 0..K-1, to ids, of the same shape."""

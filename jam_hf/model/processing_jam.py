@@ -1,14 +1,8 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
-# applicable law or agreed to in writing, software distributed under the License is distributed on an
-# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
-# specific language governing permissions and limitations under the License.
-"""Documents in and out: text with `<image>` placeholders and pictures to model inputs, and written ids to text and
-pictures.
+# Licensed under the Apache License, Version 2.0.
+"""Documents in and out: text with `<image>` placeholders and pictures to model inputs, and written ids to both.
 
 It knows the tokenizer, the image processor and how a picture is laid out: `<break>`, N codes, `<break>`, or more than
-that
-where the layout has it. It does not know the codebook: the model turns pixels into codes and codes into pixels.
+that where the layout has it. It does not know the codebook: the model turns pixels into codes and codes into pixels.
 """
 
 from __future__ import annotations
@@ -91,14 +85,11 @@ class JamProcessor(ProcessorMixin):
         self.break_token = break_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.break_token_id = tokenizer.convert_tokens_to_ids(break_token)
-        for name, token, token_id in (
-            ("image_token", image_token, self.image_token_id),
-            ("break_token", break_token, self.break_token_id),
-        ):
-            if token_id is None or token_id == tokenizer.unk_token_id:
+        for name in ("image_token", "break_token"):
+            if getattr(self, f"{name}_id") in (None, tokenizer.unk_token_id):
                 raise ValueError(
-                    f"JamProcessor: the tokenizer does not know the {name} {token!r}. Add it as a special token, or "
-                    f"name the token that plays its part."
+                    f"JamProcessor: the tokenizer does not know the {name} {getattr(self, name)!r}. Add it as a "
+                    "special token, or name the token that plays its part."
                 )
         self.image_end_token, self.image_row_end_token = image_end_token, image_row_end_token
         self.image_prefix_tokens, self.image_suffix_tokens = list(image_prefix_tokens), list(image_suffix_tokens)
@@ -120,16 +111,10 @@ class JamProcessor(ProcessorMixin):
 
     def _check_layout(self) -> None:
         added = self.tokenizer.added_tokens_decoder
-        for token in (
-            self.image_end_token,
-            *self.image_prefix_tokens,
-            self.image_row_end_token,
-            *self.image_suffix_tokens,
-        ):
-            if token is None:
-                continue
-            entry = added.get(self.tokenizer.convert_tokens_to_ids(token))
-            if entry is None or entry.content != token or not entry.special:
+        inner = (*self.image_prefix_tokens, self.image_row_end_token, *self.image_suffix_tokens)
+        for token in (self.image_end_token, *inner):
+            entry = None if token is None else added.get(self.tokenizer.convert_tokens_to_ids(token))
+            if token is not None and (entry is None or entry.content != token or not entry.special):
                 raise ValueError(
                     f"JamProcessor: {token!r} is a token of the layout of pictures, but no special token of the "
                     f"tokenizer. Add it with tokenizer.add_tokens([{token!r}], special_tokens=True)."
@@ -199,10 +184,7 @@ class JamProcessor(ProcessorMixin):
         if isinstance(images, (list, tuple)):
             nested = any(entry is None or isinstance(entry, (list, tuple)) for entry in images)
             if nested:  # one list for each prompt, None for an empty one
-                images = [
-                    list(entry) if isinstance(entry, (list, tuple)) else [entry] * (entry is not None)
-                    for entry in images
-                ]
+                images = [list(e) if isinstance(e, (list, tuple)) else [e] * (e is not None) for e in images]
             images = self.image_processor.fetch_images(list(images))
             if nested or not images:
                 samples = [text] if isinstance(text, str) else text
@@ -211,13 +193,11 @@ class JamProcessor(ProcessorMixin):
                 self.validate_inputs(images=images, text=samples)
             flat = [picture for entry in images for picture in entry] if nested else images
             flat = flat or None  # a batch in which no prompt has a picture
-        bos = self.tokenizer.bos_token
+        bos, bos_id = self.tokenizer.bos_token, self.tokenizer.bos_token_id
         if bos and text is not None and kwargs.get("add_special_tokens", True):
             text = text.removeprefix(bos) if isinstance(text, str) else [sample.removeprefix(bos) for sample in text]
             # transformers tokenizes such texts piece by piece and puts nothing in front
-            if kwargs.get("sanitize_control_tokens") and self.tokenizer("")["input_ids"] == [
-                self.tokenizer.bos_token_id
-            ]:
+            if kwargs.get("sanitize_control_tokens") and self.tokenizer("")["input_ids"] == [bos_id]:
                 text = bos + text if isinstance(text, str) else [bos + sample for sample in text]
                 kwargs["add_special_tokens"] = False
         reader = reading_names_as_text(self, [text] if isinstance(text, str) else text or [])
@@ -238,7 +218,9 @@ class JamProcessor(ProcessorMixin):
         """
         stock = super().apply_chat_template
         if "prepared_chats" in OFFERED or not _is_text_alone(conversation) or "images" in kwargs:
-            what = f"A chat with parts or pictures (or write {self.image_token} into its texts, and pass both to the processor)"
+            what = (
+                f"A chat with parts or pictures (or write {self.image_token} into texts, and pass the processor both)"
+            )
             call = inspect.signature(stock).bind(conversation, *args, **kwargs).arguments
             return stock(**from_package("prepared_chats", what)(self, stock, call | call.pop("kwargs", {})))
         return stock(conversation, *args, **kwargs)
@@ -282,9 +264,7 @@ class JamProcessor(ProcessorMixin):
             ValueError: on another mode, or ids in place of pixels.
         """
         if generation_mode in (None, "text"):
-            return self.post_process_image_text_to_text(
-                generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs
-            )
+            return self.post_process_image_text_to_text(generated_outputs, skip_special_tokens, **kwargs)
         if generation_mode != "image":
             raise ValueError(
                 f"generation_mode must be 'text' or 'image' here, got {generation_mode!r}. Documents with both are "
@@ -330,50 +310,30 @@ class JamProcessor(ProcessorMixin):
         rows = [ids[prompt_length - count :] for ids, count in zip(sequences.tolist(), begun)]
         return self.segments(rows, model, skip_special_tokens)
 
-    def segments(
-        self, rows: list[list[int]], model: JamForCausalLM, skip_special_tokens: bool
-    ) -> list[list[dict[str, Any]]]:
+    def segments(self, rows: list[list[int]], model: JamForCausalLM, skip_special_tokens: bool) -> list[list[dict]]:
         config = model.config
         if config.image_seq_length != self.image_seq_length:
             raise ValueError(
                 f"JamProcessor: its pictures have {self.image_seq_length} codes, the model's "
                 f"{config.image_seq_length}. Load both from one folder, or set processor.image_seq_length."
             )
-        layout = config.picture_layout
-        marks = {layout.begin, layout.end}
-        left_out: set[int | None] = set(layout.structure)
-        left_out |= {config.pad_token_id} - {
-            self.tokenizer.bos_token_id,
-            self.tokenizer.eos_token_id,
-            *config.eos_token_ids,
-        }
+        layout, tokenizer = config.picture_layout, self.tokenizer
+        padding = {config.pad_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, *config.eos_token_ids}
         documents: list[list[dict[str, Any]]] = []
         pictures: list[tuple[dict[str, Any], list[int]]] = []
         for ids in rows:
             segments: list[dict[str, Any]] = []
-            run: list[int] = []
-            in_picture = False
-            for token in [*(t for t in ids if t not in left_out), None]:
-                is_code = token is not None and token in layout.codes
-                if run and (
-                    token is None or is_code != in_picture or (in_picture and len(run) == self.image_seq_length)
-                ):
-                    if in_picture:
-                        segment: dict[str, Any] = {"type": "image", "image": None}
-                        if len(run) == self.image_seq_length:
-                            pictures.append((segment, run))
-                        else:
-                            segment["image_tokens"] = run
-                        segments.append(segment)
+            for kind, run in layout.runs([*(t for t in ids if t not in padding), layout.end]):
+                if kind == "image":
+                    segments.append({"type": "image", "image": None})
+                    if len(run) == self.image_seq_length:
+                        pictures.append((segments[-1], run))
                     else:
-                        run = [t for t in run if t not in marks]
-                        text = self.tokenizer.decode(run, skip_special_tokens=skip_special_tokens)
-                        if text.strip():
-                            segments.append({"type": "text", "text": text})
-                    run = []
-                in_picture = is_code
-                if token is not None:
-                    run.append(token)
+                        segments[-1]["image_tokens"] = run
+                elif kind == "text":
+                    text = tokenizer.decode(run, skip_special_tokens=skip_special_tokens)
+                    if text.strip():
+                        segments.append({"type": "text", "text": text})
             documents.append(segments)
         if pictures:
             tokens = torch.tensor([run for _, run in pictures])

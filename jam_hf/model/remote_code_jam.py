@@ -17,8 +17,7 @@ from .modeling_jam import JamForCausalLM
 from .processing_jam import JamProcessor
 """
 
-# `file.Class` for each Auto class, as `auto_map` in config.json has it. transformers itself records only the class it
-# saves.
+# `file.Class` for each Auto class, as `auto_map` in config.json has it. transformers records only the class it saves.
 AUTO_MAP = {
     "AutoConfig": "configuration_jam.JamConfig",
     "AutoModel": "modeling_jam.JamModel",
@@ -28,10 +27,7 @@ AUTO_MAP = {
     "AutoImageProcessor": "image_processing_jam.JamImageProcessor",
     "AutoProcessor": "processing_jam.JamProcessor",
 }
-VQ_AUTO_MAP = {
-    "AutoConfig": "configuration_jam_vq.JamVQConfig",
-    "AutoModel": "modeling_jam_vq.JamVQModel",
-}
+VQ_AUTO_MAP = {"AutoConfig": "configuration_jam_vq.JamVQConfig", "AutoModel": "modeling_jam_vq.JamVQModel"}
 
 
 def add_auto_map(config: Any, auto_map: dict[str, str]) -> None:

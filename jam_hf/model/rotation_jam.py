@@ -1,5 +1,4 @@
-"""Rotary positions that depend on how long a sequence is (`longrope`, `dynamic`), and who may share a forward under
-them.
+"""Rotary positions that depend on the length of a sequence (`longrope`, `dynamic`), and who may share a forward then.
 
 transformers rotates all that a forward feeds by the longest position in it: `longrope` by one of two sets of
 frequencies, `dynamic` beyond the trained positions by another set at each length. A sequence in one forward with a
@@ -41,8 +40,7 @@ def one_rotation(configs: Sequence[Any], longest: int) -> bool:
 @contextmanager
 def rotated_alone(model: torch.nn.Module) -> Iterator[None]:
     """Forwards inside are rotated by their own lengths, not by what `dynamic` modules remember of longer ones; behind
-    it the modules remember what they did before.
-    """
+    it the modules remember what they did before."""
     remembered = []
     for module in model.modules():
         if "dynamic" in str(getattr(module, "rope_type", "")) and hasattr(module, "original_inv_freq"):

@@ -5,9 +5,8 @@ A Trainer takes the labels away before `forward` for label smoothing and for `co
 would stand where codes belong. And it shifts labels for smoothing only where it finds the *name* of the class in a
 static table, which it does not once a wrapper (FSDP2, `torch.compile`) or a subclass has another. So a Trainer that
 trains a JAM gets codes in ids and labels as soon as the batch is on its device, and a smoother that shifts. What trl's
-GRPO and RLOO pass through there are
-prompts, which keep their pixels. It imports no Trainer: where there is none, nothing is changed, and for other models
-nothing is either.
+GRPO and RLOO pass through there are prompts, which keep their pixels. It imports no Trainer: where there is none,
+nothing is changed, and for other models nothing is either.
 """
 
 from __future__ import annotations
@@ -58,9 +57,7 @@ def with_codes(model: nn.Module, jam: nn.Module, inputs: Mapping[str, Any]) -> d
 
 
 def teach_trainers() -> None:
-    """Make `Trainer._prepare_inputs` put codes into the batches of JAMs; once, and only where the Trainer is
-    imported.
-    """
+    """Make `Trainer._prepare_inputs` put codes into the batches of JAMs; once, and only where a Trainer is imported."""
     trainer = sys.modules.get("transformers.trainer")
     if trainer is None or hasattr(trainer.Trainer._prepare_inputs, "gives_jam_codes"):
         return
@@ -75,18 +72,13 @@ def teach_trainers() -> None:
         if isinstance(self.label_smoother, trainer.LabelSmoother):
             self.label_smoother = functools.partial(self.label_smoother, shift_labels=True)
         given = isinstance(inputs, Mapping) and inputs.get("input_ids") is not None
-        # Trainers that write what they learn from (trl's GRPO and RLOO) pass prompts through here, and need their
-        # pixels again.
-        of_prompts = type(self)._prepare_inputs is not _prepare_inputs and not {"labels", "completion_mask"} & set(
-            inputs
-        )
-        if not given or of_prompts:
+        # Trainers that write what they learn from (trl's GRPO, RLOO) pass prompts through here, and need pixels again.
+        overridden = type(self)._prepare_inputs is not _prepare_inputs
+        if not given or (overridden and not {"labels", "completion_mask"} & set(inputs)):
             return inputs
         inputs = with_codes(self.model, jam, inputs)
         if "inputs" in self.args.include_for_metrics and isinstance(raw, MutableMapping):
-            raw["input_ids"] = inputs[
-                "input_ids"
-            ]  # what `EvalPrediction.inputs` shows is read from the batch as it came
+            raw["input_ids"] = inputs["input_ids"]  # `EvalPrediction.inputs` is read from the batch as it came
             raw.pop("pixel_values", None)
         return inputs
 

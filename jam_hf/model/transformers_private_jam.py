@@ -1,9 +1,9 @@
 """The room of private symbols: whatever the model's code uses of other libraries that they do not promise to keep.
 
 `from .transformers_private_jam import NAME` is the only way to one, and imports no other. Each line says since which
-version of the library it is so ("-": before transformers 5.20) and why nothing public does it;
-modeling_tests/contracts/ has what is relied on. Layers of the families come by their fact sheets (families_jam.py);
-what stays at home has jam_hf/integrations/private.py.
+version of the library it is so ("-": before transformers 5.20) and why nothing public does it. Layers of the families
+come by their fact sheets (families_jam.py). jam_hf/integrations/private.py has what is touched without an import, here
+too, and what stays at home; modeling_tests/contracts/ has what is relied on.
 """
 
 from collections.abc import Callable
@@ -14,17 +14,14 @@ from typing import Any
 # fmt: off
 # module, names, since, why no public symbol will do
 IMPORTED = (
-    ("transformers.utils.output_capturing", "OutputRecorder capture_outputs", "-",
-     "Records states and attentions of layers."),
+    ("transformers.utils.output_capturing", "OutputRecorder capture_outputs", "-", "Records what layers return."),
     ("transformers.utils.output_capturing", "resolve_hidden_states_indices selected_hidden_states", "5.23",
      "output_hidden_states may name layers; what is recorded of the image stream follows."),
     ("transformers.utils.generic", "merge_with_config_defaults", "-", "Config's defaults of use_cache and outputs."),
-    ("transformers.utils.generic", "is_flash_attention_requested", "-",
-     "Flash-attention goes by many names, kernels too."),
+    ("transformers.utils.generic", "is_flash_attention_requested", "-", "Flash-attention goes by many names."),
     ("transformers.utils", "torch_compilable_check", "-", "A check of tensors that torch.compile can trace."),
     ("transformers.modeling_utils", "slice_logits_to_keep", "5.21", "What logits_to_keep means, sharded states too."),
-    ("transformers.masking_utils", "create_masks_for_generate", "-",
-     "Masks of a static cache."),
+    ("transformers.masking_utils", "create_masks_for_generate", "-", "Masks of a static cache."),
     ("transformers.integrations.sdpa_attention", "sdpa_attention_forward", "-", "What lanes of a cache fall back to."),
     ("transformers.integrations.tensor_parallel", "replace_layer_number_by_wildcard", "-", "Names in parallel plans."),
     ("transformers.configuration_utils", "SubConfigSpec", "-", "Sub-configs of any family, one of them optional."),
@@ -37,36 +34,7 @@ IMPORTED = (
      "What cross blocks do as Llama does."),
     ("huggingface_hub.dataclasses", "strict", "-", "transformers' configs are checked by it; a subclass must be, too."),
     ("huggingface_hub.utils", "httpx", "-", "The HTTP client that transformers itself fetches pictures with."),
-    ("diffusers.models.attention_processor", "Attention", "-",
-     "Its output is channels-last; ours is not."),
-    ("peft.utils", "constants", "-", "Which modules an adapter adapts where nobody says it; tables by model type."),
-)
-
-# class or module, names, since, why: methods that are overridden or replaced, attributes that are read or written.
-TOUCHED = (
-    ("GenerationMixin",
-     "_prepare_generation_config _prepare_cache_for_generation _get_logits_processor _get_stopping_criteria "
-     "_update_model_kwargs_for_generation _reorder_cache _mask_length", "-",
-     "The loops of generate() have no public hook at a step."),
-    ("Cache", "_is_user_defined DynamicLayer StaticLayer QuantizedCache.layers per_layer_config", "-",
-     "Columns beside the document, and a layer for each of a depth's attentions."),
-    ("PreTrainedConfig", "_attn_implementation _attn_implementation_internal", "-",
-     "Each stream has its own, set in no model."),
-    ("PreTrainedModel", "_fsdp_plan _pp_plan _tp_plan _resolve_parallel_plans init_parallel_plans maybe_distribute_model",
-     "-",
-     "A depth of two streams has no plan among the stock ones."),
-    ("PreTrainedModel, PreTrainedConfig", "_upload_modified_files", "-",
-     "push_to_hub has no other step before the upload."),
-    ("PilBackend", "_preprocess", "-", "The step between pictures as arrays and pixel_values."),
-    ("OPTConfig", "_remove_final_layer_norm", "-", "Written in old OPT configs, and obeyed by OPTDecoder."),
-    ("PreTrainedTokenizerFast", "_tokenizer", "-", "The backend cannot be replaced in public."),
-    ("Trainer", "_prepare_inputs", "-", "Replaced: placeholders become codes before labels are taken away."),
-    ("torch.nn.Module", "_apply _forward_hooks _forward_pre_hooks", "-",
-     "The one way of all casts; whether a head is bare."),
-    ("torch.compile", "_orig_mod", "-", "The JAM inside of a compiled model."),
-    ("torch.distributed.fsdp", "register_fsdp_forward_method", "-",
-     "Pictures are encoded outside of forward, by a Trainer."),
-    ("accelerate", "_hf_hook", "-", "Whether a head's weights are elsewhere (device_map)."),
+    ("diffusers.models.attention_processor", "Attention", "-", "Its output is channels-last; ours is not."),
 )
 # fmt: on
 

@@ -180,7 +180,7 @@ def test_diffusers_attention_gives_its_result_channels_last():
 
 @pytest.mark.contract("constants")
 def test_pefts_targets_are_tables_by_model_type():
-    tables = {n: t for n, t in vars(carried.constants).items() if n.startswith("TRANSFORMERS_MODELS_TO_")}
+    tables = {n: t for n, t in vars(private.constants).items() if n.startswith("TRANSFORMERS_MODELS_TO_")}
     tables = {n: t for n, t in tables.items() if n.endswith("_TARGET_MODULES_MAPPING")}
     assert tables["TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"]["llama"] == ["q_proj", "v_proj"]
     assert all(isinstance(table, dict) for table in tables.values()) and len(tables) > 20
