@@ -13,4 +13,4 @@ from jam_hf_cli import main
 
 
 if __name__ == "__main__":
-    sys.exit(main(["convert-metaseq", *sys.argv[1:]]))
+    sys.exit(main(["convert-metaseq", *sys.argv[1:]], own_process=True))

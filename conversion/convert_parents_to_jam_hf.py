@@ -12,4 +12,4 @@ from jam_hf_cli import main
 
 
 if __name__ == "__main__":
-    sys.exit(main(["fuse", *sys.argv[1:]]))
+    sys.exit(main(["fuse", *sys.argv[1:]], own_process=True))

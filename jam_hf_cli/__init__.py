@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
+import os
 import runpy
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from .commands import certify, convert_metaseq, convert_vq, fuse, generate, index, quickstart
 from .options import add_options, read_options
+from .threads import is_small, settle
 
 
 # What a user does, and the commands for it.
@@ -78,10 +82,25 @@ def _as_today(arguments: Sequence[str]) -> list[str]:
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the arguments say; returns the exit status. What the user can mend is one line on stderr."""
+def _prepare(args: argparse.Namespace) -> None:
+    """What a process of its own sets before it imports anything: threads, and silence of other libraries."""
+    settle(small=args.command == "generate" and is_small(args.model))
+    if not args.debug:
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+        warnings.simplefilter("ignore")
+        for name in ("torchao", "torch.utils._pytree"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def main(arguments: Sequence[str] | None = None, own_process: bool = False) -> int:
+    """Do what the arguments say; returns the exit status. What the user can mend is one line on stderr.
+
+    own_process: nothing else goes on in this process, and torch is not imported yet.
+    """
     args = _parser().parse_args(_as_today(sys.argv[1:] if arguments is None else arguments))
     command = COMMANDS[args.command]
+    if own_process:
+        _prepare(args)
     try:
         command.run(read_options(command.Options, args))
     except (ValueError, OSError, ImportError) as error:
@@ -98,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def entry() -> int:
     """`jam-hf` as a process of its own."""
-    return main()
+    return main(own_process=True)
 
 
 __all__ = ["COMMANDS", "GROUPS", "entry", "main"]

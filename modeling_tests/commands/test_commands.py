@@ -325,6 +325,7 @@ def test_the_commands_in_a_scripts_docstring_are_understood(script, monkeypatch)
     lines = re.findall(r"^    (python (?:.*\\\n)*.*)", docstring, re.M)
     assert lines
     reached = []
+    monkeypatch.setattr(cli, "_prepare", lambda args: None)
     for name, module in cli.COMMANDS.items():
         monkeypatch.setattr(module, "run", lambda options, name=name: reached.append((name, options)))
     for line in lines:
