@@ -75,8 +75,7 @@ class JamCallSettings:
         self.rules()
         if self.negative_prompt_ids is not None and not self._guidance().branches:
             raise ValueError(
-                "negative_prompt_ids have nothing to act on: set guidance_scale, or contrastive_alpha and "
-                "contrastive_k."
+                "negative_prompt_ids have nothing to act on: set guidance_scale, or contrastive_alpha, contrastive_k."
             )
         self.guidance()
         self.image_history()

@@ -77,7 +77,8 @@ class JamVQConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.vqvae_config, dict) and "model_type" not in self.vqvae_config:
-            raise ValueError(f"JamVQConfig: `vqvae_config` must say its `model_type`: {' or '.join(VQVAE_CLASSES)}.")
+            known = ", ".join(VQVAE_CLASSES)
+            raise ValueError(f"JamVQConfig: `vqvae_config` must say its `model_type`, one of {known}.")
         super().__post_init__(**kwargs)
         if self.vqvae_config is not None:
             self._follow_vqvae_config()

@@ -1,7 +1,6 @@
 """The one door from a JAM to what its checkpoint does not carry; `jam_hf/__init__.py` says what lies behind it.
 
-A checkpoint has the code to load, to generate and to decode. Loaded without jam_hf, it says what is missing when it is
-asked for more.
+A checkpoint has the code to load, to generate and to decode. Asked for more without jam_hf, it says what is missing.
 """
 
 from importlib import import_module
@@ -36,8 +35,7 @@ def tell(name: str, *args: Any, otherwise: Any = None) -> Any:
 class PackageFunction:
     """A function of jam_hf as an attribute of a class, under its own name: as it is, or as a method or class method.
 
-    It is imported when somebody reads the attribute; where it cannot be, there is a function that says so when it is
-    called.
+    It is imported when somebody reads the attribute; where it cannot be, there is one that says so when it is called.
     """
 
     def __init__(self, method: bool = False, class_method: bool = False):

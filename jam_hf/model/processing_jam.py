@@ -128,8 +128,7 @@ class JamProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """As in `ProcessorMixin`; the folder carries the code that it needs (remote_code_jam.py).
 
-        What transformers notes on the processor for the file leaves it again: a processor that was saved equals a
-        loaded one.
+        What transformers notes on the processor for the file leaves it again: a saved one equals a loaded one.
         """
         try:
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
