@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 import jam_hf
 import jam_hf.retrieval
+from jam_hf import portable
 from jam_hf.checkpoints import writer
 from jam_hf.checkpoints.plan import Band, TensorPlan
 from jam_hf.checkpoints.tensor_files import TensorFileWriter, TensorSpec
@@ -204,6 +205,8 @@ def test_of_many_runs_at_once_one_wins_and_nothing_is_lost(tmp_path):
         start.wait()
         try:
             with (whole_folder if number % 2 else resumed)(tmp_path / "jam") as folder:
+                if folder is None:  # a note that Windows could not remove says that all is done
+                    raise FileExistsError
                 (folder / "who").write_text(str(number))
                 time.sleep(0.02)
             won.append(number)
@@ -216,7 +219,8 @@ def test_of_many_runs_at_once_one_wins_and_nothing_is_lost(tmp_path):
     for thread in threads:
         thread.join()
     assert len(won) == 1 and len(lost) == 5 and (tmp_path / "jam" / "who").read_text() == str(won[0])
-    assert [path.name for path in tmp_path.iterdir()] == ["jam"]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"jam"} or (portable.WINDOWS and left == {"jam", ".jam.unfinished.recipe"})
 
 
 # ----- full disks -----------------------------------------------------------------------------------------------------

@@ -368,7 +368,8 @@ def _load_jam(model: str | os.PathLike) -> JamForCausalLM:
 
 
 def _load_parent(source: str | os.PathLike, role: str) -> PreTrainedModel:
-    sheet = MULTIMODAL.get(_config(source, role).model_type) if role == "image parent" else None
+    model_type = _config(source, role).model_type
+    sheet = MULTIMODAL.get(model_type) if role == "image parent" else None
     return _whole(AutoModelForCausalLM if sheet is None else sheet.class_of("ForConditionalGeneration"), source, role)
 
 
