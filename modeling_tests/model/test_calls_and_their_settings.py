@@ -244,6 +244,7 @@ def test_without_a_grammar_a_picture_may_be_left_anywhere(name, layout_jam):  # 
     """Guided scores of every code against two full forwards, though words stand in the midst of pictures."""
     model = layout_jam(name)
     grammar, config = PictureGrammar(model.config), model.config
+    template = grammar.layout.template
 
     class Astray(LogitsProcessor):
         """Opens pictures and leaves them."""
@@ -251,8 +252,8 @@ def test_without_a_grammar_a_picture_may_be_left_anywhere(name, layout_jam):  # 
         def __call__(self, input_ids, scores):
             length = input_ids.shape[1]
             forced = {0: BREAK, 7: 30, 8: BREAK, 12: 31, 13: 32}.get((length - 2) % 14)
-            if length - 2 in range(1, 4) and len(grammar.layout.template) > 3 and grammar.layout.template[length - 3] >= 0:
-                forced = grammar.layout.template[length - 3]
+            if length - 2 in range(1, 4) and len(template) > 3 and template[length - 3] >= 0:
+                forced = template[length - 3]
             if forced is not None:
                 scores = torch.full_like(scores, -torch.inf)
                 scores[:, forced] = 0.0
