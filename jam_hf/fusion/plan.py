@@ -76,7 +76,10 @@ def preserved(mode: str, init: str) -> str:
             "sequences that both can read. The cross blocks add nothing yet."
         )
     if mode == "cross":
-        return "Neither parent's logits: cross blocks and output projection are random, as in the paper; train it."
+        return (
+            "Neither parent's logits: cross blocks and output projection are drawn at random, as in the paper; "
+            "train it."
+        )
     if mode == "width":
         return "Neither parent's logits: one norm reads both halves; a starting point for training."
     return "Neither parent's logits: the mean of two networks is a starting point for training."
