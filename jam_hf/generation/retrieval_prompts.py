@@ -248,10 +248,11 @@ class WithRetrieval:
         prompt = (input_ids, arguments.pop("attention_mask", None), arguments.pop("pixel_values", None))
         prompts = augment_prompts(model, self.memory, *prompt, _new_tokens(input_ids, call, own))
         added = prompts.input_ids.shape[1] - input_ids.shape[1]
+        lengths = {}
         for name, stronger in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             value, new = call.setting(name, own), call.setting(stronger, own)
             if value is not None and new is None:
-                arguments[name] = value + added
+                lengths[name] = value + added
         if arguments.get("streamer") is not None:
             arguments["streamer"] = _PromptWithoutDocuments(arguments["streamer"], prompts.prompt_ids)
         arguments |= {
@@ -259,7 +260,7 @@ class WithRetrieval:
             "attention_mask": prompts.attention_mask,
             "custom_generate": self.then,
         }
-        output = model.run_call(replace(call, arguments=arguments))
+        output = model.run_call(replace(call, arguments=arguments).with_settings(**lengths))
         if torch.is_tensor(output):
             return prompts.cut(output)
         output["sequences"] = prompts.cut(output.sequences)

@@ -10,10 +10,11 @@ Shape suffixes: B rows, T positions, K codes of the codebook.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,6 +49,18 @@ class JamCall:
     def setting(self, name: str, own: Any) -> Any:
         """A setting of transformers', where `own` is the model's generation config."""
         return setting(name, self.arguments, self.generation_config, own)
+
+    def with_settings(self, **values: Any) -> JamCall:
+        """The call with these settings of transformers': where they stood, or in a copy of the generation config that
+        was passed (transformers 5 deprecates a config and arguments in one call).
+        """
+        arguments, config = dict(self.arguments), copy.deepcopy(self.generation_config)
+        for name, value in values.items():
+            if config is None or name in arguments:
+                arguments[name] = value
+            else:
+                setattr(config, name, value)
+        return replace(self, arguments=arguments, generation_config=config)
 
     def steps_of(self, cache: Any) -> Any:
         """What changes steps over this cache."""

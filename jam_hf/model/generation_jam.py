@@ -95,18 +95,18 @@ class JamGenerationMixin(GenerationMixin):
         custom = call.arguments.get("custom_generate")
         if getattr(custom, "takes_the_call", False):
             return custom(self, call)
+        mode, own = call.settings.generation_mode, self.generation_config
+        if mode is not None and all(call.setting(name, own) is None for name in ("max_length", "max_new_tokens")):
+            room = self.config.max_position_embeddings
+            call = call.with_settings(
+                **{"max_new_tokens": self.config.picture_length + 2} if mode == "image" else {"max_length": room}
+            )
         arguments = {name: value for name, value in call.arguments.items() if name != "pixel_values"}
         pixel_values, input_ids = call.arguments.get("pixel_values"), as_ids(arguments.get("input_ids"))
         if pixel_values is not None and input_ids is None:
             raise ValueError("pixel_values need input_ids with placeholders <image>; pass the processor's output.")
         if input_ids is not None:
             arguments["input_ids"] = call.prompt_ids = self.prompt_with_codes(input_ids, pixel_values)
-        mode, own = call.settings.generation_mode, self.generation_config
-        if mode is not None and all(call.setting(name, own) is None for name in ("max_length", "max_new_tokens")):
-            if mode == "image":
-                arguments["max_new_tokens"] = self.config.picture_length + 2
-            else:
-                arguments["max_length"] = self.config.max_position_embeddings
         self._check_draft_model(arguments)
         with running(call):
             return super().generate(generation_config=call.generation_config, **arguments)

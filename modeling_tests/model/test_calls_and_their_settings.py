@@ -10,6 +10,7 @@ import pytest
 import torch
 from model.test_picture_layout import LAYOUTS, layout_jam, layout_processor, layout_tokenizer  # noqa: F401
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StopStringCriteria
+from transformers.utils import logging as transformers_logging
 
 from jam_hf.generation.block_cache import JamBlockCache
 from jam_hf.model.call_settings_jam import (
@@ -338,6 +339,22 @@ CALLS = [
     {"generation_mode": "image", "guidance_scale": 3.0, "negative_prompt_ids": torch.tensor([[BOS, 44]])},
     {"generation_mode": "image", "guidance_scale": 2.0, "num_beams": 2},
 ]
+
+
+@pytest.mark.parametrize("mode, length", [("image", 2 + N + 2), ("interleaved", 24), ("text", 24)])
+def test_a_config_alone_stays_alone(mode, length, model, monkeypatch):
+    """A budget that the call does not have goes into a copy of the config: transformers deprecates a config together
+    with arguments, which no user of a config alone has written.
+    """
+    said = []
+    monkeypatch.setattr(transformers_logging.logging.Logger, "warning_once", lambda _, text, *__: said.append(text))
+    monkeypatch.setattr(model.config, "max_position_embeddings", 24)
+    config = GenerationConfig(do_sample=False, suppress_tokens=[EOS], generation_mode=mode)
+    before = config.to_dict()
+    assert model.generate(**PROMPT, generation_config=config).shape == (1, length)
+    assert not said and config.to_dict() == before
+    model.generate(**PROMPT, generation_config=config, max_new_tokens=2 * N)
+    assert any("generation_config" in text for text in said)  # this one has said both
 
 
 def test_calls_in_threads_do_not_meet(model):

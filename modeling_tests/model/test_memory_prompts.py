@@ -230,12 +230,12 @@ def test_lengths_are_the_users(jams):
     for length in ({"max_length": 9}, {"max_new_tokens": 6}, {"max_length": 9, "min_length": 5}):
         output = model.generate(ids, memory=ByHand([RED, BLUE]), **settings, **length)
         assert output.shape == (1, 9)
-    settings["generation_config"] = model.generation_config.from_dict(
-        {**model.generation_config.to_dict(), "max_length": 8}
+    config = model.generation_config.from_dict(
+        {**model.generation_config.to_dict(), "max_length": 8, "do_sample": False, "suppress_tokens": [EOS]}
     )
-    assert model.generate(ids, memory=ByHand([RED]), **settings).shape == (1, 8)
+    output = model.generate(ids, memory=ByHand([RED]), generation_mode="text", generation_config=config)
+    assert output.shape == (1, 8) and config.max_length == 8
     model = jams(max_position_embeddings=64)
-    settings.pop("generation_config")
     assert model.generate(ids, memory=ByHand([BLUE]), **settings).shape == (1, 64 - 19)
 
 
