@@ -345,9 +345,12 @@ def _remove_abandoned(target: Path) -> bool:
     return others
 
 
-def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Write a text file (UTF-8) aside, then rename it, once it lies on the disk; of two runs at once, one after the
+def write_whole(path: str | os.PathLike, content: str | bytes, overwrite: bool = True) -> None:
+    """Write a file (text in UTF-8) aside, then rename it, once it lies on the disk; of two runs at once, one after the
     other.
+
+    Raises:
+        FileExistsError: if something has the name by then and `overwrite` is False. OSError: if it cannot be written.
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.partial")  # one name, so that what a killed run left is gone with the next
@@ -355,14 +358,17 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
     with naming(path), _locked(note) as lock:
         try:
             with aside.open("wb") as file:
-                file.write(text.encode())
+                file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
-            aside.replace(path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
+            if overwrite:
+                aside.replace(path)
+            else:
+                portable.rename_to_free(aside, path)
+        except FileExistsError as error:
+            raise FileExistsError(f"'{path}' exists. Choose another name, or pass overwrite=True.") from error
         finally:
+            aside.unlink(missing_ok=True)
             portable.remove_locked(note, lock)
 
 

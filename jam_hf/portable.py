@@ -9,6 +9,7 @@ Windows, other than the others, removes and renames no file that is open, and no
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -68,6 +69,24 @@ def rename_folder(source: Path, target: Path) -> None:
         source.rename(target)
     else:
         source.replace(target)
+
+
+def rename_to_free(source: Path, target: Path) -> None:
+    """Give a file a name that nothing has.
+
+    Raises:
+        FileExistsError: if something has it. Other than a rename, a link is refused then by the system.
+    """
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+        source.replace(target)
+    else:
+        source.unlink()
 
 
 def flush_data(descriptor: int) -> None:

@@ -7,20 +7,20 @@ batch is a list of documents, and so is what is written into one file.
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import html
 import io
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from PIL import Image
+
+from ..files import read_json, write_whole
 
 
 Document = list[dict[str, Any]]
@@ -56,24 +56,37 @@ def html_page(
     Raises:
         ValueError: for what is no list of documents, and pictures of a mode that PNG would change.
     """
+    parts = [
+        f"<article>\n{segments_html(document, picture, unfinished)}\n</article>" for document in _checked(documents)
+    ]
+    return page_html(title, "<main>\n{}\n</main>".format("\n".join(parts)), STYLE, language)
+
+
+def segments_html(document: Document, picture: str = PICTURE, unfinished: str = UNFINISHED) -> str:
+    """The segments of a document, for a page's body; arguments as in `html_page`."""
     parts = []
-    for document in _checked(documents):
-        parts.append("<article>")
-        for segment, number in _numbered(document):
-            if segment["type"] == "text":
-                parts.append(f'<p dir="auto">{html.escape(_shown(segment["text"]))}</p>')
-            elif segment["image"] is None:
-                parts.append(f'<p class="unfinished">{html.escape(_alt(segment, unfinished, number))}</p>')
-            else:
-                image = segment["image"]
-                alt, source = html.escape(_alt(segment, picture, number)), _data_uri(_png(image))
-                parts.append(f'<img alt="{alt}" width="{image.width}" height="{image.height}" src="{source}">')
-        parts.append("</article>")
-    body = "\n".join(parts)
+    for segment, number in _numbered(document):
+        if segment["type"] == "text":
+            parts.append(f'<p dir="auto">{html.escape(_shown(segment["text"]))}</p>')
+        elif segment["image"] is None:
+            parts.append(f'<p class="unfinished">{html.escape(_alt(segment, unfinished, number))}</p>')
+        else:
+            parts.append(picture_html(segment["image"], _alt(segment, picture, number)))
+    return "\n".join(parts)
+
+
+def picture_html(image: Image.Image, alt: str) -> str:
+    """A picture that stands in the page itself."""
+    size = f'width="{image.width}" height="{image.height}"'
+    return f'<img alt="{html.escape(alt)}" {size} src="{_data_uri(_png(image))}">'
+
+
+def page_html(title: str, body: str, style: str, language: str = "en") -> str:
+    """A page around a body of HTML. style: of CSS."""
     return (
         f'<!doctype html>\n<html lang="{html.escape(language)}">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width">\n<title>{html.escape(_shown(title))}</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<style>{style}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
 
@@ -160,12 +173,7 @@ def load_json(path: str | os.PathLike) -> list[Document]:
             beside it (a message says which). OSError: if the file cannot be read.
     """
     path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError(f"'{path}' cannot be read: its JSON is nested too deep.") from error
-    except ValueError as error:
-        raise ValueError(f"'{path}' is no JSON file: {error}.") from error
+    content = read_json(path, kind=object)
     if not isinstance(content, dict) or content.get("jam_documents") != 1:
         raise ValueError(
             f"'{path}' holds no documents. Expected a file that save_json wrote, with \"jam_documents\": 1."
@@ -354,46 +362,13 @@ def _save(path: str | os.PathLike, overwrite: bool, render: Callable[[Callable[.
             target = path.with_name(name)
             if not target.exists():
                 new.append(target)
-            _write_whole(target, data, overwrite=True)
-        _write_whole(path, text.encode("utf-8"), overwrite)
+            write_whole(target, data)
+        write_whole(path, text, overwrite)
     except BaseException:
         for target in new:
             target.unlink(missing_ok=True)
         raise
     return path
-
-
-def _write_whole(path: Path, data: bytes, overwrite: bool) -> None:
-    """Aside, then renamed. Without `overwrite`, what was written there meanwhile stays; a full disk's errors name
-    the file.
-    """
-    try:
-        _write_aside(path, data, overwrite)
-    except FileExistsError as error:
-        raise FileExistsError(f"'{path}' exists. Choose another name, or pass overwrite=True.") from error
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, f"cannot write '{path}': {error.strerror}") from error
-
-
-def _write_aside(path: Path, data: bytes, overwrite: bool) -> None:
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
-        aside = Path(folder) / "file"  # made in the usual way, so that others may read it
-        with contextlib.closing(aside.open("wb")) as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if not overwrite:
-            try:
-                os.link(aside, path)  # which, other than a rename, is refused if the name is taken by now
-                return
-            except FileExistsError:
-                raise
-            except OSError:  # a file system without links
-                if os.path.lexists(path):
-                    raise FileExistsError(path) from None
-        os.replace(aside, path)
 
 
 __all__ = ["html_page", "load_json", "save_html", "save_json", "save_markdown"]

@@ -6,9 +6,7 @@ writes.
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from PIL import Image
 from ..contents import beside
 from ..evaluation.drawing import draw
 from ..files import read_json
+from ..generation.export import page_html, picture_html, segments_html
 from ..model.modeling_jam import JamForCausalLM
 from ..model.processing_jam import JamProcessor
 from ..picture_world import Picture, score_picture
@@ -36,7 +35,7 @@ h1{margin-bottom:.2rem}h2{margin-top:2.4rem;border-bottom:1px solid #dde2ea;padd
 .doc p{margin:.4rem 0 .2rem}.doc img{display:block}
 img{image-rendering:auto;border:1px solid #c8cfdb;border-radius:4px}
 .tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:.8rem;font-size:13px;line-height:1.3}
-.ok{color:#1b7f3b}.no{color:#b3261e}
+.ok{color:#1b7f3b}.no,.unfinished{color:#b3261e}
 table{border-collapse:collapse;font-size:14px}
 td,th{padding:.25rem .7rem;border-bottom:1px solid #e4e8ef;text-align:right}
 td:first-child,th:first-child{text-align:left}
@@ -45,24 +44,21 @@ td:first-child,th:first-child{text-align:left}
 """
 
 
-def _data_uri(image: Image.Image, scale: int = 2) -> str:
-    stream = io.BytesIO()
-    size = (image.width * scale, image.height * scale)
-    image.resize(size, Image.Resampling.BICUBIC).save(stream, "PNG")
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+def _enlarged(image: Image.Image, scale: int) -> Image.Image:
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
 
 
 def document_html(prompt: str, segments: Sequence[dict[str, Any]]) -> str:
     """One document: the prompt, then its segments in order."""
-    parts = [f'<div class="doc"><p class="user">{html.escape(prompt)}</p>']
+    shown = []
     for segment in segments:
         if segment["type"] == "text":
-            parts.append(f"<p>{html.escape(segment['text'].strip())}</p>")
-        elif segment["image"] is None:
-            parts.append('<p class="no">(a picture that was not finished)</p>')
-        else:
-            parts.append(f'<img alt="picture written by the model" src="{_data_uri(segment["image"])}">')
-    return "\n".join([*parts, "</div>"])
+            segment = {**segment, "text": segment["text"].strip()}
+        elif segment["image"] is not None:
+            segment = {**segment, "image": _enlarged(segment["image"], 2)}
+        shown.append(segment)
+    body = segments_html(shown, picture="picture written by the model", unfinished="(a picture that was not finished)")
+    return f'<div class="doc"><p class="user">{html.escape(prompt)}</p>\n{body}\n</div>'
 
 
 def write_documents(run: Run, folder: Path) -> None:
@@ -240,8 +236,8 @@ def render_page(run: Run) -> str:
     tiles = []
     for tile in written["tiles"]:
         mark = '<span class="ok">right</span>' if tile["correct"] else '<span class="no">wrong</span>'
-        uri = _data_uri(_picture(folder, tile["file"]), 3)
-        tiles.append(f'<div><img alt="drawing" src="{uri}"><br>{html.escape(tile["caption"])} - {mark}</div>')
+        drawing = picture_html(_enlarged(_picture(folder, tile["file"]), 3), "drawing")
+        tiles.append(f"<div>{drawing}<br>{html.escape(tile['caption'])} - {mark}</div>")
     curves = [_curve("VQ model, reconstruction", _history(run.path("vq") / "history.json", "reconstruction"))]
     for title, place in (
         ("LLM parent", "llm"),
@@ -258,9 +254,7 @@ def render_page(run: Run) -> str:
     report = f"<h2>Fusion</h2><pre>{html.escape(path.read_text(encoding='utf-8'))}</pre>\n" if path.is_file() else ""
     seconds = ", ".join(f"{name} {value:g} s" for name, value in times.items())
     torch_note = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>jam_hf quickstart</title>
-<style>{_STYLE}</style><body>
-<h1>A picture book by jam-cross</h1>
+    body = f"""<h1>A picture book by jam-cross</h1>
 <p class="note">{parents_of(run).words} Everything below was written
 and drawn by the fused model, token by token; the questions are held out from training.</p>
 <h2>Documents</h2><div class="docs">{"".join(documents)}</div>
@@ -274,6 +268,5 @@ exactly what was built so far.</p>
 tokens. Drawing: share of unseen captions drawn right (every shape, colour and cell), greedy; guided: scale
 {results["guidance_scale"]}. {_note(run)}</p>
 {report}<h2>Loss curves</h2><div class="curves">{"".join(curves)}</div>
-<h2>Time</h2><p class="note">{html.escape(seconds)}; {torch_note}.</p>
-</body></html>
-"""
+<h2>Time</h2><p class="note">{html.escape(seconds)}; {torch_note}.</p>"""
+    return page_html("jam_hf quickstart", body, _STYLE)
