@@ -16,6 +16,7 @@ from ..checkpoints.writer import write_plans
 from ..files import check_apart, resumable_folder, whole_folder
 from ..model.image_processing_jam import JamImageProcessor
 from ..model.processing_jam import JamProcessor
+from ..provenance import carry_on
 from .model_card import model_card
 from .plan import FusionPlan, size
 
@@ -72,4 +73,5 @@ def _write_small_files(plan: FusionPlan, folder: Path) -> None:
     config.provenance = {"card": model_card(plan), "recipe": recipe.to_yaml(), "history": []}
     for name in ("README.md", "fusion.yaml"):  # of an earlier run that was stopped
         (folder / name).unlink(missing_ok=True)
-    config.save_pretrained(folder)  # and the two, as every later save writes them
+    carry_on(config, folder)  # the two, as every later save writes them
+    config.save_pretrained(folder)
