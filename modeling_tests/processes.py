@@ -18,7 +18,20 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 
+# What the server has imported; the model itself imports the most of it when a call first needs it.
+PRELOADED = [
+    *("torch", "torch.distributed.checkpoint.state_dict", "transformers", "transformers.trainer", "accelerate"),
+    *("diffusers.models.autoencoders.vq_model", "jam_hf", "jam_hf.provenance", "jam_hf.training.recipes"),
+    *("jam_hf.model.modeling_jam_vq_classes", "jam_hf.integrations.peft", "jam_hf.integrations.sharding"),
+]
 PATIENCE = 1800.0  # seconds after which a process is taken for dead; a busy machine may be slow
+
+
+def server() -> multiprocessing.context.ForkServerContext:
+    """What starts processes, forked from one that has imported all."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def _free_port() -> int:
@@ -65,8 +78,7 @@ def run(worker: Callable, processes: int, *arguments: Any, limit: float = PATIEN
     Raises:
         AssertionError: if a process raised, died or did not come back in time; with the tracebacks of all that raised.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "accelerate", "jam_hf"])
+    context = server()
     port = _free_port()
     children, channels = [], []
     for rank in range(processes):

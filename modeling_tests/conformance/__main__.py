@@ -25,7 +25,7 @@ def run_suites(tests: Path, results: Path, options: list[str]) -> None:
     environment = {
         **os.environ,
         "TRANSFORMERS_TESTS": str(tests),
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE / "stand_ins", HERE))),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE / "stand_ins", HERE, HERE.parent))),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from processes import PRELOADED
 
 
-multiprocessing.set_forkserver_preload(["tests.test_fsdp_mixin", "tests.test_tensor_parallel_mixin", "jam_hf"])
+multiprocessing.set_forkserver_preload(["tests.test_fsdp_mixin", "tests.test_tensor_parallel_mixin", *PRELOADED])
 
 
 def _get_distributed_device_type() -> str:
