@@ -51,9 +51,7 @@ class JamCall:
         return setting(name, self.arguments, self.generation_config, own)
 
     def with_settings(self, **values: Any) -> JamCall:
-        """The call with these settings of transformers': where they stood, or in a copy of the generation config that
-        was passed (transformers 5 deprecates a config and arguments in one call).
-        """
+        """The call with other settings: in its config, if it has one (transformers deprecates arguments beside it)."""
         arguments, config = dict(self.arguments), copy.deepcopy(self.generation_config)
         for name, value in values.items():
             if config is None or name in arguments:
