@@ -17,8 +17,9 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 quickstart: $(VENV)/.installed
 	$(BIN)/jam-hf quickstart --run $(RUN)
 
-# Two tests side by side, each on one core, a file on one worker; transformers' own suite after them, likewise.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# On two cores three workers of one thread, since each waits a fifth of its time for a disk or a process; a file on one
+# worker. transformers' own suite after them, likewise.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
 
 test: $(VENV)/.installed lint
 	$(PYTEST)

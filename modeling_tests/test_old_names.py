@@ -4,6 +4,7 @@ import importlib
 import subprocess
 import sys
 
+import processes
 import pytest
 
 from jam_hf._moved import OLD_MODULES, new_name, serve_old_names
@@ -29,7 +30,7 @@ def test_old_names_are_served_lazily_and_once():
         "assert stream is jam_hf.stream and JamStreamer is jam_hf.JamStreamer\n"
         "assert candidates_jam is sys.modules['jam_hf.generation.best_of_n']\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=processes.PATIENCE)
     finders = list(sys.meta_path)
     serve_old_names()
     assert sys.meta_path == finders

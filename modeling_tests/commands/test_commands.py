@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 import jam_hf_cli as cli
@@ -269,7 +270,9 @@ def test_types_and_defaults_come_from_the_dataclass():
 
 
 def child(code, *arguments):
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=processes.PATIENCE
+    )
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["fuse", "--help"], ["dream"], ["generate"]])

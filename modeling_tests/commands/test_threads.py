@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 
+import processes
 import pytest
 
 import jam_hf_cli
@@ -101,6 +102,6 @@ def test_other_libraries_say_nothing_before_the_command(fused, tmp_path):
     model = str(fused("llama", "cross", "preserving"))
     command = [sys.executable, "-m", "jam_hf_cli", "generate", "a", "--model", model, "--mode", "text"]
     command += ["--max-new-tokens", "1", "--output", str(tmp_path / "a.md")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=processes.PATIENCE)
     assert done.returncode == 0 and done.stdout.startswith("# a\n"), done.stderr
     assert [line for line in done.stderr.splitlines() if line and "Loading weights" not in line] == []

@@ -9,6 +9,7 @@ import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
 from compatibility.remote_child import load
@@ -73,7 +74,7 @@ def run_child(folder: Path, folders: dict[str, str], save_to: dict[str, str]) ->
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=processes.PATIENCE,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(folder / "results.pt", weights_only=False)

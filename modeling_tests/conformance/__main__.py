@@ -1,8 +1,8 @@
 """Run transformers' own test-suite on JAMs and print what passed, failed and was skipped, next to a stock Llama.
 
-    python modeling_tests/conformance [-n 2] [--nightly] [-k EXPRESSION] [--results runs/conformance.jsonl]
+    python modeling_tests/conformance [-n 3] [--nightly] [-k EXPRESSION] [--results runs/conformance.jsonl]
 
-Fetches the tests of the installed version from the package index, once. Two workers share the tests. Without --nightly
+Fetches the tests of the installed version from the package index, once. Three workers share them. Without --nightly
 the tests that train or start processes run on three of the JAMs. Ends with an error where a test failed.
 """
 
@@ -53,7 +53,7 @@ def main() -> None:
     )
     parser.add_argument("-k", default="", metavar="EXPRESSION", help="only tests whose names match, as in pytest")
     parser.add_argument(
-        "-n", type=int, default=2, metavar="WORKERS", help="processes that share the tests (default: 2)"
+        "-n", type=int, default=3, metavar="WORKERS", help="processes that share the tests (default: 3)"
     )
     parser.add_argument("--nightly", action="store_true", help="on all JAMs what otherwise runs on three")
     arguments = parser.parse_args()

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import threading
 
+import processes
 import pytest
 import torch
 from model.test_picture_layout import LAYOUTS, layout_jam, layout_processor, layout_tokenizer  # noqa: F401
@@ -366,7 +367,7 @@ def test_calls_in_threads_do_not_meet(model):
     class Turn(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
             with contextlib.suppress(threading.BrokenBarrierError):  # those that write more go on alone
-                together.wait(timeout=60)
+                together.wait(timeout=processes.PATIENCE)
             during.append([config._attn_implementation for config in model.config.decoder_configs])
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
