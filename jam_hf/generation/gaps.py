@@ -1,4 +1,4 @@
-"""Documents with gaps, in ids, as a JAM saw them in training (CM3: paper.md, Training [M]; jam_hf/data/cm3.py).
+"""Documents with gaps, in ids, as a JAM saw them in training (CM3, jam_hf/data/cm3.py).
 
 Each gap is a sentinel in its place, numbered from the first to the last; a gap lies inside one text or inside one
 picture, and the document ends in `<eos>`. What is written into the gaps is the subject of infilling.py.

@@ -87,7 +87,7 @@ class JamGenerationMixin(GenerationMixin):
         return self.run_call(JamCall(self.call_settings(generation_config, kwargs), generation_config, kwargs))
 
     def run_call(self, call: JamCall) -> Any:
-        """`generate()`, when it is known what was asked: the prompt's pictures, a budget, and transformers' own.
+        """`generate()`, when it is known what was asked: a budget, the prompt's pictures, and transformers' own.
 
         A `custom_generate` that `takes_the_call` gets the model and the call in place of all that; it may make calls of
         its own.
@@ -158,7 +158,7 @@ class JamGenerationMixin(GenerationMixin):
         if call is not None and call.prompt_length is not None:
             return copy.deepcopy(generation_config), kwargs
         config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        if call is not None:  # GenerationMixin would answer it with a forward over the whole prompt at every step
+        if call is not None:  # GenerationMixin would answer it with a second forward at every step, in text too
             config.guidance_scale = None
         return config, model_kwargs
 

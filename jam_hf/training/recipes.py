@@ -1,6 +1,6 @@
 """Training recipes over plain `transformers.Trainer`: settings, freezing presets, and a run that can be interrupted.
 
-It knows causal LMs by their interface: stock parents and JamForCausalLM alike. What a document is, is documents.py.
+It knows causal LMs by their interface: stock parents and JamForCausalLM alike. Documents are the business of data/.
 """
 
 from __future__ import annotations
