@@ -12,16 +12,24 @@ import typing
 from typing import Any
 
 
-def option(help: str, default: Any = dataclasses.MISSING, *, unset: str | None = None, **arguments: Any) -> Any:
+def option(
+    help: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    unset: str | None = None,
+    older: str | None = None,
+    **arguments: Any,
+) -> Any:
     """A field of a command's options.
 
     Args:
         help: what it is, without its default, which the parser adds.
         unset: what happens without it, where the default is None or says too little.
+        older: another flag for it, of before.
         arguments: what argparse's `add_argument` takes beside: choices, nargs, metavar, action, `positional=True`.
     """
     made = {"default_factory": list} if default == [] else {"default": default}
-    return dataclasses.field(**made, metadata={"help": help, "unset": unset, "arguments": arguments})
+    return dataclasses.field(**made, metadata={"help": help, "unset": unset, "older": older, "arguments": arguments})
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
@@ -32,6 +40,8 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         flag = field.name.replace("_", "-")
         names = [f"--no-{flag}" if field.default is True else f"--{flag}"]
+        if field.metadata["older"]:
+            names.append(field.metadata["older"])
         if arguments.pop("positional", False):
             names = [arguments.pop("dest")]
             arguments["metavar"] = arguments.get("metavar", names[0].upper())

@@ -118,7 +118,7 @@ def test_commands_do_not_delete_a_folder_filled_meanwhile(command, parents, toke
             convert_vq(source, target)
     else:
         pytest.importorskip("faiss")
-        from retrieval.tiny_memory import TableEmbedder, layout_jam, pairs, processor_for
+        from retrieval.tiny_index import TableEmbedder, layout_jam, pairs, processor_for
 
         late(importlib.import_module("jam_hf.retrieval.build"), "_write_faiss")
 

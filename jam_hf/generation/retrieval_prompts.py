@@ -1,6 +1,6 @@
-"""Retrieval augmentation of `generate()`: documents of a memory put before the prompt, and cut out of what comes back.
+"""Retrieval augmentation of `generate()`: documents found put before the prompt, and cut out of what comes back.
 
-It knows how a retrieved document is laid out and how many fit. It does not know how documents are found: a memory is
+It knows how a retrieved document is laid out and how many fit. It does not know how documents are found: a retriever is
 whatever has the method of the protocol here (jam_hf/retrieval has one).
 
 Shape suffixes: B prompts, T positions of the prompts, A positions of the augmented prompts, N codes a picture.
@@ -25,10 +25,10 @@ from ..model.modeling_jam import JamForCausalLM
 logger = logging.get_logger(__name__)
 
 
-class MemoryDocument(NamedTuple):
-    """A caption and its picture, as a memory gives them.
+class PromptDocument(NamedTuple):
+    """A caption and its picture, as a retriever gives them.
 
-    id: its name in the memory. score: its similarity to the prompt. text_ids: ids of the caption, without special
+    id: its name in the index. score: its similarity to the prompt. text_ids: ids of the caption, without special
     tokens.
     codes: the N raw codes of the picture, 0..K-1.
     """
@@ -39,7 +39,7 @@ class MemoryDocument(NamedTuple):
     codes: Sequence[int]
 
 
-class MemoryQuery(NamedTuple):
+class RetrievalQuery(NamedTuple):
     """One prompt, without padding.
 
     input_ids (int64 `[T]`): as the user passed it. pixel_values (float `[P, 3, H, W]` in [-1, 1]): the pictures of its
@@ -50,20 +50,20 @@ class MemoryQuery(NamedTuple):
     pixel_values: torch.FloatTensor
 
 
-class Memory(Protocol):
-    """What `generate(memory=...)` asks of a memory."""
+class Retriever(Protocol):
+    """What `generate(retriever=...)` asks of a retriever."""
 
-    def documents_for(self, model: JamForCausalLM, queries: Sequence[MemoryQuery]) -> list[list[MemoryDocument]]:
+    def documents_for(self, model: JamForCausalLM, queries: Sequence[RetrievalQuery]) -> list[list[PromptDocument]]:
         """For each prompt the documents to put before it, the most similar first.
 
         Raises:
-            ValueError: if the memory's codes are not those of the model's VQ model, or a prompt holds nothing to look
+            ValueError: if the documents' codes are not those of the model's VQ model, or a prompt holds nothing to look
                 for.
         """
         ...
 
 
-def document_ids(config: JamConfig, document: MemoryDocument) -> list[int]:
+def document_ids(config: JamConfig, document: PromptDocument) -> list[int]:
     """`text <break> image <break>` [C], the picture laid out as the config says.
 
     Raises:
@@ -72,7 +72,7 @@ def document_ids(config: JamConfig, document: MemoryDocument) -> list[int]:
     codes, count = [int(code) for code in document.codes], config.image_seq_length
     if len(codes) != count or min(codes) < 0 or max(codes) >= config.num_image_tokens:
         raise ValueError(
-            f"Document {document.id!r} of the memory has {len(codes)} codes, "
+            f"Document {document.id!r} of the index has {len(codes)} codes, "
             f"{min(codes, default=0)}..{max(codes, default=0)}. A picture of this JAM has {count} in "
             f"0..{config.num_image_tokens - 1}: build the index with its VQ model."
         )
@@ -93,16 +93,26 @@ class AugmentedPrompts:
 
     Args:
         input_ids, attention_mask: int64 `[B, A]`, for `generate()`; pictures are codes here.
-        prompt_ids: int64 `[B, T]`, the prompts as `generate()` would return them without a memory.
-        memory_ids, memory_scores: names of each prompt's documents and their similarities, the most similar first,
-            which is the order in which they stand (ours [R]).
+        prompt_ids: int64 `[B, T]`, the prompts as `generate()` would return them without a retriever.
+        retrieved_ids, retrieved_scores: names of each prompt's documents and their similarities, the most similar
+            first, which is the order in which they stand (ours [R]).
     """
 
     input_ids: torch.LongTensor
     attention_mask: torch.LongTensor
     prompt_ids: torch.LongTensor
-    memory_ids: list[list[str]]
-    memory_scores: list[list[float]]
+    retrieved_ids: list[list[str]]
+    retrieved_scores: list[list[float]]
+
+    @property
+    def memory_ids(self) -> list[list[str]]:
+        """`retrieved_ids`, by its older name."""
+        return self.retrieved_ids
+
+    @property
+    def memory_scores(self) -> list[list[float]]:
+        """`retrieved_scores`, by its older name."""
+        return self.retrieved_scores
 
     def cut(self, sequences: torch.LongTensor) -> torch.LongTensor:
         """Take the documents out: int64 `[R, A + new]`, R a multiple of B, to `[R, T + new]` that begins with the
@@ -114,13 +124,13 @@ class AugmentedPrompts:
 
 def augment_prompts(
     model: JamForCausalLM,
-    memory: Memory,
+    retriever: Retriever,
     input_ids: torch.LongTensor,
     attention_mask: torch.Tensor | None = None,
     pixel_values: torch.FloatTensor | None = None,
     max_new_tokens: int | None = None,
 ) -> AugmentedPrompts:
-    """Ask the memory for each prompt's documents and put them behind its `<bos>`, or first where it has none.
+    """Ask the retriever for each prompt's documents and put them behind its `<bos>`, or first where it has none.
 
     Args:
         input_ids, attention_mask: int64 `[B, T]`, padded on either side, as the processor makes them.
@@ -129,33 +139,33 @@ def augment_prompts(
             the model's positions do not hold besides are left out, the least similar first.
     Raises:
         ValueError: if ids are no batch of prompts, a prompt is empty, pictures and placeholders do not match, or the
-            memory refuses.
+            retriever refuses.
     """
     config = model.config
-    if not callable(getattr(memory, "documents_for", None)):
+    if not callable(getattr(retriever, "documents_for", None)):
         raise ValueError(
-            "memory must have the method documents_for, as an index of jam_hf.retrieval has, got "
-            f"{type(memory).__name__}. The folder of an index is read with load_index(folder, processor)."
+            "retriever must have the method documents_for, as an index of jam_hf.retrieval has, got "
+            f"{type(retriever).__name__}. The folder of an index is read with load_index(folder, processor)."
         )
     if not torch.is_tensor(input_ids) or input_ids.ndim != 2 or not input_ids.numel():
         shape = list(input_ids.shape) if torch.is_tensor(input_ids) else type(input_ids).__name__
-        raise ValueError(f"memory needs prompts to look for: input_ids [B, T], got {shape}.")
+        raise ValueError(f"retriever needs prompts to look for: input_ids [B, T], got {shape}.")
     mask = _mask_of(config, input_ids, attention_mask)
     if not bool(mask.any(1).all()):
         raise ValueError(
-            f"Prompt {int((~mask.any(1)).nonzero()[0])} is nothing but padding; a memory needs prompts to look for."
+            f"Prompt {int((~mask.any(1)).nonzero()[0])} is nothing but padding; a retriever needs prompts to look for."
         )
     prompt_ids = model.prompt_with_codes(input_ids, pixel_values)
     pixels = _pixels_by_row(config, input_ids, pixel_values)
-    queries = [MemoryQuery(ids[kept], own) for ids, kept, own in zip(input_ids, mask, pixels)]
-    found = memory.documents_for(model, queries)
+    queries = [RetrievalQuery(ids[kept], own) for ids, kept, own in zip(input_ids, mask, pixels)]
+    found = retriever.documents_for(model, queries)
     if len(found) != len(queries):
         raise ValueError(
-            f"memory must answer each of {len(queries)} prompts with a list of documents, got {len(found)} lists."
+            f"retriever must answer each of {len(queries)} prompts with a list of documents, got {len(found)} lists."
         )
     new_tokens = config.picture_length + 2 if max_new_tokens is None else max_new_tokens
 
-    rows, memory_ids, memory_scores = [], [], []
+    rows, retrieved_ids, retrieved_scores = [], [], []
     for ids, kept, documents in zip(prompt_ids, mask, found):
         start = int(kept.nonzero()[0])  # what stands behind it, padding included, stays as it is
         begin = start + int(config.bos_token_id is not None and int(ids[start]) == config.bos_token_id)
@@ -176,14 +186,14 @@ def augment_prompts(
                 torch.cat((kept[start:begin], torch.ones_like(inserted, dtype=torch.bool), kept[begin:])),
             )
         )
-        memory_ids.append([document.id for document in documents[:count]])
-        memory_scores.append([float(document.score) for document in documents[:count]])
+        retrieved_ids.append([document.id for document in documents[:count]])
+        retrieved_scores.append([float(document.score) for document in documents[:count]])
 
     width = input_ids.shape[1]
     pad = 0 if config.pad_token_id is None else config.pad_token_id
     augmented_BA, _ = left_padded([ids.tolist() for ids, _ in rows], pad, input_ids.device, width)
     mask_BA, _ = left_padded([kept.long().tolist() for _, kept in rows], 0, input_ids.device, width)
-    return AugmentedPrompts(augmented_BA, mask_BA, prompt_ids, memory_ids, memory_scores)
+    return AugmentedPrompts(augmented_BA, mask_BA, prompt_ids, retrieved_ids, retrieved_scores)
 
 
 def _mask_of(config: JamConfig, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.BoolTensor:
@@ -191,7 +201,7 @@ def _mask_of(config: JamConfig, input_ids: torch.LongTensor, attention_mask: tor
     if attention_mask is not None:
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
-                f"memory needs an attention_mask of the shape of input_ids {list(input_ids.shape)}, got "
+                f"retriever needs an attention_mask of the shape of input_ids {list(input_ids.shape)}, got "
                 f"{list(attention_mask.shape)}."
             )
         return attention_mask.bool()
@@ -221,19 +231,19 @@ def _pixels_by_row(
 class WithRetrieval:
     """Documents found for each prompt, put before it, and cut out of the `sequences` that come back:
 
-        model.generate(**inputs, custom_generate=WithRetrieval(memory))
+        model.generate(**inputs, custom_generate=WithRetrieval(retriever))
 
-    or short `generate(..., memory=...)`. Lengths are the user's: `max_length` and `min_length` count the prompt without
-    its documents. What came with `return_dict_in_generate` gets `memory_ids` and `memory_scores`, a list for each row
-    of `sequences`. Stopping criteria, the user's own processors, and a cache that is returned see the documents; a
-    streamer does not.
+    or short `generate(..., retriever=...)`. Lengths are the user's: `max_length` and `min_length` count the prompt
+    without its documents. What came with `return_dict_in_generate` gets `retrieved_ids` and `retrieved_scores`, a list
+    for each row of `sequences` (`memory_ids` and `memory_scores` by their older names). Stopping criteria, the user's
+    own processors, and a cache that is returned see the documents; a streamer does not.
 
     Args:
-        memory ([`Memory`]): what finds them.
+        retriever ([`Retriever`]): what finds them.
         then (*optional*): a `custom_generate` for the longer prompts, [`BestOfN`] say.
     """
 
-    memory: Memory
+    retriever: Retriever
     then: Callable[..., Any] | None = None
     takes_the_call: ClassVar[bool] = True
 
@@ -242,11 +252,11 @@ class WithRetrieval:
         for name in ("inputs_embeds", "past_key_values", "position_ids"):
             if arguments.get(name) is not None:
                 raise ValueError(
-                    f"memory puts documents before the prompt, which {name} knows nothing of. Pass input_ids alone."
+                    f"retriever puts documents before the prompt, which {name} knows nothing of. Pass input_ids alone."
                 )
         input_ids = arguments.pop("input_ids", None)
         prompt = (input_ids, arguments.pop("attention_mask", None), arguments.pop("pixel_values", None))
-        prompts = augment_prompts(model, self.memory, *prompt, _new_tokens(input_ids, call, own))
+        prompts = augment_prompts(model, self.retriever, *prompt, _new_tokens(input_ids, call, own))
         added = prompts.input_ids.shape[1] - input_ids.shape[1]
         lengths = {}
         for name, stronger in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
@@ -266,9 +276,10 @@ class WithRetrieval:
         output["sequences"] = prompts.cut(output.sequences)
         for slot in output.get("picture_slots") or ():  # best_of_n.py: places in the sequences
             slot.start -= added
-        copies = output.sequences.shape[0] // len(prompts.memory_ids)
-        output["memory_ids"] = [ids for ids in prompts.memory_ids for _ in range(copies)]
-        output["memory_scores"] = [scores for scores in prompts.memory_scores for _ in range(copies)]
+        copies = output.sequences.shape[0] // len(prompts.retrieved_ids)
+        output["retrieved_ids"] = [ids for ids in prompts.retrieved_ids for _ in range(copies)]
+        output["retrieved_scores"] = [scores for scores in prompts.retrieved_scores for _ in range(copies)]
+        output["memory_ids"], output["memory_scores"] = output["retrieved_ids"], output["retrieved_scores"]
         return output
 
 
@@ -302,4 +313,6 @@ class _PromptWithoutDocuments:
         self.streamer.end()
 
 
-__all__ = ["AugmentedPrompts", "Memory", "MemoryDocument", "MemoryQuery", "WithRetrieval", "augment_prompts"]
+Memory, MemoryDocument, MemoryQuery = Retriever, PromptDocument, RetrievalQuery  # older names
+
+__all__ = ["AugmentedPrompts", "PromptDocument", "RetrievalQuery", "Retriever", "WithRetrieval", "augment_prompts"]

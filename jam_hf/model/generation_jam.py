@@ -62,9 +62,9 @@ class JamGenerationMixin(GenerationMixin):
             pixel_values (float `[P, 3, H, W]`, *optional*): pictures of the prompt, as the processor makes them.
             custom_generate (*optional*): as in `GenerationMixin`, or one of jam_hf.generation that takes the whole
                 call: `BestOfN(num_candidates, reranker)` draws so many candidates for each picture and keeps the best;
-                `WithRetrieval(memory)` puts documents found for each prompt before it, which are in none of the
+                `WithRetrieval(retriever)` puts documents found for each prompt before it, which are in none of the
                 sequences that come back.
-            num_candidates (`int`), reranker, memory (*optional*): short for these two.
+            num_candidates (`int`), reranker, retriever (*optional*): short for these two.
 
             Everything else as in `GenerationMixin.generate`. Pictures of the prompt come back as their codes. Where
             neither `max_new_tokens` nor `max_length` is set, a document may fill the model's positions; "image" mode
@@ -80,7 +80,7 @@ class JamGenerationMixin(GenerationMixin):
         """
         if inputs is not None:
             kwargs["inputs" if "input_ids" in kwargs else "input_ids"] = inputs
-        short = {name: kwargs.pop(name, None) for name in ("num_candidates", "reranker", "memory")}
+        short = {name: kwargs.pop(name, None) for name in ("num_candidates", "reranker", "retriever", "memory")}
         if asked := [name for name, value in short.items() if value is not None]:
             custom_generate = from_package("custom_generate", f"generate({asked[0]}=...)")
             kwargs["custom_generate"] = custom_generate(**short, then=kwargs.get("custom_generate"))

@@ -1,4 +1,4 @@
-"""Training documents with a memory: retrieved documents first, the pair last [C]. What trains on them is not known
+"""Training documents with retrieval: retrieved documents first, the pair last [C]. What trains on them is not known
 here.
 
 The rows go through `encode_documents`, and so through CM3 and the collator, as all documents do.
@@ -18,7 +18,7 @@ from ..generation.retrieval_prompts import how_many_fit
 from ..model.modeling_jam import JamForCausalLM
 from .corpus import as_pairs, caption_ids, codes_and_pictures
 from .embedder import embedded
-from .index import MemoryIndex
+from .index import RetrievalIndex
 
 
 def stack_codes(codes: Sequence[Sequence[int]]) -> np.ndarray:
@@ -26,8 +26,8 @@ def stack_codes(codes: Sequence[Sequence[int]]) -> np.ndarray:
     return np.asarray(codes, dtype=np.int64)
 
 
-def documents_with_memory(
-    index: MemoryIndex,
+def documents_with_retrieval(
+    index: RetrievalIndex,
     model: JamForCausalLM,
     pairs: Dataset | Sequence[dict[str, Any]] | None = None,
     max_documents: int | None = None,
@@ -41,7 +41,7 @@ def documents_with_memory(
     0, 1 and 2 [C]), by the seed and the pair's number. The query is the pair, text and picture; it is itself never
     retrieved.
 
-        rows = documents_with_memory(index, model, pairs, max_length=4096)
+        rows = documents_with_retrieval(index, model, pairs, max_length=4096)
         encode_documents(rows, processor.tokenizer, stack_codes, config=model.config, max_length=4096)
 
     Args:
@@ -49,7 +49,7 @@ def documents_with_memory(
         max_documents: the number of the index's settings where `None`.
         max_length: in tokens; retrieved documents that do not fit are left out, the least similar first.
     Returns:
-        a dataset with `text` (captions, `<image>` behind each), `images` (raw codes) and `memory_ids`, row by row as
+        a dataset with `text` (captions, `<image>` behind each), `images` (raw codes) and `retrieved_ids`, row by row as
         `pairs`.
     Raises:
         ValueError: if the index's codes are not those of the model, columns are missing, or a caption is blank or has
@@ -58,7 +58,7 @@ def documents_with_memory(
     most = index.settings.num_documents if max_documents is None else max_documents
     if isinstance(most, bool) or not isinstance(most, int) or most < 0:
         raise ValueError(
-            f"documents_with_memory: max_documents must be a whole number, 0 or more, got {max_documents!r}."
+            f"documents_with_retrieval: max_documents must be a whole number, 0 or more, got {max_documents!r}."
         )
     index.check_codes(model.model.vq_model)
     dataset = index.documents if pairs is None else as_pairs(pairs)
@@ -82,12 +82,12 @@ def documents_with_memory(
         ]
         for text, own, found in zip(texts, codes, index.search(queries, wanted, itself)):
             rows.append(_document(index, model, [index.documents[row] for _, row in found], text, own, max_length))
-    features = Features(text=Value("string"), images=List(List(Value("int32"))), memory_ids=List(Value("string")))
+    features = Features(text=Value("string"), images=List(List(Value("int32"))), retrieved_ids=List(Value("string")))
     return Dataset.from_list(rows, features=features)
 
 
 def _document(
-    index: MemoryIndex,
+    index: RetrievalIndex,
     model: JamForCausalLM,
     retrieved: list[dict[str, Any]],
     text: str,
@@ -106,5 +106,11 @@ def _document(
     return {
         "text": "".join(caption + processor.image_token for caption in (*(d["text"] for d in retrieved), text)),
         "images": [np.asarray(own, dtype=np.int32) for own in (*(d["codes"] for d in retrieved), codes)],
-        "memory_ids": [document["id"] for document in retrieved],
+        "retrieved_ids": [document["id"] for document in retrieved],
     }
+
+
+def documents_with_memory(index: RetrievalIndex, model: JamForCausalLM, *args: Any, **settings: Any) -> Dataset:
+    """`documents_with_retrieval` by its older name, with `memory_ids` in place of `retrieved_ids`."""
+    found = documents_with_retrieval(index, model, *args, **settings)
+    return found.rename_column("retrieved_ids", "memory_ids")

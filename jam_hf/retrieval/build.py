@@ -1,4 +1,4 @@
-"""Building the index of a memory: captioned pictures in, a folder out, whole or not at all. It searches nothing."""
+"""Building an index: captioned pictures in, a folder out, whole or not at all. It searches nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .index import (
     DESCRIPTION,
     DOCUMENTS,
     FAISS_FILE,
-    MemoryIndex,
+    RetrievalIndex,
     RetrievalSettings,
     check_faiss,
     described,
@@ -40,7 +40,7 @@ def build_index(
     settings: RetrievalSettings | None = None,
     batch_size: int = 64,
     overwrite: bool = False,
-) -> MemoryIndex:
+) -> RetrievalIndex:
     """Encode and embed captioned pictures and write the index of them. An interrupted run leaves nothing.
 
     Args:

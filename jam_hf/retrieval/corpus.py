@@ -1,4 +1,4 @@
-"""The documents of a memory: captions as ids, pictures as codes and as what is embedded. It knows no index and no
+"""The documents of an index: captions as ids, pictures as codes and as what is embedded. It knows no index and no
 embedder.
 """
 
@@ -106,7 +106,7 @@ def caption_ids(processor: JamProcessor, captions: Sequence[str]) -> list[list[i
     """
     for caption in captions:
         if not isinstance(caption, str) or not caption.strip():
-            raise ValueError(f"A document of a memory needs a caption, a text that is not blank; got {caption!r}.")
+            raise ValueError(f"A document of an index needs a caption, a text that is not blank; got {caption!r}.")
     if not captions:
         return []
     tokenizer = processor.tokenizer

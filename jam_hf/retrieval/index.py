@@ -1,4 +1,4 @@
-"""The index of a memory: captions, codes of their pictures and embeddings, searched for what is similar to a query.
+"""An index: captions, codes of their pictures and embeddings, searched for what is similar to a query.
 
 A folder of it holds `documents/` (datasets' own files), `documents.faiss` and `index.json`. It knows a JAM's processor
 and, when asked for the documents of prompts, the JAM; how they are laid out in a prompt is retrieval_prompts.py's
@@ -20,7 +20,7 @@ from datasets import Dataset
 
 from ..contents import load_saved_dataset, public_name
 from ..files import read_json
-from ..generation.retrieval_prompts import AugmentedPrompts, MemoryDocument, MemoryQuery, augment_prompts
+from ..generation.retrieval_prompts import AugmentedPrompts, PromptDocument, RetrievalQuery, augment_prompts
 from ..model.modeling_jam import JamForCausalLM
 from ..model.modeling_jam_vq import JamVQModel
 from ..model.processing_jam import JamProcessor
@@ -88,7 +88,7 @@ def check_faiss() -> None:
         import faiss  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "A memory is searched with FAISS, which is not installed: pip install 'jam_hf[retrieval]'."
+            "An index is searched with FAISS, which is not installed: pip install 'jam_hf[retrieval]'."
         ) from error
 
 
@@ -98,7 +98,7 @@ def load_index(
     embedder: Embedder | None = None,
     settings: RetrievalSettings | None = None,
     device: Any = None,
-) -> MemoryIndex:
+) -> RetrievalIndex:
     """Read an index that `build_index` wrote; nothing is fetched where the embedder lies in a folder or in the cache.
 
     Args:
@@ -133,7 +133,7 @@ def load_index(
             raise ValueError(
                 f"The index '{folder}' was built with an embedder that is not on the Hub, "
                 f"'{public_name(named['name'])}'. Say where it lies: embedder=ClipEmbedder('path/to/it') "
-                "(--memory-embedder)."
+                "(--retriever-embedder)."
             )
         embedder = ClipEmbedder(named["name"], named["revision"], device)
     if embedder.fingerprint != named["fingerprint"] or embedder.size != named["size"]:
@@ -142,11 +142,11 @@ def load_index(
             f"'{named['name']}' (revision {named['revision']}): scores would mean nothing. Pass that one, or build the "
             "index again."
         )
-    return MemoryIndex(documents, description, processor, embedder, settings)
+    return RetrievalIndex(documents, description, processor, embedder, settings)
 
 
-class MemoryIndex:
-    """Documents to be retrieved: `generate(memory=index)`. `load_index` and `build_index` make one.
+class RetrievalIndex:
+    """Documents to be retrieved: `generate(retriever=index)`. `load_index` and `build_index` make one.
 
     `settings` may be replaced at any time. `len(index)` is the number of documents; `index.documents` is their dataset,
     with the columns `id`, `text`, `codes` and `embedding`.
@@ -167,7 +167,7 @@ class MemoryIndex:
         return len(self.documents)
 
     def __repr__(self) -> str:
-        return f"MemoryIndex({len(self)} documents, embedder={self.embedder.name!r}, {self.settings})"
+        return f"RetrievalIndex({len(self)} documents, embedder={self.embedder.name!r}, {self.settings})"
 
     def retrieve(self, texts: Any = None, images: Any = None) -> list[list[RetrievedDocument]]:
         """Find documents for queries of text, pictures or both.
@@ -255,9 +255,9 @@ class MemoryIndex:
                 f"{given['num_codes']}, codebook {given['codebook'][:12]}. Build the index with this JAM's VQ model."
             )
 
-    def documents_for(self, model: JamForCausalLM, queries: Sequence[MemoryQuery]) -> list[list[MemoryDocument]]:
-        """See [`Memory`]. A prompt's text is what its ids say without special tokens; its pictures are those that came
-        as pixels, and what the VQ model decodes of those that came as codes.
+    def documents_for(self, model: JamForCausalLM, queries: Sequence[RetrievalQuery]) -> list[list[PromptDocument]]:
+        """See [`Retriever`]. A prompt's text is what its ids say without special tokens; its pictures are those that
+        came as pixels, and what the VQ model decodes of those that came as codes.
         """
         self.check_codes(model.model.vq_model)
         texts: list[str | None] = []
@@ -273,23 +273,26 @@ class MemoryIndex:
         for row, (text, images) in enumerate(zip(texts, pictures)):
             if text is None and not images:
                 raise ValueError(
-                    f"Prompt {row} has neither text nor a whole picture for which the memory could be searched."
+                    f"Prompt {row} has neither text nor a whole picture for which the index could be searched."
                 )
         answers = []
         for found in self.search(embedded(self.embedder, texts, pictures)):
             documents = self._named(found)
             captions = caption_ids(self.processor, [document.text for document in documents])
             answers.append(
-                [MemoryDocument(d.id, d.score, ids, d.codes.tolist()) for d, ids in zip(documents, captions)]
+                [PromptDocument(d.id, d.score, ids, d.codes.tolist()) for d, ids in zip(documents, captions)]
             )
         return answers
 
     def augment(self, model: JamForCausalLM, inputs: Any, max_new_tokens: int | None = None) -> AugmentedPrompts:
-        """What `generate(memory=index)` makes of the processor's output, for use without it; see `augment_prompts`."""
+        """What `generate(retriever=index)` makes of a processor's output, for use without it; see `augment_prompts`."""
         names = ("input_ids", "attention_mask", "pixel_values")
         return augment_prompts(
             model, self, **{n: inputs[n] for n in names if n in inputs}, max_new_tokens=max_new_tokens
         )
+
+
+MemoryIndex = RetrievalIndex  # its older name
 
 
 def described(embedder: Embedder, vq_model: JamVQModel, settings: RetrievalSettings) -> dict[str, Any]:

@@ -64,8 +64,12 @@ class Options:
     picture_after_sentence: bool = option("a picture after each sentence", False)
     num_candidates: int | None = option("draw so many candidates for each picture and keep the best", None, unset="one")
     reranker: str | None = option("which is the best: likelihood, or a CLIP checkpoint", None, unset="likelihood")
-    memory: str | None = option("index of captioned pictures (jam-hf index) to look things up in", None, unset="none")
-    memory_embedder: str | None = option("folder of the index's CLIP model", None, unset="from the Hub")
+    retriever: str | None = option(
+        "index of captioned pictures (jam-hf index) to look things up in", None, unset="none", older="--memory"
+    )
+    retriever_embedder: str | None = option(
+        "folder of the index's CLIP model", None, unset="from the Hub", older="--memory-embedder"
+    )
     max_new_tokens: int | None = option("where documents are cut", None, unset=BY_CHECKPOINT)
     seed: int | None = option("of what is sampled", None, unset="0")
     output: str = option("file to write: .html, .md or .json", "document.html")
@@ -80,7 +84,7 @@ def _check(options: Options) -> None:
 
     if options.mode == "text" and given(*OF_PICTURES):
         raise ValueError(f"{', '.join(given(*OF_PICTURES))}: --mode text writes no pictures.")
-    for name, needed in (("memory_embedder", ("memory",)), ("seed", SAMPLED)):
+    for name, needed in (("retriever_embedder", ("retriever",)), ("seed", SAMPLED)):
         if given(name) and not given(*needed):
             flags = ", ".join(f"--{other.replace('_', '-')}" for other in needed)
             raise ValueError(
@@ -110,11 +114,11 @@ def _settings(options: Options, processor: Any) -> dict[str, Any]:
     settings["do_sample"] = any(name in settings for name in SAMPLED)
     if options.num_candidates is not None:
         settings["tokenizer"] = processor.tokenizer  # a CLIP model reads the text before a picture
-    if options.memory is not None:
+    if options.retriever is not None:
         from jam_hf.retrieval import ClipEmbedder, load_index
 
-        embedder = None if options.memory_embedder is None else ClipEmbedder(options.memory_embedder)
-        settings["memory"] = load_index(options.memory, processor, embedder)
+        embedder = None if options.retriever_embedder is None else ClipEmbedder(options.retriever_embedder)
+        settings["retriever"] = load_index(options.retriever, processor, embedder)
     if options.picture_after_sentence:
         settings["image_after_token_ids"] = processor.sentence_end_token_ids()
     if options.negative_prompt is not None:

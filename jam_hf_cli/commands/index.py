@@ -12,7 +12,7 @@ RESUMES = False
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """build an index of captioned pictures, as `generate --memory` takes it"""
+    """build an index of captioned pictures, as `generate --retriever` takes it"""
 
     model: str = option("JAM that will use it: folder or Hub id")
     pairs: str = option("folder of pictures with metadata.jsonl, or of a saved dataset with image and text")

@@ -167,7 +167,8 @@ def test_errors_and_interruptions_end_in_one_line(command, capsys, monkeypatch):
     ("arguments", "words"),
     [
         ("generate x --seed 1", "--seed has nothing to act on: it needs one of --temperature"),
-        ("generate x --memory-embedder a", "--memory-embedder has nothing to act on: it needs --memory."),
+        ("generate x --retriever-embedder a", "--retriever-embedder has nothing to act on: it needs --retriever."),
+        ("generate x --memory-embedder a", "--retriever-embedder has nothing to act on: it needs --retriever."),
         ("generate x --mode text --guidance-scale 2", "--guidance-scale: --mode text writes no pictures"),
         ("generate x --mode text --image-top-k 2 --temperature 1", "--image-top-k: --mode text writes no pictures"),
         ("certify --model a --texts t --text-parent p --image-tokenizer i", "--image-tokenizer has nothing to act on"),

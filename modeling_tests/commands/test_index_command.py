@@ -6,7 +6,7 @@ import sys
 import pytest
 from datasets import Dataset
 from model.test_picture_layout import layout_processor
-from retrieval.tiny_memory import layout_jam, pairs, tiny_clip
+from retrieval.tiny_index import layout_jam, pairs, tiny_clip
 
 import jam_hf_cli as cli
 from jam_hf import JamForCausalLM, JamProcessor
@@ -37,22 +37,23 @@ def arguments(folders, output, **changes):
 @pytest.mark.parametrize("kind", ["pairs", "saved"])
 def test_a_folder_becomes_a_memory(kind, folders, tmp_path, capsys):
     more = ["--num-documents", "1", "--max-score", "0.95", "--batch-size", "4"]
-    assert cli.main([*arguments(folders, tmp_path / "memory", pairs=kind), *more]) == 0
-    assert capsys.readouterr().out == f"index: {tmp_path / 'memory'} (6 documents)\n"
+    assert cli.main([*arguments(folders, tmp_path / "retriever", pairs=kind), *more]) == 0
+    assert capsys.readouterr().out == f"index: {tmp_path / 'retriever'} (6 documents)\n"
     processor = JamProcessor.from_pretrained(folders / "jam")
     model = JamForCausalLM.from_pretrained(folders / "jam")
-    memory = load_index(tmp_path / "memory", processor, ClipEmbedder(folders / "clip"))
-    assert memory.settings == RetrievalSettings(1, 0.95)
-    assert memory.documents["text"][:] == [row["text"] for row in pairs(6)]
-    for row, document in zip(pairs(6), memory.documents):
+    retriever = load_index(tmp_path / "retriever", processor, ClipEmbedder(folders / "clip"))
+    assert retriever.settings == RetrievalSettings(1, 0.95)
+    assert retriever.documents["text"][:] == [row["text"] for row in pairs(6)]
+    for row, document in zip(pairs(6), retriever.documents):
         pixels = processor.image_processor([row["image"]], return_tensors="pt")["pixel_values"]
         assert model.model.vq_model.encode(pixels)[0].tolist() == document["codes"]
     inputs = processor(text=["red star"], return_tensors="pt")
-    output = model.generate(**inputs, memory=memory, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
-    assert [len(ids) for ids in output.memory_ids] == [1]
-    assert cli.main(arguments(folders, tmp_path / "memory", pairs=kind)) == 2
+    settings = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True}
+    output = model.generate(**inputs, retriever=retriever, **settings)
+    assert [len(ids) for ids in output.retrieved_ids] == [1]
+    assert cli.main(arguments(folders, tmp_path / "retriever", pairs=kind)) == 2
     assert "is not empty" in capsys.readouterr().err
-    assert cli.main([*arguments(folders, tmp_path / "memory", pairs=kind), "--overwrite"]) == 0
+    assert cli.main([*arguments(folders, tmp_path / "retriever", pairs=kind), "--overwrite"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_a_folder_becomes_a_memory(kind, folders, tmp_path, capsys):
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(changes, more, words, folders, tmp_path, capsys):
-    assert cli.main([*arguments(folders, tmp_path / "memory", **changes), *more]) == 2
+    assert cli.main([*arguments(folders, tmp_path / "retriever", **changes), *more]) == 2
     told = capsys.readouterr().err.splitlines()
     assert words in told[-1] and told[-1].startswith("jam-hf index: ")
     assert list(tmp_path.iterdir()) == []
@@ -80,5 +81,5 @@ def test_an_output_that_is_an_input_is_refused(folders, capsys):
 
 def test_without_faiss(folders, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    assert cli.main(arguments(folders, tmp_path / "memory")) == 2
+    assert cli.main(arguments(folders, tmp_path / "retriever")) == 2
     assert "pip install 'jam_hf[retrieval]'" in capsys.readouterr().err

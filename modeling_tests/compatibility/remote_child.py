@@ -134,6 +134,7 @@ def refusals(model: Any, processor: Any, inputs: Any) -> dict[str, str]:
         file = f"{folder}/story"
         asked = {
             "num_candidates": lambda: model.generate(**sampled, num_candidates=2),
+            "retriever": lambda: model.generate(**sampled, retriever=_Nothing()),
             "memory": lambda: model.generate(**sampled, memory=_Nothing()),
             "generate_batch()": lambda: model.generate_batch([[1, 17]]),
             "JamProcessor.infill()": lambda: processor.infill("a ruby<mask>", model=model),
@@ -161,7 +162,7 @@ def _refusal(ask: Callable[[], Any]) -> str:
 
 
 class _Nothing:
-    """A memory that holds nothing."""
+    """A retriever that finds nothing."""
 
     def documents_for(self, model: Any, queries: Any) -> list[list[Any]]:
         return [[] for _ in queries]

@@ -138,7 +138,7 @@ def test_command_line(run, tmp_path, capsys):
     assert main(["generate", "A red circle.", "--num-candidates", "2", *more, *options]) == 0
     assert main(["generate", "A red circle.", "--reranker", "likelihood", *more, *options]) == 2
     assert "needs num_candidates" in capsys.readouterr().err
-    assert main(["generate", "A red circle.", "--memory", str(tmp_path / "absent"), *more, *options]) == 2
+    assert main(["generate", "A red circle.", "--retriever", str(tmp_path / "absent"), *more, *options]) == 2
     assert "absent" in capsys.readouterr().err
     options[3] = str(tmp_path / "two.pdf")
     assert main(["generate", "x", *options]) == 2

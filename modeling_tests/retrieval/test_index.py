@@ -1,4 +1,4 @@
-"""The index of a memory: what CLIP makes of texts and pictures, what is found, files, and bad input."""
+"""The index of a retriever: what CLIP makes of texts and pictures, what is found, files, and bad input."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ from datasets import Dataset, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from retrieval.tiny_memory import N, TableEmbedder, layout_jam, noise, pairs, processor_for, tiny_clip
+from retrieval.tiny_index import N, TableEmbedder, layout_jam, noise, pairs, processor_for, tiny_clip
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from jam_hf import JamVQModel

@@ -1,4 +1,4 @@
-"""Training documents with a memory: against hand-made ids, through `encode_documents`, CM3 and the collator."""
+"""Training documents with a retriever: against hand-made ids, through `encode_documents`, CM3 and the collator."""
 
 import copy
 
@@ -8,12 +8,18 @@ import torch
 from datasets import Dataset
 from model import test_picture_layout
 from model.test_picture_layout import BOS, EOS, FIRST, LAYOUTS, MASK, VOCABULARY, picture
-from retrieval.tiny_memory import N, TableEmbedder, layout_jam, pairs, processor_for
+from retrieval.tiny_index import N, TableEmbedder, layout_jam, pairs, processor_for
 
 from jam_hf.data.cm3 import CM3Settings
 from jam_hf.data.collator import JamDataCollator
 from jam_hf.data.sequences import encode_documents
-from jam_hf.retrieval import RetrievalSettings, build_index, documents_with_memory, stack_codes
+from jam_hf.retrieval import (
+    RetrievalSettings,
+    build_index,
+    documents_with_memory,
+    documents_with_retrieval,
+    stack_codes,
+)
 
 
 layout_tokenizer = test_picture_layout.layout_tokenizer  # a fixture
@@ -56,7 +62,7 @@ def encode(rows, model, processor, **settings):
 def test_documents_against_hand_made_ids(name, of_the_index, worlds):
     model, processor, index = worlds(name)
     given = None if of_the_index else [*pairs(6, seed=1), *pairs(3)]  # new ones, and three that the index has
-    rows = documents_with_memory(index, model, given, seed=3, batch_size=4)
+    rows = documents_with_retrieval(index, model, given, seed=3, batch_size=4)
     tokens, layout = processor.tokenizer, LAYOUTS[name]
     drawn = []
     for number, (row, ids) in enumerate(zip(rows, encode(rows, model, processor))):
@@ -68,21 +74,21 @@ def test_documents_against_hand_made_ids(name, of_the_index, worlds):
             codes = model.model.vq_model.encode(pixels)[0].tolist()
         count = int(np.random.default_rng([3, number]).integers(3))
         expected = retrieved_by_hand(index, text, codes, count)
-        assert row["memory_ids"] == [d["id"] for d in expected]
+        assert row["retrieved_ids"] == [d["id"] for d in expected]
         by_hand = [BOS]
         for caption, own in [*((d["text"], d["codes"]) for d in expected), (text, codes)]:
             by_hand += tokens(caption, add_special_tokens=False)["input_ids"]
             by_hand += picture(layout, [FIRST + code for code in own])
         assert ids == [*by_hand, EOS]
-        drawn.append(len(row["memory_ids"]))
+        drawn.append(len(row["retrieved_ids"]))
     assert {0, 1, 2} == set(drawn)
 
 
 def test_the_pair_itself_is_left_out_where_nothing_is_a_near_duplicate(worlds, monkeypatch):
     model, _, index = worlds()
     monkeypatch.setattr(index, "settings", RetrievalSettings(2, 1.0))
-    rows = documents_with_memory(index, model, max_documents=1, seed=0)
-    found = [row["memory_ids"] for row in rows]
+    rows = documents_with_retrieval(index, model, max_documents=1, seed=0)
+    found = [row["retrieved_ids"] for row in rows]
     assert any(found) and not any(str(number) in ids for number, ids in enumerate(found))
 
 
@@ -93,7 +99,7 @@ def test_a_namesake_is_not_the_pair_itself(tmp_path, worlds):
     index = build_index(
         twins, model, processor, tmp_path / "a", embedder=TableEmbedder(), settings=RetrievalSettings(1, 1.0)
     )
-    seeds = [documents_with_memory(index, model, seed=seed)["memory_ids"][:] for seed in range(6)]
+    seeds = [documents_with_retrieval(index, model, seed=seed)["retrieved_ids"][:] for seed in range(6)]
     assert {tuple(ids) for rows in seeds for ids in rows[:1]} == {(), ("1",)}
     assert {tuple(ids) for rows in seeds for ids in rows[1:]} == {(), ("0",)}
 
@@ -101,34 +107,37 @@ def test_a_namesake_is_not_the_pair_itself(tmp_path, worlds):
 def test_the_seed_decides_and_the_batches_do_not(worlds):
     model, _, index = worlds()
     first, again, other = (
-        documents_with_memory(index, model, seed=seed, batch_size=size)[:] for seed, size in ((0, 64), (0, 7), (1, 64))
+        documents_with_retrieval(index, model, seed=seed, batch_size=size)[:]
+        for seed, size in ((0, 64), (0, 7), (1, 64))
     )
     assert first == again != other
-    none = documents_with_memory(index, model, max_documents=0)
-    assert none["memory_ids"][:] == [[]] * 30 and none["text"][:] == [f"{d['text']}<image>" for d in index.documents]
+    older = documents_with_memory(index, model)[:]
+    assert older.pop("memory_ids") == first["retrieved_ids"] and older.items() <= first.items()
+    none = documents_with_retrieval(index, model, max_documents=0)
+    assert none["retrieved_ids"][:] == [[]] * 30 and none["text"][:] == [f"{d['text']}<image>" for d in index.documents]
 
 
 @pytest.mark.parametrize("name", ["plain", "emu3"])
 def test_what_does_not_fit_is_left_out_the_least_similar_first(name, worlds):
     model, processor, index = worlds(name)
-    free = documents_with_memory(index, model, max_documents=3, seed=1)
+    free = documents_with_retrieval(index, model, max_documents=3, seed=1)
     lengths = [len(ids) for ids in encode(free, model, processor)]
     limit = sorted(lengths)[len(lengths) // 2]
-    rows = documents_with_memory(index, model, max_documents=3, seed=1, max_length=limit)
+    rows = documents_with_retrieval(index, model, max_documents=3, seed=1, max_length=limit)
     fitted = encode(rows, model, processor, max_length=limit)
     shorter = 0
     for row, ids, before, length in zip(rows, fitted, free, lengths):
-        kept = len(row["memory_ids"])
-        assert row["memory_ids"] == before["memory_ids"][:kept] and len(ids) <= limit
-        assert (kept == len(before["memory_ids"])) == (length <= limit)
+        kept = len(row["retrieved_ids"])
+        assert row["retrieved_ids"] == before["retrieved_ids"][:kept] and len(ids) <= limit
+        assert (kept == len(before["retrieved_ids"])) == (length <= limit)
         if length > limit:  # and the next one would not have fitted
             shorter += 1
-            next_one = index.documents[int(before["memory_ids"][kept])]
+            next_one = index.documents[int(before["retrieved_ids"][kept])]
             more = len(processor.tokenizer(next_one["text"], add_special_tokens=False)["input_ids"])
             assert len(ids) + more + model.config.picture_length + 2 > limit
     assert shorter > 3
-    alone = documents_with_memory(index, model, max_documents=3, seed=1, max_length=5)
-    assert alone["memory_ids"][:] == [[]] * 30
+    alone = documents_with_retrieval(index, model, max_documents=3, seed=1, max_length=5)
+    assert alone["retrieved_ids"][:] == [[]] * 30
     with pytest.raises(ValueError, match="max_length is 5"):
         encode(alone, model, processor, max_length=5)
 
@@ -136,7 +145,7 @@ def test_what_does_not_fit_is_left_out_the_least_similar_first(name, worlds):
 def test_a_training_step_with_cm3(worlds):
     model, processor, index = worlds("emu3")
     model = copy.deepcopy(model).train()
-    rows = documents_with_memory(index, model, seed=0)
+    rows = documents_with_retrieval(index, model, seed=0)
     documents = encode_documents(rows, processor.tokenizer, stack_codes, config=model.config)
     cm3 = CM3Settings.from_config(model.config, whole_segment_probability=0.5)
     batch = JamDataCollator(0, VOCABULARY, cm3)(list(documents.select(range(8))))
@@ -155,13 +164,13 @@ def test_bad_input_is_answered(worlds):
     model, _, index = worlds()
     for wrong in (-1, 1.5, True):
         with pytest.raises(ValueError, match="max_documents must be a whole number"):
-            documents_with_memory(index, model, max_documents=wrong)
+            documents_with_retrieval(index, model, max_documents=wrong)
     with pytest.raises(ValueError, match="with the columns text"):
-        documents_with_memory(index, model, Dataset.from_list([{"text": "a"}]))
+        documents_with_retrieval(index, model, Dataset.from_list([{"text": "a"}]))
     with pytest.raises(ValueError, match="special token '<break>'"):
-        documents_with_memory(index, model, [{"text": "a<break>", "codes": [0] * N}])
+        documents_with_retrieval(index, model, [{"text": "a<break>", "codes": [0] * N}])
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.model.vq_model.vq.quantize.embedding.weight.mul_(1.01)
     with pytest.raises(ValueError, match="those of another VQ model"):
-        documents_with_memory(index, other)
+        documents_with_retrieval(index, other)

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from jam_hf import JamForCausalLM
-from jam_hf.generation.retrieval_prompts import MemoryDocument
+from jam_hf.generation.retrieval_prompts import PromptDocument
 
 
 N, OFFSET = G * G, 300
@@ -97,5 +97,5 @@ def pairs(count: int, seed: int = 0) -> list[dict]:
     return rows
 
 
-def document(name: str, text_ids: list[int], first_code: int, score: float = 0.5) -> MemoryDocument:
-    return MemoryDocument(name, score, text_ids, [(first_code + 3 * i) % 16 for i in range(N)])
+def document(name: str, text_ids: list[int], first_code: int, score: float = 0.5) -> PromptDocument:
+    return PromptDocument(name, score, text_ids, [(first_code + 3 * i) % 16 for i in range(N)])

@@ -1,4 +1,4 @@
-"""`generate(memory=index)` from end to end: what the index is asked for a prompt, what it answers, and what is
+"""`generate(retriever=index)` from end to end: what the index is asked for a prompt, what it answers, and what is
 written.
 """
 
@@ -10,10 +10,10 @@ import torch
 from conftest import same_picture
 from model import test_picture_layout
 from model.test_picture_layout import BOS, BREAK, FIRST, IMAGE, LAYOUTS, picture
-from retrieval.tiny_memory import N, TableEmbedder, layout_jam, noise, pairs, processor_for, tiny_clip
+from retrieval.tiny_index import N, TableEmbedder, layout_jam, noise, pairs, processor_for, tiny_clip
 
 from jam_hf import JamProcessor
-from jam_hf.generation.retrieval_prompts import MemoryQuery
+from jam_hf.generation.retrieval_prompts import RetrievalQuery
 from jam_hf.retrieval import ClipEmbedder, RetrievalSettings, build_index
 
 
@@ -61,14 +61,15 @@ def test_documents_of_the_index_stand_before_the_prompts(name, worlds):
     by_hand = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     settings = {"generation_mode": "image", "guidance_scale": 2.0, "do_sample": False}
     expected = model.generate(input_ids=by_hand, attention_mask=(by_hand != 0).long(), **settings)
-    output = model.generate(**inputs, memory=index, return_dict_in_generate=True, **settings)
+    output = model.generate(**inputs, retriever=index, return_dict_in_generate=True, **settings)
     length = inputs["input_ids"].shape[1]
     assert torch.equal(output.sequences[:, :length], inputs["input_ids"])
     assert torch.equal(output.sequences[:, length:], expected[:, width:])
-    assert output.memory_ids == [[d.id for d in documents] for documents in found]
-    np.testing.assert_allclose(output.memory_scores, [[d.score for d in documents] for documents in found], atol=1e-6)
+    assert output.retrieved_ids == [[d.id for d in documents] for documents in found]
+    scores = [[d.score for d in documents] for documents in found]
+    np.testing.assert_allclose(output.retrieved_scores, scores, atol=1e-6)
     augmented = index.augment(model, inputs)
-    assert torch.equal(augmented.input_ids, by_hand) and augmented.memory_ids == output.memory_ids
+    assert torch.equal(augmented.input_ids, by_hand) and augmented.retrieved_ids == output.retrieved_ids
     written = model.generate(input_ids=augmented.input_ids, attention_mask=augmented.attention_mask, **settings)
     assert torch.equal(augmented.cut(written), output.sequences)
     for row in processor.post_process_interleaved(output, model, prompt_length=length):
@@ -101,9 +102,9 @@ def test_what_a_prompt_asks_for(name, worlds, monkeypatch):
     hole, half = picture(layout, [IMAGE] * N), coded[:9]
     pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     rows = [
-        MemoryQuery(torch.tensor([BOS, *red, *hole, *star, *coded, *hole]), pixels),
-        MemoryQuery(torch.tensor([BOS, *red, *half]), pixels[:0]),
-        MemoryQuery(torch.tensor([BOS, *coded]), pixels[:0]),
+        RetrievalQuery(torch.tensor([BOS, *red, *hole, *star, *coded, *hole]), pixels),
+        RetrievalQuery(torch.tensor([BOS, *red, *half]), pixels[:0]),
+        RetrievalQuery(torch.tensor([BOS, *coded]), pixels[:0]),
     ]
     answers = index.documents_for(model, rows)
     assert asked.texts == ["red star", "red", None]
@@ -122,7 +123,7 @@ def test_a_chat_asks_for_its_words(worlds, monkeypatch):
     inputs = processor.apply_chat_template(
         chat, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
     )
-    output = model.generate(**inputs, memory=index, max_new_tokens=2, do_sample=False)
+    output = model.generate(**inputs, retriever=index, max_new_tokens=2, do_sample=False)
     assert index.embedder.texts == ["a blue star"]
     assert torch.equal(output[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
 
@@ -132,24 +133,24 @@ def test_a_picture_of_the_index_finds_others_than_itself(worlds):
     model, processor, index = worlds()
     row = pairs(20)[7]
     inputs = processor(text=row["text"] + "<image>", images=[row["image"]], return_tensors="pt")
-    output = model.generate(**inputs, memory=index, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
-    assert "7" not in output.memory_ids[0] and len(output.memory_ids[0]) == 2
+    output = model.generate(**inputs, retriever=index, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    assert "7" not in output.retrieved_ids[0] and len(output.retrieved_ids[0]) == 2
     settings, index.settings = index.settings, RetrievalSettings(1, 1.0)
-    output = model.generate(**inputs, memory=index, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    output = model.generate(**inputs, retriever=index, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
     index.settings = settings
-    assert output.memory_ids == [["7"]] and output.memory_scores[0][0] == pytest.approx(1.0, abs=1e-5)
+    assert output.retrieved_ids == [["7"]] and output.retrieved_scores[0][0] == pytest.approx(1.0, abs=1e-5)
 
 
 def test_prompts_that_ask_for_nothing_and_models_of_other_codes(worlds):
     model, processor, index = worlds()
     ids = torch.tensor([[BOS, 30], [BOS, BREAK]])
     with pytest.raises(ValueError, match="Prompt 1 has neither text nor a whole picture"):
-        model.generate(ids, memory=index, max_new_tokens=2)
+        model.generate(ids, retriever=index, max_new_tokens=2)
     other = layout_jam("plain", "cross")
     with torch.no_grad():
         other.model.vq_model.vq.quantize.embedding.weight.mul_(1.01)
     with pytest.raises(ValueError, match="those of another VQ model"):
-        other.generate(torch.tensor([[BOS, 30]]), memory=index, max_new_tokens=2)
+        other.generate(torch.tensor([[BOS, 30]]), retriever=index, max_new_tokens=2)
 
 
 def test_a_saved_processor_serves(worlds, tmp_path):
@@ -159,7 +160,7 @@ def test_a_saved_processor_serves(worlds, tmp_path):
     again.processor = JamProcessor.from_pretrained(tmp_path)
     inputs = processor(text=["red"], return_tensors="pt")
     outputs = [
-        model.generate(**inputs, memory=i, generation_mode="image", do_sample=False).tolist() for i in (index, again)
+        model.generate(**inputs, retriever=i, generation_mode="image", do_sample=False).tolist() for i in (index, again)
     ]
     assert outputs[0] == outputs[1]
 
@@ -176,12 +177,12 @@ def test_an_index_without_enough_documents_gives_what_it_has(tmp_path, worlds):
     )
     output = model.generate(
         **processor(text=["star", "red"], padding=True, return_tensors="pt"),
-        memory=index,
+        retriever=index,
         max_new_tokens=2,
         do_sample=False,
         return_dict_in_generate=True,
     )
-    assert sorted(output.memory_ids[0]) == ["0", "2"] and output.memory_ids[1] == [
+    assert sorted(output.retrieved_ids[0]) == ["0", "2"] and output.retrieved_ids[1] == [
         "2"
     ]  # of two alike, one; none like the query
 
@@ -193,7 +194,7 @@ def test_candidates_are_drawn_after_the_documents_and_stand_where_they_are_said_
     torch.manual_seed(0)
     output = model.generate(
         **inputs,
-        memory=index,
+        retriever=index,
         generation_mode="image",
         do_sample=True,
         num_candidates=3,
@@ -201,7 +202,7 @@ def test_candidates_are_drawn_after_the_documents_and_stand_where_they_are_said_
         return_dict_in_generate=True,
     )
     assert torch.equal(output.sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
-    assert len(output.picture_slots) == 2 and all(len(ids) == 2 for ids in output.memory_ids)
+    assert len(output.picture_slots) == 2 and all(len(ids) == 2 for ids in output.retrieved_ids)
     for slot in output.picture_slots:
         assert output.sequences[slot.row, slot.start] == BREAK
         codes = output.sequences[slot.row, slot.start + 1 : slot.start + 1 + N]

@@ -1,16 +1,18 @@
-"""Documents of a memory before the prompts of `generate()`: layout, padding, room, and what comes back. The memories
+"""Documents of a retriever before the prompts of `generate()`: layout, padding, room, and what comes back. Retrievers
 here are made by hand; the index is tested in modeling_tests/retrieval.
 """
 
 import pytest
 import torch
 from model.test_picture_layout import BOS, BREAK, EOS, FIRST, IMAGE, LAYOUTS, N, picture
-from retrieval.tiny_memory import document, layout_jam
+from retrieval.tiny_index import document, layout_jam
 
 from jam_hf.generation import retrieval_prompts
 from jam_hf.generation.retrieval_prompts import (
     AugmentedPrompts,
-    MemoryDocument,
+    PromptDocument,
+    RetrievalQuery,
+    Retriever,
     augment_prompts,
     document_ids,
     how_many_fit,
@@ -74,8 +76,8 @@ def test_documents_stand_behind_bos_in_the_layout_of_pictures(name, jams):
     assert prompts.input_ids.tolist() == padded(expected).tolist()
     assert torch.equal(prompts.attention_mask, real(padded(expected)))
     assert torch.equal(prompts.prompt_ids, padded(rows))
-    assert prompts.memory_ids == [["red", "blue"], [], ["green"]]
-    assert prompts.memory_scores == [[0.5, 0.5], [], [0.5]]
+    assert prompts.retrieved_ids == [["red", "blue"], [], ["green"]]
+    assert prompts.retrieved_scores == [[0.5, 0.5], [], [0.5]]
     assert document_ids(model.config, BLUE) == laid_out(BLUE, layout)
 
 
@@ -84,9 +86,9 @@ def test_documents_stand_behind_bos_in_the_layout_of_pictures(name, jams):
 def test_padding_on_either_side_with_and_without_a_mask(side, mask, jams):
     rows = [[BOS, 30, 31, 32, 33], [BOS, 40]]
     ids = padded(rows, side)
-    memory = ByHand([BLUE], [RED, BLUE])
-    prompts = augment_prompts(jams(), memory, ids, real(ids) if mask else None)
-    assert [query.input_ids.tolist() for query in memory.queries] == rows
+    retriever = ByHand([BLUE], [RED, BLUE])
+    prompts = augment_prompts(jams(), retriever, ids, real(ids) if mask else None)
+    assert [query.input_ids.tolist() for query in retriever.queries] == rows
     kept = [row[keep.bool()].tolist() for row, keep in zip(prompts.input_ids, prompts.attention_mask)]
     expected = [[BOS, *laid_out(BLUE, {}), 30, 31, 32, 33], [BOS, *laid_out(RED, {}), *laid_out(BLUE, {}), 40]]
     assert kept == expected
@@ -107,11 +109,11 @@ def test_pictures_of_the_prompt_go_with_their_rows(jams):
     hole = picture({}, [IMAGE] * N)
     own = picture({}, [FIRST + 1] * N)
     rows = [[BOS, *hole, 30], [BOS, 40, *own], [BOS, *hole, *own, *hole]]
-    memory = ByHand([RED], [], [BLUE])
-    prompts = augment_prompts(model, memory, padded(rows), real(padded(rows)), pixels)
-    assert [query.input_ids.tolist() for query in memory.queries] == rows
+    retriever = ByHand([RED], [], [BLUE])
+    prompts = augment_prompts(model, retriever, padded(rows), real(padded(rows)), pixels)
+    assert [query.input_ids.tolist() for query in retriever.queries] == rows
     expected = [pixels[:1], pixels[:0], pixels[1:]]
-    assert all(torch.equal(query.pixel_values, wanted) for query, wanted in zip(memory.queries, expected))
+    assert all(torch.equal(query.pixel_values, wanted) for query, wanted in zip(retriever.queries, expected))
     codes = [[int(i) for i in row] for row in model.get_image_tokens(pixels)]
     filled = [
         [BOS, *laid_out(RED, {}), *picture({}, codes[0]), 30],
@@ -132,7 +134,7 @@ def test_documents_without_room_are_left_out_the_least_similar_first(room, count
     assert [len(laid_out(d, {})) for d in documents] == [20, 19, 21]
     new = 128 - 3 - room
     prompts = augment_prompts(jams(max_position_embeddings=128), ByHand(documents), ids, max_new_tokens=new)
-    assert prompts.memory_ids == [[d.id for d in documents[:count]]]
+    assert prompts.retrieved_ids == [[d.id for d in documents[:count]]]
     assert prompts.input_ids.tolist() == [
         [BOS, *(token for d in documents[:count] for token in laid_out(d, {})), 30, 31]
     ]
@@ -151,7 +153,7 @@ def test_room_is_counted_row_by_row(jams):
     prompts = augment_prompts(
         model, ByHand([BLUE] * 2, [BLUE] * 2), padded(rows), real(padded(rows)), max_new_tokens=60
     )
-    assert [len(ids) for ids in prompts.memory_ids] == [1, 2]
+    assert [len(ids) for ids in prompts.retrieved_ids] == [1, 2]
     assert prompts.input_ids.shape[1] == 41 + 19
 
 
@@ -159,7 +161,7 @@ def test_without_a_number_of_new_tokens_a_picture_has_room(jams):
     model = jams(max_position_embeddings=64)
     for text, expected in ((26, 1), (27, 0)):  # 1 + 26 + 19 of the document + 18 of a picture are 64 tokens
         prompts = augment_prompts(model, ByHand([BLUE]), torch.tensor([[BOS, *[30] * text]]))
-        assert len(prompts.memory_ids[0]) == expected
+        assert len(prompts.retrieved_ids[0]) == expected
 
 
 # ----- generate -------------------------------------------------------------------------------------------------------
@@ -199,54 +201,54 @@ def test_generate_equals_generate_on_the_hand_made_prompt(name, settings, jams):
     torch.manual_seed(0)
     expected = model.generate(input_ids=by_hand, attention_mask=real(by_hand), **settings)
     torch.manual_seed(0)
-    memory = ByHand([RED, GREEN], [], [BLUE])
-    output = model.generate(input_ids=ids, attention_mask=real(ids), memory=memory, **settings)
+    retriever = ByHand([RED, GREEN], [], [BLUE])
+    output = model.generate(input_ids=ids, attention_mask=real(ids), retriever=retriever, **settings)
     copies = settings.get("num_return_sequences", 1)
     assert torch.equal(output[:, : ids.shape[1]], ids.repeat_interleave(copies, dim=0))
     assert torch.equal(output[:, ids.shape[1] :], expected[:, by_hand.shape[1] :])
     torch.manual_seed(0)
-    full = model.generate(ids, attention_mask=real(ids), memory=memory, return_dict_in_generate=True, **settings)
+    full = model.generate(ids, attention_mask=real(ids), retriever=retriever, return_dict_in_generate=True, **settings)
     assert torch.equal(full.sequences, output)
-    assert full.memory_ids == [ids for ids in (["red", "green"], [], ["blue"]) for _ in range(copies)]
-    assert [len(scores) for scores in full.memory_scores] == [len(ids) for ids in full.memory_ids]
-    assert full["memory_ids"] is full.memory_ids
+    assert full.retrieved_ids == [ids for ids in (["red", "green"], [], ["blue"]) for _ in range(copies)]
+    assert [len(scores) for scores in full.retrieved_scores] == [len(ids) for ids in full.retrieved_ids]
+    assert full["retrieved_ids"] is full.retrieved_ids
 
 
 def test_the_memory_is_not_idle(jams):
     model = jams(mode="cross")
     ids = torch.tensor([[BOS, 30, 31]])
     outputs = [
-        model.generate(ids, generation_mode="image", do_sample=False, memory=memory).tolist()
-        for memory in (None, ByHand([]), ByHand([RED]), ByHand([BLUE]))
+        model.generate(ids, generation_mode="image", do_sample=False, retriever=retriever).tolist()
+        for retriever in (None, ByHand([]), ByHand([RED]), ByHand([BLUE]))
     ]
     assert outputs[0] == outputs[1] and outputs[1] != outputs[2] != outputs[3]
 
 
 def test_lengths_are_the_users(jams):
-    """A row that never ends: with the memory it has as many tokens as without."""
+    """A row that never ends: with the retriever it has as many tokens as without."""
     model = jams(mode="cross")
     ids = torch.tensor([[BOS, 30, 31]])
     settings = {"generation_mode": "text", "do_sample": False, "eos_token_id": None}
     for length in ({"max_length": 9}, {"max_new_tokens": 6}, {"max_length": 9, "min_length": 5}):
-        output = model.generate(ids, memory=ByHand([RED, BLUE]), **settings, **length)
+        output = model.generate(ids, retriever=ByHand([RED, BLUE]), **settings, **length)
         assert output.shape == (1, 9)
     config = model.generation_config.from_dict(
         {**model.generation_config.to_dict(), "max_length": 8, "do_sample": False, "suppress_tokens": [EOS]}
     )
-    output = model.generate(ids, memory=ByHand([RED]), generation_mode="text", generation_config=config)
+    output = model.generate(ids, retriever=ByHand([RED]), generation_mode="text", generation_config=config)
     assert output.shape == (1, 8) and config.max_length == 8
     model = jams(max_position_embeddings=64)
-    assert model.generate(ids, memory=ByHand([BLUE]), **settings).shape == (1, 64 - 19)
+    assert model.generate(ids, retriever=ByHand([BLUE]), **settings).shape == (1, 64 - 19)
 
 
 def test_min_length_counts_the_prompt_without_documents(jams):
     model = jams(mode="cross")
     ids, bias = torch.tensor([[BOS, 30, 31]]), [[[EOS], 100.0]]
     settings = {"generation_mode": "text", "do_sample": False, "sequence_bias": bias, "max_new_tokens": 12}
-    for memory in (None, ByHand([RED])):
-        output = model.generate(ids, memory=memory, min_length=7, **settings)
+    for retriever in (None, ByHand([RED])):
+        output = model.generate(ids, retriever=retriever, min_length=7, **settings)
         assert output.shape[1] == 8 and int(output[0, -1]) == EOS
-        assert model.generate(ids, memory=memory, min_new_tokens=2, **settings).shape[1] == 6
+        assert model.generate(ids, retriever=retriever, min_new_tokens=2, **settings).shape[1] == 6
 
 
 def test_a_half_drawn_picture_goes_on(jams):
@@ -259,7 +261,7 @@ def test_a_half_drawn_picture_goes_on(jams):
         max_new_tokens=N,
     )
     output = model.generate(
-        torch.tensor([row]), memory=ByHand([RED]), generation_mode="interleaved", do_sample=False, max_new_tokens=N
+        torch.tensor([row]), retriever=ByHand([RED]), generation_mode="interleaved", do_sample=False, max_new_tokens=N
     )
     assert output[0].tolist() == [*row, *expected[0, 1 + 20 + 4 :].tolist()]
     assert all(FIRST <= token < FIRST + N for token in output[0, 3 : 3 + N].tolist()) and int(output[0, 3 + N]) == BREAK
@@ -270,7 +272,8 @@ def test_pictures_of_the_prompt_come_back_as_codes(jams):
     torch.manual_seed(0)
     pixels = torch.rand(1, 3, 16, 16) * 2 - 1
     ids = torch.tensor([[BOS, *picture({}, [IMAGE] * N), 30]])
-    output = model.generate(input_ids=ids, pixel_values=pixels, memory=ByHand([RED]), max_new_tokens=3, do_sample=False)
+    inputs = {"input_ids": ids, "pixel_values": pixels}
+    output = model.generate(**inputs, retriever=ByHand([RED]), max_new_tokens=3, do_sample=False)
     assert output[0, : ids.shape[1]].tolist() == [BOS, *picture({}, model.get_image_tokens(pixels)[0].tolist()), 30]
 
 
@@ -287,7 +290,7 @@ def test_a_streamer_sees_the_users_prompt(jams):
 
     streamer, ids = Keeps(), torch.tensor([[BOS, 30, 31]])
     output = jams(mode="cross").generate(
-        ids, memory=ByHand([RED]), streamer=streamer, generation_mode="text", max_new_tokens=4, do_sample=False
+        ids, retriever=ByHand([RED]), streamer=streamer, generation_mode="text", max_new_tokens=4, do_sample=False
     )
     assert torch.equal(streamer.seen[0], ids) and streamer.ended
     assert [int(value) for value in streamer.seen[1:]] == output[0, 3:].tolist()
@@ -303,33 +306,49 @@ def test_bad_input_is_answered(jams):
     model = jams()
     ids = torch.tensor([[BOS, 30]])
     cases = [
-        ({"input_ids": ids, "memory": "folder"}, "must have the method documents_for.*got str"),
-        ({"memory": ByHand([RED])}, r"input_ids \[B, T\], got NoneType"),
-        ({"input_ids": ids[0], "memory": ByHand([RED])}, r"input_ids \[B, T\], got \[2\]"),
-        ({"input_ids": ids[:, :0], "memory": ByHand([RED])}, r"got \[1, 0\]"),
+        ({"input_ids": ids, "retriever": "folder"}, "must have the method documents_for.*got str"),
+        ({"retriever": ByHand([RED])}, r"input_ids \[B, T\], got NoneType"),
+        ({"input_ids": ids[0], "retriever": ByHand([RED])}, r"input_ids \[B, T\], got \[2\]"),
+        ({"input_ids": ids[:, :0], "retriever": ByHand([RED])}, r"got \[1, 0\]"),
         (
-            {"input_ids": torch.zeros(1, 3, dtype=torch.long), "memory": ByHand([RED])},
+            {"input_ids": torch.zeros(1, 3, dtype=torch.long), "retriever": ByHand([RED])},
             "Prompt 0 is nothing but padding",
         ),
         (
-            {"input_ids": ids, "attention_mask": ids[:, :1], "memory": ByHand([RED])},
+            {"input_ids": ids, "attention_mask": ids[:, :1], "retriever": ByHand([RED])},
             r"shape of input_ids \[1, 2\], got \[1, 1\]",
         ),
-        ({"input_ids": ids, "memory": ByHand([RED], [])}, "each of 1 prompts.*got 2 lists"),
-        ({"input_ids": torch.tensor([[BOS, IMAGE]]), "memory": ByHand([RED])}, "no pixel_values came with it"),
-        ({"inputs_embeds": torch.zeros(1, 2, 32), "memory": ByHand([RED])}, "inputs_embeds knows nothing of"),
-        ({"input_ids": ids, "position_ids": ids, "memory": ByHand([RED])}, "position_ids knows nothing of"),
-        ({"input_ids": ids, "max_length": 2, "memory": ByHand([RED])}, "2 tokens and max_length is 2"),
+        ({"input_ids": ids, "retriever": ByHand([RED], [])}, "each of 1 prompts.*got 2 lists"),
+        ({"input_ids": torch.tensor([[BOS, IMAGE]]), "retriever": ByHand([RED])}, "no pixel_values came with it"),
+        ({"inputs_embeds": torch.zeros(1, 2, 32), "retriever": ByHand([RED])}, "inputs_embeds knows nothing of"),
+        ({"input_ids": ids, "position_ids": ids, "retriever": ByHand([RED])}, "position_ids knows nothing of"),
+        ({"input_ids": ids, "max_length": 2, "retriever": ByHand([RED])}, "2 tokens and max_length is 2"),
         (
-            {"input_ids": ids, "memory": ByHand([MemoryDocument("x", 0.1, [60], [1] * 15)])},
+            {"input_ids": ids, "retriever": ByHand([PromptDocument("x", 0.1, [60], [1] * 15)])},
             "Document 'x'.*15 codes, 1..1",
         ),
-        ({"input_ids": ids, "memory": ByHand([MemoryDocument("x", 0.1, [60], [16] * 16)])}, "16 codes, 16..16"),
-        ({"input_ids": ids, "memory": ByHand([RED]), "generation_mode": "video"}, "generation_mode must be one of"),
+        ({"input_ids": ids, "retriever": ByHand([PromptDocument("x", 0.1, [60], [16] * 16)])}, "16 codes, 16..16"),
+        ({"input_ids": ids, "retriever": ByHand([RED]), "generation_mode": "video"}, "generation_mode must be one of"),
     ]
     for arguments, words in cases:
         with pytest.raises(ValueError, match=words):
             model.generate(**arguments)
     halves = torch.tensor([[BOS, *[IMAGE] * 8], [BOS, *[IMAGE] * 8]])
     with pytest.raises(ValueError, match="Prompt 0 has 8 placeholders <image>; a picture has 16"):
-        model.generate(input_ids=halves, pixel_values=torch.zeros(1, 3, 16, 16), memory=ByHand([], []))
+        model.generate(input_ids=halves, pixel_values=torch.zeros(1, 3, 16, 16), retriever=ByHand([], []))
+
+
+def test_older_names_mean_the_same(jams):
+    model, ids = jams(mode="cross"), torch.tensor([[BOS, 30, 31]])
+    settings = {"generation_mode": "text", "do_sample": False, "max_new_tokens": 4, "return_dict_in_generate": True}
+    new = model.generate(ids, retriever=ByHand([RED]), **settings)
+    old = model.generate(ids, memory=ByHand([RED]), **settings)
+    assert torch.equal(new.sequences, old.sequences)
+    assert old.memory_ids == new.retrieved_ids and old.memory_scores == new.retrieved_scores
+    with pytest.raises(ValueError, match="older name of retriever"):
+        model.generate(ids, memory=ByHand([RED]), retriever=ByHand([RED]), **settings)
+    from jam_hf.generation.retrieval_prompts import Memory, MemoryDocument, MemoryQuery
+    from jam_hf.retrieval import MemoryIndex, RetrievalIndex
+
+    assert (Memory, MemoryDocument, MemoryQuery) == (Retriever, PromptDocument, RetrievalQuery)
+    assert MemoryIndex is RetrievalIndex
