@@ -68,9 +68,10 @@ def _quotas(root: Path) -> Iterator[float]:
 
 def _words(path: Path, separator: str | None = None) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").strip().split(separator)
+        text = path.read_text(encoding="utf-8").strip()
     except OSError:
         return []
+    return text.split(separator) if text else []
 
 
 __all__ = ["SMALL_BYTES", "SPINS", "USERS", "is_small", "settle", "usable_processors"]

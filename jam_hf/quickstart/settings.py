@@ -1,4 +1,4 @@
-"""Everything that decides what a quickstart makes. It knows numbers; what they are for is stages.py and parents.py."""
+"""Everything that decides what a quickstart makes. It knows numbers; what they are for is stages.py and pairs.py."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ class QuickstartSettings:
     num_documents: int = 8
     document_tokens: int = 320
     train_all: bool = False
-    # Of unlike parents (parents.py): what the image parent has of its own. The sizes above are then the text parent's.
+    # What the image parent of unlike parents (unlike_parents.py) has of its own. The sizes above are then the text
+    # parent's.
     num_key_value_heads: int | None = None
     image_parent: DecoderSizes | None = None
 

@@ -371,7 +371,7 @@ def train_causal_lm(
         FileExistsError: if `output_dir` holds anything and `overwrite` is False, or another run writes it; before the
             first step. If it was filled while the model was trained, the error says where the model lies.
     """
-    if settings.packing:
+    if settings.packing or collator.packing:
         if not supports_packing(model.config):
             raise ValueError(
                 f"packing: in a {type(model).__name__} ({model.config.model_type}) packed documents would see each "

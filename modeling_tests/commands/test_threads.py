@@ -69,6 +69,10 @@ def test_version_1(quota, expected, folder, tmp_path):
     assert settled(root).get("OMP_NUM_THREADS") == expected
 
 
+def test_a_machine_without_control_groups_has_no_quota(tmp_path):
+    assert settled(machine(tmp_path, proc__self__cgroup=""), small=True) == settled(tmp_path / "none", small=True)
+
+
 @pytest.mark.parametrize("name", USERS)
 def test_what_the_user_has_set_stays(name, tmp_path):
     root = machine(tmp_path, proc__self__cgroup="0::/\n", sys__fs__cgroup__cpuDOTmax="100000 100000")

@@ -240,6 +240,9 @@ def test_packing_is_refused_where_documents_would_mix(parents, tmp_path):
     collator = JamDataCollator(0, model.config.vocab_size)
     with pytest.raises(ValueError, match=r"in a OPTForCausalLM \(opt\) packed documents would see each other"):
         train_causal_lm(model, _data(model), tmp_path / "out", RecipeSettings(**SETTINGS, packing=True), collator)
+    collator = JamDataCollator(0, model.config.vocab_size, packing=True)  # asked for there alone
+    with pytest.raises(ValueError, match="packed documents would see each other"):
+        train_causal_lm(model, _data(model), tmp_path / "out", RecipeSettings(**SETTINGS), collator)
     assert not list(tmp_path.iterdir())
 
 
