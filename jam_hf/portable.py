@@ -127,6 +127,12 @@ def write_at(descriptor: int, view: memoryview, start: int) -> int:
         return os.write(descriptor, view[: 2**30])
 
 
+def bytes_on_disk(path: Path) -> int:
+    """What a file takes of the disk: of a sparse one what was written. Windows does not say it: the length, there."""
+    found = path.stat()
+    return found.st_blocks * 512 if hasattr(found, "st_blocks") else found.st_size
+
+
 def process_runs(pid: int) -> bool:
     """Whether a process of this machine has this number. (Windows ends the process that `os.kill(pid, 0)` asks
     about.)

@@ -7,6 +7,7 @@ package says False. What needs code of its own is refused here, in words that sa
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from .contents import check_shards
 from .integrations.private import get_tokenizer_config, tokenizer_class_from_name
 
 
@@ -64,6 +66,32 @@ def read_tokenizer(source: str | os.PathLike, from_file: bool = False, **hub: An
         raise ValueError(f"the tokenizer of '{source}' cannot be read: {error!r}") from error
 
 
+def has_tokenizer(folder: str | os.PathLike) -> bool:
+    """Whether a checkpoint's folder brings a tokenizer, in any of the forms that transformers reads."""
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    return any((Path(folder) / name).is_file() for name in names)
+
+
+def read_whole(model_class: Any, source: str | os.PathLike, role: str, **arguments: Any) -> PreTrainedModel:
+    """A model of a folder or Hub id, in evaluation mode, by `from_pretrained` of its class or of an Auto class.
+
+    Raises:
+        ValueError: if weights are missing, which transformers would draw at random, or its index names files outside of
+            the folder. OSError: if there is none.
+    """
+    check_shards(source, role)
+    model, found = model_class.from_pretrained(
+        source, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **arguments
+    )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"The {role} '{source}' lacks {len(missing)} weights of a {type(model).__name__}, e.g. '{missing[0]}'. "
+            "Give the whole checkpoint, of the class that it was trained as."
+        )
+    return model.eval()
+
+
 def read_clip(
     source: str | os.PathLike, tokenizer: Any = None, image_processor: Any = None, **hub: Any
 ) -> tuple[PreTrainedModel, Any, Any]:
@@ -78,11 +106,7 @@ def read_clip(
     config = read_config(source, **hub)
     if config.model_type != "clip":
         raise ValueError(f"it is a '{config.model_type}'.")
-    model, found = CLIPModel.from_pretrained(
-        source, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **hub
-    )
-    if found["missing_keys"]:
-        raise ValueError(f"it has no weights {sorted(found['missing_keys'])[0]}.")
+    model = read_whole(CLIPModel, source, "CLIP model", **hub)
     if tokenizer is None:
         tokenizer = read_tokenizer(source, **hub)
     if image_processor is None:

@@ -6,7 +6,6 @@ Models are built on the meta device: nothing is computed, nothing is fetched, no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -53,13 +52,6 @@ def vq_model_from_config(source: str) -> JamVQModel:
     config = JamVQConfig.from_pretrained(source, trust_remote_code=False)
     with torch.device("meta"):
         return JamVQModel(config)
-
-
-def has_tokenizer(folder: Path) -> bool:
-    return any(
-        (folder / name).is_file()
-        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    )
 
 
 def stand_in_tokenizer(config: PreTrainedConfig, rows: int, marks: Sequence[str] = ()) -> PreTrainedTokenizerFast:

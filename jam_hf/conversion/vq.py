@@ -72,8 +72,8 @@ def convert_vq(
             to have both.
         sample_size: side of the pictures in pixels. Chameleon's and Janus' configs say it; all others take any size.
         codebook_l2_norm: normalise latents and codebook before the search for the nearest code, as LlamaGen and
-            DeepSeek's own Janus do. transformers' Janus does not, and by default this follows the class that the
-            weights come from.
+            DeepSeek's own Janus do (of no other layout). transformers' Janus does not, and by default this follows the
+            class that the weights come from.
         allow_pickle: read .ckpt, .pt, .pth and .bin files, with `torch.load(weights_only=True)`.
         overwrite: replace a non-empty `output_dir` once the new one is complete.
     Returns:
@@ -130,6 +130,11 @@ def _converted(
     elif not codebook_l2_norm and layout == "llamagen":
         raise ValueError(
             "LlamaGen's layout without codebook_l2_norm cannot be converted: JanusVQVAE's decoder normalises."
+        )
+    if codebook_l2_norm and layout not in ("llamagen", "janus"):
+        raise ValueError(
+            f"codebook_l2_norm is for LlamaGen's and Janus' VQ models; '{origin.name}' is of layout '{layout}', of "
+            "which no code normalises. Leave it out."
         )
     try:
         config, table = _config_and_table(layout, origin.config, tensors, sample_size, codebook_l2_norm)

@@ -156,7 +156,7 @@ def chat_pictures(chat: Sequence[Any], image_token: str, beside: Any, typed: boo
     return found
 
 
-def _as_texts(chat: Sequence[Any], image_token: str) -> list[Any] | None:
+def as_texts(chat: Sequence[Any], image_token: str) -> list[Any] | None:
     """The chat with a text in place of each list of parts; None if a part is neither text nor picture."""
     texts = []
     for message in chat:
@@ -202,7 +202,7 @@ def check_that_parts_are_written(chat: Sequence[Any], render: Callable[[list[Any
     try:
         text = render(marked)
     except Exception as error:  # a template raises what it likes
-        texts = _as_texts(chat, image_token)
+        texts = as_texts(chat, image_token)
         if texts is None:
             raise
         render(texts)  # raises if the chat is at fault and not its form
@@ -233,4 +233,4 @@ _REFUSAL = (
 )
 
 
-__all__ = ["chat_pictures", "check_that_parts_are_written", "plain_chat", "prepared_chats"]
+__all__ = ["as_texts", "chat_pictures", "check_that_parts_are_written", "plain_chat", "prepared_chats"]

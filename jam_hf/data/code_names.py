@@ -7,6 +7,7 @@ tokenizers; which ids are codes it is told.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from transformers import AddedToken
@@ -67,9 +68,14 @@ def name_codes(tokenizer: Any, first: int, count: int) -> str | None:
 
 def num_named_codes(tokenizer: Any, form: str = CODE_NAME) -> int:
     """How many codes have names, with one id behind the other."""
+    return num_in_a_row(tokenizer, form.format)
+
+
+def num_in_a_row(tokenizer: Any, name: Callable[[int], str]) -> int:
+    """How many of the tokens `name(0)`, `name(1)`, ... there are, with one id behind the other."""
     vocabulary = tokenizer.get_vocab()
-    first, count = vocabulary.get(form.format(0)), 0
-    while first is not None and vocabulary.get(form.format(count)) == first + count:
+    first, count = vocabulary.get(name(0)), 0
+    while first is not None and vocabulary.get(name(count)) == first + count:
         count += 1
     return count
 
@@ -101,4 +107,4 @@ def name_codes_of(loaded: Any, folder: str | os.PathLike, arguments: dict[str, A
         )
 
 
-__all__ = ["name_codes", "name_codes_of", "num_named_codes"]
+__all__ = ["name_codes", "name_codes_of", "num_in_a_row", "num_named_codes"]

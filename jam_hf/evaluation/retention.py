@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from ..checkpoints.multimodal import MULTIMODAL
-from ..contents import check_shards, may_be_hub_id
+from ..contents import may_be_hub_id
 from ..data.readers import captions_of, read_pairs, read_texts
 from ..files import write_whole
 from ..fusion.recipe import FusionRecipe, public_name
@@ -31,7 +31,7 @@ from ..model.configuration_jam import JamConfig
 from ..model.modeling_jam import JamForCausalLM
 from ..model.processing_jam import JamProcessor
 from ..provenance import carried
-from ..reading import read_config, read_tokenizer
+from ..reading import has_tokenizer, read_config, read_tokenizer, read_whole
 from ..version import __version__
 from .lm_eval_model import check_softmax
 from .perplexity import batches, compare_logits, padded
@@ -364,13 +364,15 @@ def _load_jam(model: str | os.PathLike) -> JamForCausalLM:
     config = _config(model, "model")
     if config.model_type != JamConfig.model_type:
         raise ValueError(f"The model '{model}' is a '{config.model_type}', not a JAM. Make one with jam-hf fuse.")
-    return _whole(JamForCausalLM, model, "model")
+    return read_whole(JamForCausalLM, model, "model")
 
 
 def _load_parent(source: str | os.PathLike, role: str) -> PreTrainedModel:
     model_type = _config(source, role).model_type
     sheet = MULTIMODAL.get(model_type) if role == "image parent" else None
-    return _whole(AutoModelForCausalLM if sheet is None else sheet.class_of("ForConditionalGeneration"), source, role)
+    return read_whole(
+        AutoModelForCausalLM if sheet is None else sheet.class_of("ForConditionalGeneration"), source, role
+    )
 
 
 def _config(source: str | os.PathLike, role: str) -> Any:
@@ -385,21 +387,6 @@ def _config(source: str | os.PathLike, role: str) -> Any:
         raise ValueError(f"The {role} '{source}' is no checkpoint that transformers can read: {reason}") from error
 
 
-def _whole(model_class: Any, source: str | os.PathLike, role: str) -> PreTrainedModel:
-    """The model, in evaluation mode; one with weights missing would be measured with noise in their place."""
-    check_shards(source, role)
-    model, info = model_class.from_pretrained(
-        source, output_loading_info=True, use_safetensors=True, trust_remote_code=False
-    )
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"The {role} '{source}' lacks {len(missing)} weights of a {type(model).__name__}, e.g. '{missing[0]}'. "
-            "Give the whole checkpoint, of the class that it was trained as."
-        )
-    return model.eval()
-
-
 def _recipe(model: str | os.PathLike) -> FusionRecipe | None:
     """What the JAM was made by; `None` where its folder does not say."""
     path = Path(model) / "fusion.yaml"
@@ -407,10 +394,7 @@ def _recipe(model: str | os.PathLike) -> FusionRecipe | None:
 
 
 def _tokenizer_of(source: str | os.PathLike) -> PreTrainedTokenizerBase | None:
-    folder = Path(source)
-    if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
-        return None
-    return read_tokenizer(source)
+    return None if Path(source).is_dir() and not has_tokenizer(source) else read_tokenizer(source)
 
 
 def _check_same_ids(tokenizer: PreTrainedTokenizerBase, source: str | os.PathLike, name: str) -> None:

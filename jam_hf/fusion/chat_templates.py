@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data.chats import check_that_parts_are_written
+from ..data.chats import as_texts, check_that_parts_are_written
 from ..integrations.private import render_jinja_template
 
 
@@ -123,7 +123,7 @@ def _trouble(template: str, image_token: str, tokenizer: PreTrainedTokenizerBase
     for chat, surroundings in product(_CHATS, _SURROUNDINGS):
         render = partial(_render, template=template, tokenizer=tokenizer, surroundings=surroundings)
         try:
-            expected = render(_as_texts(chat, image_token))
+            expected = render(as_texts(chat, image_token))
         except Exception:  # roles that the template does not have, say
             continue
         tried = True
@@ -135,13 +135,6 @@ def _trouble(template: str, image_token: str, tokenizer: PreTrainedTokenizerBase
         if found != expected:
             return "it writes parts otherwise than texts"
     return None if tried else _UNTRIED
-
-
-def _as_texts(chat: list[dict[str, Any]], image_token: str) -> list[dict[str, Any]]:
-    def text(content: Any) -> str:
-        return content if isinstance(content, str) else "".join(part.get("text", image_token) for part in content)
-
-    return [{**message, "content": text(message["content"])} for message in chat]
 
 
 def _render(

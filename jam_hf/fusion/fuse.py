@@ -70,8 +70,7 @@ def fuse(
             seed: for what is drawn at random (cross blocks, projections). max_shard_size: as in `save_pretrained`.
     Returns:
         the path of the checkpoint: config, generation config, safetensors, tokenizer and processor, the code that loads
-            it
-        elsewhere, the recipe, and a model card.
+        it elsewhere, the recipe, and a model card.
     Raises:
         ValueError: if the parents do not fit; the message names both. FileExistsError: if `output_dir` is in use.
             OSError: if the disk has no room.

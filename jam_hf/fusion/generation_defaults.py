@@ -44,7 +44,7 @@ def generation_config_of(parent: Parent) -> GenerationConfig:
         raise ValueError(f"{Path(parent.folder) / FILE} of the {parent.role} cannot be read: {error}.") from error
 
 
-def as_ids(value: int | Collection[int] | None) -> list[int]:
+def listed(value: int | Collection[int] | None) -> list[int]:
     """`eos_token_id`, which may be one, several or None, as a list without repetitions."""
     ids: list[Any] = list(value) if isinstance(value, (list, tuple, set)) else [value]
     return list(dict.fromkeys(i for i in ids if i is not None))
@@ -54,8 +54,8 @@ def said_stop_ids(parent: Parent) -> list[int]:
     """Where the parent's generation_config.json, or else its config.json, says that documents end; may be no tokens
     of its.
     """
-    said = as_ids(generation_config_of(parent).eos_token_id)
-    return said or as_ids(getattr(parent.config, "eos_token_id", None))
+    said = listed(generation_config_of(parent).eos_token_id)
+    return said or listed(getattr(parent.config, "eos_token_id", None))
 
 
 def stop_ids(
@@ -69,7 +69,7 @@ def stop_ids(
     Args:
         vocab_size: rows of the parent's embedding. tokenizer: the JAM's. added: tokens that it got, by their text.
     """
-    found = said_stop_ids(parent) or as_ids(tokenizer.eos_token_id)
+    found = said_stop_ids(parent) or listed(tokenizer.eos_token_id)
     new = {tokenizer.convert_tokens_to_ids(token) for token in added}
     ids = [i for i in found if 0 <= i < vocab_size and i not in new]
     warnings = []
@@ -78,7 +78,7 @@ def stop_ids(
             f"The {parent.role} ends documents at {found}; {never} are no tokens of its vocabulary of {vocab_size}, so "
             "it never wrote them. They are left out."
         )
-        ids = ids or as_ids(tokenizer.eos_token_id)
+        ids = ids or listed(tokenizer.eos_token_id)
     if unnamed := [i for i in ids if tokenizer.convert_ids_to_tokens(i) == UNUSED_NAME.format(i)]:
         warnings.append(
             f"The {parent.role} ends documents at {unnamed}, for which its tokenizer has no token. The JAM ends there "

@@ -21,6 +21,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
+from ..contents import may_be_hub_id
 from ..integrations.private import get_tokenizer_config
 from ..reading import read_tokenizer
 
@@ -122,6 +123,31 @@ def check_saved(tokenizer: PreTrainedTokenizerBase, parents: PreTrainedTokenizer
         )
 
 
+def check_added_ids(tokenizer: PreTrainedTokenizerBase, role: str) -> None:
+    """Raise `ValueError` if an added token was read at another id than the one that its file puts it at.
+
+    tokenizers counts: a token that a file puts behind a hole is read in the hole.
+    """
+    written: dict[str, int] = {}
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        path = _file_read(tokenizer, name)
+        if path is None:
+            continue
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for index, token in (content.get("added_tokens_decoder") or {}).items():
+            written[token["content"]] = int(index)
+        written |= {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+    read = tokenizer.get_vocab()
+    moved = [token for token in written if read.get(token) != written[token]]
+    if moved:
+        raise ValueError(
+            f"The tokenizer of the {role}, '{tokenizer.name_or_path}', puts its token {moved[0]!r} at the id "
+            f"{written[moved[0]]}; it is read as {read.get(moved[0])} ({len(moved)} such tokens), so that its rows "
+            "would be another token's. A vocabulary with unused ids before an added token cannot be read: give each "
+            "of them a token that no text has."
+        )
+
+
 def limit_length(tokenizer: PreTrainedTokenizerBase, positions: int) -> None:
     """`model_max_length` is the parent's, or the JAM's positions where those are fewer; one that says no limit
     stays so.
@@ -137,13 +163,10 @@ def asks_otherwise(tokenizer: PreTrainedTokenizerBase | None, role: str, argumen
     tokenizer.json; and it passes `add_bos_token` and `add_eos_token` of tokenizer_config.json over wherever there is a
     tokenizer.json.
     """
-    name = getattr(tokenizer, "name_or_path", None)
-    path = name and cached_file(
-        name, "tokenizer.json", local_files_only=True, **dict.fromkeys(_NO_ERRORS, False)
-    )  # of a Hub id, what was fetched when it was read
-    if not path:
+    path = None if tokenizer is None else _file_read(tokenizer, "tokenizer.json")
+    if tokenizer is None or path is None:
         return []
-    folder = Path(path).parent
+    folder = path.parent
     files = _by_files(folder)
     cure = (
         "If the parent was trained by its files, give tokenizer_reading='files' (--tokenizer-reading files), or pass "
@@ -168,6 +191,17 @@ def asks_otherwise(tokenizer: PreTrainedTokenizerBase | None, role: str, argumen
             f"otherwise than its tokenizer.json says: {split} (by the file; by transformers). {cure}"
         )
     return found
+
+
+def _file_read(tokenizer: PreTrainedTokenizerBase, name: str) -> Path | None:
+    """A file that the tokenizer was read from, of a Hub id what was fetched then; None of one made in memory, and where
+    its folder is gone.
+    """
+    source = tokenizer.name_or_path
+    if not source or not (Path(source).is_dir() or may_be_hub_id(source)):
+        return None
+    path = cached_file(source, name, local_files_only=True, **dict.fromkeys(_NO_ERRORS, False))
+    return None if path is None else Path(path)
 
 
 def _class_named(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 
-from ..checkpoints.from_config import has_tokenizer, specs_of, stand_in_tokenizer
+from ..checkpoints.from_config import specs_of, stand_in_tokenizer
 from ..checkpoints.parent import Parent
 from ..checkpoints.plan import plan_shards
 from ..checkpoints.tensor_files import BLOCK_BYTES, TensorSpec, named_dtype
@@ -25,9 +25,10 @@ from ..conversion.image_processing import image_processing_of
 from ..model.configuration_jam import FUSION_MODES, JamConfig
 from ..model.modeling_jam import JamForCausalLM
 from ..model.modeling_jam_vq import JamVQModel
+from ..reading import has_tokenizer
 from . import chat_templates, tables
 from .generation_defaults import one_or_list, said_stop_ids, stop_ids, text_sampling
-from .parent_tokenizers import asks_otherwise, check_saved, limit_length, read_parent_tokenizer
+from .parent_tokenizers import asks_otherwise, check_added_ids, check_saved, limit_length, read_parent_tokenizer
 from .parents import Decoder, image_codes, image_parents, picture_layout, text_parents
 from .plan import FusionPlan, preserved
 from .recipe import FusionRecipe
@@ -36,7 +37,6 @@ from .vocabulary import (
     NONE,
     TokenNames,
     Vocabulary,
-    check_added_ids,
     differing_tokens,
     joined_vocabulary,
     shared_vocabulary,
@@ -295,7 +295,7 @@ def _tokenizer(tokenizer: Any, text: Parent, reading: str) -> PreTrainedTokenize
 def _image_tokenizer(tokenizer: Any, image: Parent, reading: str) -> PreTrainedTokenizerBase | None:
     """The image parent's; None where it brings none."""
     if tokenizer is None:
-        if image.folder is None or not (image.folder / "tokenizer_config.json").is_file():
+        if image.folder is None or not has_tokenizer(image.folder):
             return None
         tokenizer = image.folder
     return read_parent_tokenizer(tokenizer, "image_tokenizer", reading)

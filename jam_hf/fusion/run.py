@@ -16,6 +16,7 @@ from ..checkpoints.writer import write_plans
 from ..files import check_apart, resumable_folder, whole_folder
 from ..model.image_processing_jam import JamImageProcessor
 from ..model.processing_jam import JamProcessor
+from ..portable import bytes_on_disk
 from ..provenance import carry_on
 from .model_card import model_card
 from .plan import FusionPlan, size
@@ -35,7 +36,7 @@ def run_fusion(plan: FusionPlan, output_dir: str | os.PathLike, overwrite: bool 
     with folder_context as folder:
         if folder is None:
             return Path(output_dir)
-        there = sum(path.stat().st_blocks * 512 for path in folder.glob("*.safetensors*"))  # files begun are sparse
+        there = sum(map(bytes_on_disk, folder.glob("*.safetensors*")))
         free = shutil.disk_usage(folder).free
         if free + there < plan.num_bytes:
             raise OSError(

@@ -12,14 +12,13 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
-from ..data.code_names import name_codes
+from ..data.code_names import name_codes, num_in_a_row
 from ..integrations.private import bytes_to_unicode
 from ..model.code_tokens_jam import UNUSED_NAME
 from ..model.picture_layout_jam import PictureLayout
@@ -298,31 +297,6 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]
     return missing
 
 
-def check_added_ids(tokenizer: PreTrainedTokenizerBase, role: str) -> None:
-    """Raise `ValueError` if an added token was read at another id than the one that its file puts it at.
-
-    tokenizers counts: a token that a file puts behind a hole is read in the hole.
-    """
-    folder = Path(getattr(tokenizer, "name_or_path", None) or "")
-    written: dict[str, int] = {}
-    for name in ("tokenizer_config.json", "tokenizer.json"):
-        if not (folder / name).is_file():
-            continue
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-        for index, token in (content.get("added_tokens_decoder") or {}).items():
-            written[token["content"]] = int(index)
-        written |= {token["content"]: token["id"] for token in content.get("added_tokens") or []}
-    read = tokenizer.get_vocab()
-    moved = [token for token in written if read.get(token) != written[token]]
-    if moved:
-        raise ValueError(
-            f"The tokenizer of the {role}, '{folder}', puts its token {moved[0]!r} at the id {written[moved[0]]}; it "
-            f"is read as {read.get(moved[0])} ({len(moved)} such tokens), so that its rows would be another token's. A "
-            "vocabulary with unused ids before an added token cannot be read: give each of them a token that no text "
-            "has."
-        )
-
-
 def differing_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> list[str]:
     """Tokens of `ours` to which `theirs` gives another id, or none; in the order of their ids."""
     vocabulary, other = ours.get_vocab(), theirs.get_vocab()
@@ -363,7 +337,7 @@ class TokenNames:
             names = replace(self, mask_token=name)
             if (
                 not any(mask in known for mask in names.masks)
-                or num_sentinels(tokenizer, names) >= self.num_mask_tokens
+                or num_in_a_row(tokenizer, names.sentinel) >= self.num_mask_tokens
             ):
                 return names
             if name == self.mask_token != TokenNames.mask_token:
@@ -511,15 +485,6 @@ def joined_vocabulary(
     )
 
 
-def num_sentinels(tokenizer: PreTrainedTokenizerBase, names: TokenNames) -> int:
-    """How many sentinels the tokenizer has with one id behind the other, from `names.mask_token` on."""
-    known = tokenizer.get_vocab()
-    first, count = known.get(names.mask_token), 0
-    while first is not None and known.get(names.sentinel(count)) == first + count:
-        count += 1
-    return count
-
-
 def _ids(tokenizer: PreTrainedTokenizerBase, names: TokenNames, image_token_offset: int) -> dict[str, Any]:
     known = tokenizer.get_vocab()
     return {
@@ -529,7 +494,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, names: TokenNames, image_token_offs
         "break_token_id": known[names.break_token],
         "image_token_id": known[names.image_token],
         "mask_token_id": known[names.mask_token],
-        "num_mask_tokens": num_sentinels(tokenizer, names),
+        "num_mask_tokens": num_in_a_row(tokenizer, names.sentinel),
         "mask_end_token_id": known[names.mask_end_token],
         "image_token_offset": image_token_offset,
     }

@@ -11,6 +11,7 @@ from ..conversion.vq import vq_model_from
 from ..files import read_json
 from ..model.configuration_jam_vq import JamVQConfig
 from ..model.modeling_jam_vq import JamVQModel
+from ..reading import read_whole
 from .parents import Decoder
 
 
@@ -56,7 +57,7 @@ def vq_model_of(
 
         model = vq_model_from_config(str(source))
         return model, _halves(model)
-    model = JamVQModel.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
+    model = read_whole(JamVQModel, source, "VQ model")
     return model, _halves(model)
 
 

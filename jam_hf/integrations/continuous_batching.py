@@ -23,7 +23,7 @@ from transformers.generation.continuous_batching import ContinuousMixin
 from ..model.call_settings_jam import JamCallSettings, end_ids
 from ..model.families_jam import family_of
 from ..model.grammar_jam import DocumentRules, PictureGrammar, PictureState, as_ids
-from .continuous_settings import check_model, check_rotation, check_settings, sized
+from .continuous_settings import PAGE_SIZE, check_model, check_rotation, check_settings, num_pages, sized
 from .padded_batches import generate_padded
 from .private import ContinuousBatchingLogitsProcessor
 
@@ -122,10 +122,7 @@ def generate_batch(
     batching = kwargs.pop("continuous_batching_config", None) or config.continuous_batching_config
     asks_for_pages = batching is not None or kwargs.get("persistent_manager") or kwargs.get("record_timestamps")
     if model.device.type == "cpu" and not asks_for_pages:
-        pools = sized(None, model.config, model.dtype, model.device, lengths)
-        tokens = (
-            pools.num_blocks * pools.page_size * model.config.num_hidden_layers // len(model.config.per_layer_config)
-        )
+        tokens = PAGE_SIZE * num_pages(model.config, model.dtype, model.device, lengths)
         with _evaluated(model):
             return generate_padded(model, inputs, budgets, config, tokens, kwargs.get("progress_bar", False))
     lengths = [length for length in lengths for _ in range(config.num_return_sequences or 1)]

@@ -169,27 +169,43 @@ def sized(
     `MEMORY_SHARE` of what is free: then some wait, or are set back and read anew.
     """
     given = ContinuousBatchingConfig(page_size=PAGE_SIZE) if given is None else given
-    pools, page, attentions = copy.copy(given), given.page_size, len(config.per_layer_config)
+    pools = copy.copy(given)
     if given.max_batch_tokens is None:
         pools.max_batch_tokens = max(len(lengths), MAX_PREFILL)
     if given.num_blocks is None:
-        blocks = sum(-(-length // page) + 1 for length in lengths)
-        free = _free_memory(device)
-        heads, size = _heads(config.decoder_configs[0])
-        keys_and_values = 2 * heads * size * attentions * dtype.itemsize
-        masks_and_indices = pools.max_batch_tokens * dtype.itemsize + 8
-        most = int(free * MEMORY_SHARE) // (page * (keys_and_values + masks_and_indices))
-        least = -(-max(lengths) // page) + 1
-        if most < least:
-            raise ValueError(
-                f"The longest request has {max(lengths)} ids with what it may write, {least} pages of {page}; {most} "
-                f"fit into {MEMORY_SHARE:.0%} of the {free / 2**30:.1f} GiB of memory that are free. Lower "
-                "max_new_tokens or max_length, or set num_blocks in a ContinuousBatchingConfig."
-            )
-        blocks = min(blocks, most)
+        pages = num_pages(config, dtype, device, lengths, given.page_size, pools.max_batch_tokens)
         # transformers counts a block as num_hidden_layers pages; a cross JAM has more attentions than that.
-        pools.num_blocks = -(-blocks * attentions // config.num_hidden_layers)
+        pools.num_blocks = -(-pages * len(config.per_layer_config) // config.num_hidden_layers)
     return pools
+
+
+def num_pages(
+    config: JamConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    lengths: Sequence[int],
+    page_size: int = PAGE_SIZE,
+    max_batch_tokens: int = MAX_PREFILL,
+) -> int:
+    """Pages of `page_size` ids, of all attentions, for requests of these `lengths`: what they need, or what
+    `MEMORY_SHARE` of the free memory holds.
+
+    Raises:
+        ValueError: if the longest request alone does not fit.
+    """
+    heads, size = _heads(config.decoder_configs[0])
+    keys_and_values = 2 * heads * size * len(config.per_layer_config) * dtype.itemsize
+    masks_and_indices = max_batch_tokens * dtype.itemsize + 8
+    free = _free_memory(device)
+    most = int(free * MEMORY_SHARE) // (page_size * (keys_and_values + masks_and_indices))
+    least = -(-max(lengths) // page_size) + 1
+    if most < least:
+        raise ValueError(
+            f"The longest request has {max(lengths)} ids with what it may write, {least} pages of {page_size}; {most} "
+            f"fit into {MEMORY_SHARE:.0%} of the {free / 2**30:.1f} GiB of memory that are free. Lower "
+            "max_new_tokens or max_length, or set num_blocks in a ContinuousBatchingConfig."
+        )
+    return min(sum(-(-length // page_size) + 1 for length in lengths), most)
 
 
 def _free_memory(device: torch.device) -> int:
@@ -199,4 +215,14 @@ def _free_memory(device: torch.device) -> int:
     return free_memory()
 
 
-__all__ = ["OBEYED", "REFUSED", "WITHOUT_EFFECT", "check_model", "check_rotation", "check_settings", "sized"]
+__all__ = [
+    "OBEYED",
+    "PAGE_SIZE",
+    "REFUSED",
+    "WITHOUT_EFFECT",
+    "check_model",
+    "check_rotation",
+    "check_settings",
+    "num_pages",
+    "sized",
+]

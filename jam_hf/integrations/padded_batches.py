@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..model.call_settings_jam import end_ids
 from ..model.grammar_jam import left_padded
 from .private import GenerationOutput, RequestStatus
 
@@ -47,10 +48,8 @@ def generate_padded(
     copies = settings.num_return_sequences or 1
     config = copy.deepcopy(settings)
     config.num_return_sequences, config.max_length = 1, None
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if ends == [-1]:  # None would be the model's own
-        config.eos_token_id = []
-    pad = config.pad_token_id if config.pad_token_id is not None else max(ends[0], 0)
+    ends = config.eos_token_id = end_ids(config.eos_token_id)  # where it is empty, None would be the model's own
+    pad = config.pad_token_id if config.pad_token_id is not None else next(iter(ends), 0)
     rows = [index for index in range(len(inputs)) for _ in range(copies)]
     written: dict[int, tuple[list[int], tuple[float, float]]] = {}
     batches = groups([(len(inputs[index]), budgets[index]) for index in rows], tokens)

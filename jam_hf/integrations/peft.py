@@ -14,7 +14,8 @@ def register_adapter_targets() -> None:
 
     It is what peft has for its decoders, in every method for which peft treats their families alike, of those that it
     knows (LoRA: the queries and values of all attentions, those of both streams and of the cross blocks). Called once,
-    when a JAM is built: importing peft takes its time, and diffusers has brought it along by then.
+    when a JAM is built: importing peft takes its time, and where the VQ model is of diffusers' class, diffusers has
+    brought it along by then.
     """
     try:
         from .private import constants

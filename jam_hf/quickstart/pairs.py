@@ -6,14 +6,13 @@ anything is trained, and in which order, is stages.py.
 
 from __future__ import annotations
 
-from .lessons import Lesson
 from .run import Run
 from .shared_parents import SharedParents
-from .unlike_parents import UnlikeParents, chameleon_like, qwen_like, with_image_logits
-
-
-__all__ = ["Lesson", "SharedParents", "UnlikeParents", "chameleon_like", "parents_of", "qwen_like", "with_image_logits"]
+from .unlike_parents import UnlikeParents
 
 
 def parents_of(run: Run) -> SharedParents | UnlikeParents:
     return UnlikeParents(run) if run.settings.family == "unlike" else SharedParents(run)
+
+
+__all__ = ["parents_of"]

@@ -30,9 +30,10 @@ from ..picture_world import IMAGE_SIZE, build_howtos, build_pairs, build_texts
 from ..picture_world.dataset import build_vq_pictures
 from ..training.recipes import RecipeSettings, train_causal_lm
 from ..training.vq import train_vq
+from .lessons import Lesson
 from .measurements import measure
 from .page import render_page, write_documents
-from .pairs import Lesson, parents_of
+from .pairs import parents_of
 from .run import Run
 from .settings import QuickstartSettings
 
@@ -65,7 +66,8 @@ def train_vq_model(run: Run) -> None:
             mid_block_add_attention=False,
         )
     )
-    history = train_vq(model, build_vq_pictures(settings.seed, settings.vq_pictures), settings.vq)
+    pictures = build_vq_pictures(settings.seed, settings.vq_pictures)
+    history = train_vq(model, pictures, replace(settings.vq, seed=settings.seed))
     with whole_folder(run.path("vq")) as folder:
         model.save_pretrained(folder)
         write_whole(folder / "history.json", json.dumps({"history": history}, indent=1) + "\n")
@@ -77,7 +79,8 @@ def encode(run: Run) -> None:
         parents_of(run).encode(folder)
 
 
-def _train(lesson: Lesson, target: Path, recipe: RecipeSettings) -> None:
+def _train(run: Run, lesson: Lesson, target: Path, recipe: RecipeSettings) -> None:
+    recipe = replace(recipe, seed=run.settings.seed)
     if recipe.packing and not supports_packing(lesson.model.config):  # the stock OPT decoder
         recipe = replace(recipe, packing=False, group_by_length=True)
     train_causal_lm(lesson.model, lesson.documents, target, recipe, lesson.collator, tokenizer=lesson.tokenizer)
@@ -85,12 +88,12 @@ def _train(lesson: Lesson, target: Path, recipe: RecipeSettings) -> None:
 
 def train_llm(run: Run) -> None:
     """Train the LLM parent on text."""
-    _train(parents_of(run).llm(), run.path("llm"), run.settings.llm)
+    _train(run, parents_of(run).llm(), run.path("llm"), run.settings.llm)
 
 
 def train_image_model(run: Run) -> None:
     """Train the image parent on captions and image tokens."""
-    _train(parents_of(run).image_model(), run.path("image-model"), run.settings.image_model)
+    _train(run, parents_of(run).image_model(), run.path("image-model"), run.settings.image_model)
 
 
 def fuse(run: Run) -> None:
@@ -105,7 +108,8 @@ def _train_jam(run: Run, source: Path, target: Path, recipe: RecipeSettings, dat
     collator = JamDataCollator(
         config.pad_token_id, config.vocab_size, CM3Settings.from_config(config, **cm3), seed=run.settings.seed
     )
-    _train(Lesson(model, data, collator, JamProcessor.from_pretrained(source, trust_remote_code=False)), target, recipe)
+    lesson = Lesson(model, data, collator, JamProcessor.from_pretrained(source, trust_remote_code=False))
+    _train(run, lesson, target, recipe)
 
 
 def pretrain(run: Run) -> None:

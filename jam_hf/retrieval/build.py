@@ -10,13 +10,13 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
-from ..contents import check_shards, load_saved_dataset
+from ..contents import load_saved_dataset
 from ..files import check_free, whole_folder, write_whole
 from ..model.configuration_jam import JamConfig
 from ..model.modeling_jam import JamForCausalLM
 from ..model.modeling_jam_vq import JamVQModel
 from ..model.processing_jam import JamProcessor
-from ..reading import read_config
+from ..reading import read_config, read_whole
 from .corpus import as_pairs, caption_ids, codes_and_pictures
 from .embedder import ClipEmbedder, Embedder, embedded
 from .index import (
@@ -115,18 +115,8 @@ def load_vq_model(jam: str | os.PathLike) -> JamVQModel:
     config = read_config(jam)
     if not isinstance(config, JamConfig):
         raise ValueError(f"'{jam}' is a '{config.model_type}'; expected the folder or Hub id of a JAM.")
-    check_shards(jam, "JAM")
-    model, found = _VQModelOfAJam.from_pretrained(
-        jam,
-        config=config.vq_config,
-        key_mapping={r"^model\.vq_model\.": ""},
-        use_safetensors=True,
-        output_loading_info=True,
-        trust_remote_code=False,
-    )
-    if found["missing_keys"]:
-        raise ValueError(f"'{jam}' lacks weights of its VQ model, {sorted(found['missing_keys'])[0]} for one.")
-    return model.eval()
+    keys = {r"^model\.vq_model\.": ""}
+    return read_whole(_VQModelOfAJam, jam, "JAM", config=config.vq_config, key_mapping=keys)
 
 
 class _VQModelOfAJam(JamVQModel):

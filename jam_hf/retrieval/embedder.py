@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers.utils import cached_file
 
-from ..contents import check_shards
 from ..integrations.private import extract_commit_hash
 from ..reading import read_clip
 
@@ -58,7 +57,6 @@ class ClipEmbedder:
     def __init__(self, name: str = DEFAULT_EMBEDDER, revision: str | None = None, device: Any = None):
         self.name = os.fspath(name)
         try:
-            check_shards(self.name, "embedder")
             self.model, self.tokenizer, self.image_processor = read_clip(self.name, revision=revision)
         except Exception as error:  # of the file system, the Hub, safetensors or json
             raise ValueError(

@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,40 +35,48 @@ from .saving import check_savable
 
 @dataclass(frozen=True)
 class RecipeSettings:
-    """Hyper-parameters of one training run; the fields drive Python and the command line alike."""
+    """Hyper-parameters of one training run.
 
-    max_steps: int = field(default=1000, metadata={"help": "optimizer steps"})
-    batch_size: int = field(default=32, metadata={"help": "documents per device and step"})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "batches per optimizer step"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate (AdamW)"})
-    muon_learning_rate: float = field(
-        default=0.0, metadata={"help": "peak learning rate of Muon for the matrices of the layers; 0: AdamW for all"}
-    )
-    warmup_steps: int = field(default=50, metadata={"help": "steps of linear warm-up"})
-    schedule: str = field(default="cosine", metadata={"help": "learning rate schedule, as in TrainingArguments"})
-    decay_steps: int = field(default=0, metadata={"help": "last steps of the schedule warmup_stable_decay"})
-    weight_decay: float = field(default=0.01, metadata={"help": "weight decay"})
-    beta2: float = field(default=0.98, metadata={"help": "second AdamW beta"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping"})
-    bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast (accelerators)"})
-    seed: int = field(default=0, metadata={"help": "seed of initialisation, order and masking"})
-    eval_steps: int = field(default=0, metadata={"help": "steps between evaluations; 0: none"})
-    save_steps: int = field(
-        default=200, metadata={"help": "steps between checkpoints that a killed run continues from"}
-    )
-    logging_steps: int = field(default=10, metadata={"help": "steps between points of the loss curve"})
-    freeze: str = field(default="vq", metadata={"help": "what stays as it is: see FREEZE_PRESETS"})
-    group_by_length: bool = field(default=False, metadata={"help": "batches of documents of like length: less padding"})
-    packing: bool = field(
-        default=False, metadata={"help": "short documents share rows: less padding, batches stay mixed"}
-    )
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "trade compute for memory"})
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "attention while training; eager is the fastest for short documents on a CPU"}
-    )
-    float32_matmul_precision: str | None = field(
-        default=None, metadata={"help": "highest, high or medium, as in torch.set_float32_matmul_precision"}
-    )
+    Args:
+        batch_size: documents per device and batch. gradient_accumulation_steps: batches per optimizer step.
+        learning_rate: the highest, of AdamW. muon_learning_rate: the highest of Muon, for the matrices of the layers;
+            0: AdamW for all.
+        warmup_steps: of linear warm-up. schedule: of the learning rate, as in `TrainingArguments`. decay_steps: last
+            steps of the schedule "warmup_stable_decay".
+        bf16: bfloat16 autocast, for accelerators.
+        seed: of initialisation, order and masking.
+        eval_steps: steps between evaluations; 0: none. save_steps: between checkpoints that a killed run continues
+            from. logging_steps: between points of the loss curve.
+        freeze: what stays as it is, one of FREEZE_PRESETS.
+        group_by_length: batches of documents of like length, for less padding. packing: short documents share rows, for
+            less padding in batches that stay mixed.
+        gradient_checkpointing: trade compute for memory.
+        attn_implementation: while training; "eager" is the fastest for short documents on a CPU.
+        float32_matmul_precision: "highest", "high" or "medium", as in `torch.set_float32_matmul_precision`.
+    """
+
+    max_steps: int = 1000
+    batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-3
+    muon_learning_rate: float = 0.0
+    warmup_steps: int = 50
+    schedule: str = "cosine"
+    decay_steps: int = 0
+    weight_decay: float = 0.01
+    beta2: float = 0.98
+    max_grad_norm: float = 1.0
+    bf16: bool = False
+    seed: int = 0
+    eval_steps: int = 0
+    save_steps: int = 200
+    logging_steps: int = 10
+    freeze: str = "vq"
+    group_by_length: bool = False
+    packing: bool = False
+    gradient_checkpointing: bool = False
+    attn_implementation: str | None = None
+    float32_matmul_precision: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "save_steps", "logging_steps"):

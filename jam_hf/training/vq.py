@@ -11,7 +11,7 @@ language model learns easily.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,19 +27,21 @@ from ..model.modeling_jam_vq import JamVQModel
 class VQTrainingSettings:
     """Settings of [`train_vq`].
 
-    steps: optimizer steps in all. warmup_steps: of them with the teacher, without quantisation. commitment: weight of
-    the
-    commitment loss. revive_every: steps between revivals of unused codes (none in the last quarter, so that codes
-    settle).
+    Args:
+        steps: optimizer steps in all. warmup_steps: of them with the teacher, before quantisation.
+        batch_size: pictures per step. learning_rate: the highest, of AdamW with a cosine schedule.
+        commitment: weight of the commitment loss.
+        revive_every: steps between revivals of unused codes (none in the last quarter, so that codes settle).
+        seed: of batches, initialisation of the codebook and revivals.
     """
 
-    steps: int = field(default=600, metadata={"help": "optimizer steps in all"})
-    warmup_steps: int = field(default=450, metadata={"help": "steps with the teacher, before quantisation"})
-    batch_size: int = field(default=16, metadata={"help": "pictures per step"})
-    learning_rate: float = field(default=4e-3, metadata={"help": "peak learning rate (AdamW, cosine)"})
-    commitment: float = field(default=0.25, metadata={"help": "weight of the commitment loss"})
-    revive_every: int = field(default=50, metadata={"help": "steps between revivals of unused codes"})
-    seed: int = field(default=0, metadata={"help": "seed of batches, initialisation of the codebook and revivals"})
+    steps: int = 600
+    warmup_steps: int = 450
+    batch_size: int = 16
+    learning_rate: float = 4e-3
+    commitment: float = 0.25
+    revive_every: int = 50
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.warmup_steps < self.steps:

@@ -145,8 +145,9 @@ def run(options: Options) -> None:
     import torch
 
     from jam_hf import JamForCausalLM, JamProcessor
+    from jam_hf.reading import read_whole
 
-    model = JamForCausalLM.from_pretrained(options.model, use_safetensors=True, trust_remote_code=False).eval()
+    model = read_whole(JamForCausalLM, options.model, "model")
     processor = JamProcessor.from_pretrained(options.model, trust_remote_code=False)
     prompts = list(options.prompt)
     if options.chat:

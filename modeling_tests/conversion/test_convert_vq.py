@@ -433,6 +433,13 @@ def test_llamagen(janus, tmp_path, capsys):
 # ----- what is refused ------------------------------------------------------------------------------------------------
 
 
+def test_normalised_codes_are_janus_and_llamagens_alone(checkpoint, tmp_path):
+    save_file(checkpoint, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="codebook_l2_norm is for LlamaGen's .* of layout 'taming'.* Leave it out"):
+        convert_vq(tmp_path / "a.safetensors", tmp_path / "vq", sample_size=SIZE, codebook_l2_norm=True)
+    assert not (tmp_path / "vq").exists()
+
+
 @pytest.fixture(scope="module")
 def checkpoint() -> dict[str, torch.Tensor]:
     return enliven(Taming(*SHAPES[2])).checkpoint()

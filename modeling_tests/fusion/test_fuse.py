@@ -215,6 +215,10 @@ def test_bad_arguments(parents, vq, tmp_path):
         jam_hf.fuse(tmp_path / "absent", image, "cross", out, vq_model=vq)
     with pytest.raises(ValueError, match="also an input"):
         jam_hf.fuse(text, image, "cross", image, vq_model=vq)
+    half = {key: value for key, value in vq.state_dict().items() if ".decoder." not in key}
+    vq.save_pretrained(tmp_path / "half", state_dict=half)
+    with pytest.raises(ValueError, match="VQ model '.*half' lacks [0-9]+ weights of a JamVQModel"):
+        jam_hf.fuse(text, image, "cross", out, vq_model=tmp_path / "half")
     assert not out.exists()
 
 

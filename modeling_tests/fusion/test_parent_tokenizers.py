@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,13 @@ from jam_hf import JamProcessor
 from jam_hf.evaluation.retention import certify
 from jam_hf.fusion import parent_tokenizers
 from jam_hf.fusion.fuse import plan_fusion
-from jam_hf.fusion.parent_tokenizers import difference, portable, read_parent_tokenizer
+from jam_hf.fusion.parent_tokenizers import (
+    asks_otherwise,
+    check_added_ids,
+    difference,
+    portable,
+    read_parent_tokenizer,
+)
 from jam_hf.reading import read_config, read_tokenizer
 from jam_hf.retrieval.embedder import ClipEmbedder
 
@@ -241,6 +248,67 @@ def test_every_call_says_that_code_of_others_is_not_run():
             assert said.get("trust_remote_code") == "False", f"{path.name}:{node.lineno}: {ast.unparse(node)}"
             found += 1
     assert found > 20
+
+
+def test_an_added_token_that_is_read_at_another_id_is_refused(folder):
+    source = folder()
+    last = with_a_far_token(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    assert tokenizer.convert_tokens_to_ids("<far>") == last
+    with pytest.raises(ValueError, match=f"'<far>' at the id {last + 8}; it is read as {last}"):
+        check_added_ids(tokenizer, "text parent")
+
+
+def with_a_far_token(folder):
+    """An added token behind a hole; returns the id that tokenizers gives it."""
+    check_added_ids(AutoTokenizer.from_pretrained(folder), "text parent")
+    path = folder / "tokenizer.json"
+    state, last = json.loads(path.read_text()), len(AutoTokenizer.from_pretrained(folder))
+    state["added_tokens"].append({**state["added_tokens"][0], "id": last + 8, "content": "<far>"})
+    path.write_text(json.dumps(state))
+    return last
+
+
+def test_so_is_one_of_a_hub_id(folder, tmp_path, monkeypatch):
+    source = folder()
+    with_a_far_token(source)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--someone--text"
+    shutil.copytree(source, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    tokenizer = AutoTokenizer.from_pretrained("someone/text", local_files_only=True)
+    with pytest.raises(ValueError, match="'someone/text', puts its token '<far>'"):
+        check_added_ids(tokenizer, "text parent")
+
+
+def test_files_that_lie_about_are_not_those_of_a_tokenizer_in_memory(folder, monkeypatch):
+    """One made of nothing, and one whose folder is gone."""
+    source = folder()
+    kept = AutoTokenizer.from_pretrained(source)
+    made = PreTrainedTokenizerFast(tokenizer_object=kept.backend_tokenizer)
+    with_a_far_token(source)
+    monkeypatch.chdir(source)
+    assert made.name_or_path == ""
+    check_added_ids(made, "text parent")
+    source.rename(source.with_name("elsewhere"))
+    check_added_ids(kept, "text parent")
+    assert asks_otherwise(kept, "text parent", "tokenizer") == []
+
+
+@pytest.mark.parametrize("lacking", ["tokenizer_config.json", "tokenizer.json"])
+def test_one_file_of_an_image_parents_tokenizer_is_looked_at(folder, image, lacking):
+    """As of a text parent's: such a parent does not count as one without a tokenizer."""
+    text = folder()
+    total = plan(text, image).vocabulary.coverage.total
+    (image / lacking).unlink()
+    if lacking == "tokenizer.json":
+        with pytest.raises(ValueError, match="(?s)No tokenizer can be read from .*image_tokenizer="):
+            plan(text, image)
+    else:
+        assert plan(text, image).vocabulary.coverage.total == total
 
 
 def test_a_tokenizer_in_memory_is_not_changed(folder):

@@ -11,7 +11,7 @@ from fusion_zoo import SENTENCES, byte_level_tokenizer, sentencepiece_like_token
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from jam_hf.checkpoints.parent import Parent
 from jam_hf.fusion.parents import Decoder, ImageCodes
@@ -25,7 +25,6 @@ from jam_hf.fusion.vocabulary import (
     RowMap,
     TokenNames,
     add_special_tokens,
-    check_added_ids,
     joined_vocabulary,
     surfaces,
     transplant,
@@ -438,20 +437,6 @@ def test_an_ordinary_token_is_no_markup():
     tokenizer = with_holes({"a": 0, "<break>": 1})
     with pytest.raises(ValueError, match="'<break>' as an ordinary token .*break_token="):
         add_special_tokens(tokenizer, ["<break>"])
-
-
-def test_an_added_token_that_is_read_at_another_id_is_refused(tmp_path):
-    byte_level().save_pretrained(tmp_path)
-    check_added_ids(AutoTokenizer.from_pretrained(tmp_path), "text parent")
-    path = tmp_path / "tokenizer.json"
-    state = json.loads(path.read_text())
-    last = len(AutoTokenizer.from_pretrained(tmp_path))
-    state["added_tokens"].append({**state["added_tokens"][0], "id": last + 8, "content": "<far>"})
-    path.write_text(json.dumps(state))
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert tokenizer.convert_tokens_to_ids("<far>") == last
-    with pytest.raises(ValueError, match=f"'<far>' at the id {last + 8}; it is read as {last}"):
-        check_added_ids(tokenizer, "text parent")
 
 
 @pytest.mark.parametrize(

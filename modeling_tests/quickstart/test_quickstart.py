@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ from transformers import AutoModel, AutoProcessor
 import jam_hf.quickstart.stages as stages
 from jam_hf.quickstart.page import document_html, verdicts
 from jam_hf.quickstart.stages import STAGES, QuickstartSettings, Run, results, run_all, run_stage
+from jam_hf.training.recipes import RecipeSettings
+from jam_hf.training.vq import VQTrainingSettings
 from jam_hf_cli import main
 
 
@@ -79,9 +83,6 @@ def test_order_and_settings_are_checked(tmp_path, run):
 
 
 def test_train_all_trains_the_others_too(run, tmp_path):
-    import shutil
-    from dataclasses import replace
-
     folder = tmp_path / "run"
     shutil.copytree(run.folder, folder)
     for name in ("jam-uniform", "jam-width"):
@@ -89,6 +90,28 @@ def test_train_all_trains_the_others_too(run, tmp_path):
     other = Run(folder, replace(QuickstartSettings.small(), train_all=True))
     assert run_stage(other, "pretrain") and run_stage(other, "instruct")
     assert (folder / "jam-width" / "history.json").is_file() and (folder / "jam-uniform" / "history.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("stage", "trains"),
+    [("train-vq", "train_vq"), *((name, "train_causal_lm") for name in ("train-llm", "train-image-model", "instruct"))],
+)
+def test_the_seed_is_that_of_every_training(stage, trains, run, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder, folder)
+    said = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps({**said, "seed": 3}))
+    other = Run(folder, replace(QuickstartSettings.small(), seed=3))
+    seeds = []
+
+    def begin(*arguments, **_):
+        seeds.extend(given.seed for given in arguments if isinstance(given, (RecipeSettings, VQTrainingSettings)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, trains, begin)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(other, stage, force=True)
+    assert seeds == [3]
 
 
 def test_command_line(run, tmp_path, capsys):

@@ -22,8 +22,9 @@ from jam_hf.fusion.fuse import plan_fusion
 from jam_hf.fusion.parents import code_ids
 from jam_hf.quickstart.measurements import draw_with_chameleon
 from jam_hf.quickstart.page import verdicts
-from jam_hf.quickstart.pairs import parents_of, with_image_logits
+from jam_hf.quickstart.pairs import parents_of
 from jam_hf.quickstart.stages import STAGES, QuickstartSettings, Run, results, run_all, run_stage
+from jam_hf.quickstart.unlike_parents import with_image_logits
 from jam_hf.training.tokenizer import byte_level_bpe
 from jam_hf.training.vq import encode_images
 from jam_hf_cli import main

@@ -94,7 +94,7 @@ def test_what_is_no_clip_or_no_query_is_refused(tmp_path, clip_folder):
         ClipEmbedder(str(tmp_path))
     half = CLIPModel.from_pretrained(clip_folder)
     half.save_pretrained(tmp_path / "half", state_dict=half.text_model.state_dict())
-    with pytest.raises(ValueError, match="it has no weights"):
+    with pytest.raises(ValueError, match="lacks [0-9]+ weights of a CLIPModel"):
         ClipEmbedder(tmp_path / "half")
     embedder = ClipEmbedder(clip_folder)
     with pytest.raises(ValueError, match="Nothing to embed in number 1"):
