@@ -105,7 +105,7 @@ FREEZE_PRESETS = {
     "image_stream": r".*(image_layer|image_stem|image_cross|image_head)\b.*",
 }
 
-# The paper's 7B runs, for who has the machines [C]: batches of 8M and 2M tokens.
+# CM3leon's 7B runs [C], for who has the machines: batches of 8M and 2M tokens.
 PAPER_PRETRAINING = RecipeSettings(learning_rate=1.2e-4, warmup_steps=1500, max_steps=300_000, bf16=True)
 PAPER_INSTRUCT = RecipeSettings(learning_rate=5e-5, warmup_steps=150, max_steps=15_000, bf16=True)
 
