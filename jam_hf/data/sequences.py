@@ -105,7 +105,7 @@ def encode_documents(
                     "each placeholder needs its picture, in order."
                 )
             parts, position = [], 0
-            for place in places:
+            for place in places.tolist():
                 parts += [ids[position:place], [layout.begin], next(codes), [layout.end]]
                 position = place + 1
             parts.append(ids[position:])
