@@ -17,7 +17,7 @@ from jam_hf import JamForCausalLM, JamProcessor, JamVQConfig, JamVQModel
 from jam_hf.training.tokenizer import train_tokenizer
 
 
-pytest_plugins = ["deprecations", "feature_report", "nightly", "pytester"]
+pytest_plugins = ["deprecations", "feature_report", "heap", "nightly", "pytester"]
 
 torch.set_num_threads(1)  # the models are tiny, and the tests run side by side
 

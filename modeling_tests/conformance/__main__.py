@@ -31,7 +31,7 @@ def run_suites(tests: Path, results: Path, options: list[str]) -> None:
         "TOKENIZERS_PARALLELISM": "false",
     }
     pytest = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(HERE), "--noconftest"]
-    pytest += ["-p", "no:cacheprovider", "-p", "harness", "-p", "results", "--results", str(results)]
+    pytest += ["-p", "no:cacheprovider", "-p", "harness", "-p", "heap", "-p", "results", "--results", str(results)]
     pytest += ["-o", "python_files=suite_*.py", "-o", "verbosity_subtests=0"]
     pytest += ["-q", "--tb=short", "-W", "ignore", str(HERE), *options]
     code = subprocess.run(pytest, env=environment, cwd=ROOT).returncode

@@ -18,8 +18,9 @@ from jam_hf.model import modeling_jam_cross
 
 
 # Every day the tests that train for long or start processes, a third of all time, run on one JAM of each mode; nightly
-# on all.
+# on all. So does the one that loads a model in all dtypes by all classes, five seconds for each JAM.
 LONG = {"is_training_test", "is_tensor_parallel_test", "is_fsdp_test"}
+LONG_BY_NAME = {"test_bc_torch_dtype"}
 EVERY_DAY = {"UniformLlama", "WidthOPT", "CrossFamilies"}
 
 
@@ -68,5 +69,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--nightly"):
         return
     for item in items:
-        if item.cls.__name__ not in EVERY_DAY and LONG & {mark.name for mark in item.iter_markers()}:
+        long = item.originalname in LONG_BY_NAME or LONG & {mark.name for mark in item.iter_markers()}
+        if long and item.cls.__name__ not in EVERY_DAY:
             item.add_marker(pytest.mark.skip(reason=f"nightly (every day on {', '.join(sorted(EVERY_DAY))})"))

@@ -339,6 +339,7 @@ def _other_code_logits(kind, model, tokenizer, caption, codes):
 
 @pytest.mark.parametrize("kind", ["chameleon", "emu3", "janus"])
 @pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.sampled
 def test_image_parents_of_other_classes(kind, batch_size, fused, other_parents, tokenizer, pairs):
     parent_folder, parent, parent_tokenizer = other_parents(kind)
     jam_folder = fused("llama", "cross", "preserving")

@@ -293,6 +293,7 @@ def test_overflowing_dtypes(text, refused, parents, vq, tmp_path):
     ],
 )
 @pytest.mark.parametrize("role", ["text", "image"])
+@pytest.mark.sampled
 def test_tensors_of_other_shapes_than_the_config_says(shape, mode, role, parents, refused, tmp_path):
     """No broadcast, and no row of a neighbour, makes up for what is missing."""
     folders = dict(zip(("text", "image"), parents("llama")))

@@ -37,6 +37,7 @@ def planned(plan):
 
 @pytest.mark.parametrize("text_kind", ["llama", "opt"])
 @pytest.mark.parametrize("kind", IMAGE_KINDS)
+@pytest.mark.sampled
 def test_the_config_says_what_the_fusion_writes(text_kind, kind, tmp_path):
     text, image = save(*text_parent(text_kind), tmp_path / "text"), save(*image_parent(kind), tmp_path / "image")
     vq_model().save_pretrained(tmp_path / "vq")
@@ -65,6 +66,7 @@ def test_the_config_says_what_the_fusion_writes(text_kind, kind, tmp_path):
 
 @pytest.mark.parametrize(("mode", "init"), [("uniform", "average"), ("width", "copy"), ("cross", "paper")])
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "opt-paper", "opt-projected"])
+@pytest.mark.sampled
 def test_all_modes(mode, init, family, parents, fused, vq, tmp_path):
     text, image = (without_weights(folder, tmp_path / folder.name) for folder in parents(family))
     try:

@@ -31,6 +31,7 @@ def _key(family, rest):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("mode", "init"), FUSIONS)
+@pytest.mark.sampled
 def test_a_fusion_loads_without_missing_or_unexpected_weights(family, mode, init, fused):
     model, info = JamForCausalLM.from_pretrained(fused(family, mode, init), output_loading_info=True)
     assert not any(info.values()), info

@@ -121,6 +121,7 @@ def test_forwards_equal_those_with_a_dynamic_cache(mode, init, jam):
     ],
     ids=["beams", "samples", "assisted", "chunks", "guided"],
 )
+@pytest.mark.sampled
 def test_generate_equals_that_with_a_dynamic_cache(mode, init, settings, jam):
     model = jam("llama", mode, init)
     ids = random_ids(model, 1, 9).clamp(max=200)

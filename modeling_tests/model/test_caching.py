@@ -14,6 +14,7 @@ CASES += [(family, "cross", "preserving") for family in FAMILIES if family not i
 
 @pytest.mark.parametrize(("family", "mode", "init"), CASES)
 @torch.no_grad()
+@pytest.mark.sampled
 def test_cached_steps_equal_the_full_forward(family, mode, init, jam):
     model = jam(family, mode, init)
     ids = random_ids(model, 2, 14)
@@ -42,6 +43,7 @@ def test_left_padding_changes_nothing(family, mode, init, jam):
 
 
 @pytest.mark.parametrize(("family", "mode", "init"), CASES)
+@pytest.mark.sampled
 def test_generation_agrees_batched_padded_cached_and_not(family, mode, init, jam):
     model = jam(family, mode, init)
     rows = [random_ids(model, 1, length, seed=length)[0] for length in (4, 7, 9)]

@@ -135,6 +135,7 @@ def _oracle(model, row, mode, scale, steps, budget):
     ("family", "fusion", "init"), [("llama", "cross", "preserving"), ("opt-paper", "width", "copy")]
 )
 @torch.no_grad()
+@pytest.mark.sampled(pairs=True)
 def test_generate_equals_the_slow_oracle_row_by_row(family, fusion, init, mode, scale, jam):
     """Rows of one batch in different modalities: one in text, one that opens a picture, one half-way through one."""
     model = jam(family, fusion, init)

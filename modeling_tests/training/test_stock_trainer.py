@@ -104,6 +104,7 @@ def remote(folder) -> JamForCausalLM:
 
 
 @pytest.mark.feature("Trainer", "label smoothing")
+@pytest.mark.sampled
 @every_mode
 @pytest.mark.parametrize("pictures", [False, True], ids=["text", "pictures"])
 def test_smoothing_is_that_of_shifted_labels_and_codes(pictures, mode, init, jam, tmp_path):
@@ -114,6 +115,7 @@ def test_smoothing_is_that_of_shifted_labels_and_codes(pictures, mode, init, jam
     assert run.evaluate()["eval_loss"] == pytest.approx(smoothed(model, rows[:4]), rel=1e-4)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", ["subclass", "adapter", "compiled", "compiled before", "remote code", "accumulated"])
 @pytest.mark.parametrize("smoothing", [0.0, SMOOTHING], ids=["plain", "smoothed"])
 def test_the_loss_is_the_same_however_the_model_comes(smoothing, kind, fused, tmp_path, monkeypatch):
@@ -159,6 +161,7 @@ def test_smoothing_is_that_of_a_stock_class_with_the_same_weights(fused, parents
 
 
 @pytest.mark.feature("Trainer", "labels outside of `forward`: `compute_loss_func`, `compute_metrics`")
+@pytest.mark.sampled
 @every_mode
 @pytest.mark.parametrize("collator", [None, as_processors_return], ids=["dict", "BatchFeature"])
 def test_labels_outside_of_forward_are_codes(collator, mode, init, jam, tmp_path):
