@@ -72,7 +72,7 @@ def has_tokenizer(folder: str | os.PathLike) -> bool:
     return any((Path(folder) / name).is_file() for name in names)
 
 
-def read_whole(model_class: Any, source: str | os.PathLike, role: str, **arguments: Any) -> PreTrainedModel:
+def read_whole(model_class: Any, source: str | os.PathLike, role: str = "model", **arguments: Any) -> PreTrainedModel:
     """A model of a folder or Hub id, in evaluation mode, by `from_pretrained` of its class or of an Auto class.
 
     Raises:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from ..model.call_settings_jam import end_ids, setting
 from ..model.modeling_jam import JamForCausalLM
 from ..model.processing_jam import JamProcessor
 from .events import DocumentStreamer, Event
@@ -133,11 +134,19 @@ class _Generation(threading.Thread):
                 self.streamer.fail(error)
 
 
-def _check_generate_kwargs(generate_kwargs: dict[str, Any]) -> None:
+def _pad_token_id(model: JamForCausalLM, generate_kwargs: dict[str, Any]) -> int | None:
+    """What the call puts behind rows that have ended, where it says so.
+
+    Raises:
+        ValueError: if the call brings a streamer of its own.
+    """
     if "streamer" in generate_kwargs:
         raise ValueError(
             "stream() makes its own streamer. Leave `streamer` out, or call generate(streamer=...) in a thread."
         )
+    passed, own = generate_kwargs.get("generation_config"), model.generation_config
+    pad, ends = (setting(name, generate_kwargs, passed, own) for name in ("pad_token_id", "eos_token_id"))
+    return pad if pad is not None else next(iter(end_ids(ends)), None)  # as GenerationMixin has it
 
 
 def stream(
@@ -162,8 +171,7 @@ def stream(
         ValueError: on settings that are out of range; everything that `generate()` raises, while iterating.
         queue.Empty: if no event comes within `timeout` seconds.
     """
-    _check_generate_kwargs(generate_kwargs)
-    pad = generate_kwargs.get("pad_token_id")
+    pad = _pad_token_id(model, generate_kwargs)
     streamer = JamStreamer(model, processor, skip_prompt, timeout, partial_every, skip_special_tokens, pad)
 
     def events() -> Generator[Event, None, Any]:
@@ -196,8 +204,7 @@ async def stream_async(
     `aclose()` ends generation, and so does cancelling the task that iterates. `asyncio.TimeoutError` in place of
     `queue.Empty`.
     """
-    _check_generate_kwargs(generate_kwargs)
-    pad = generate_kwargs.get("pad_token_id")
+    pad = _pad_token_id(model, generate_kwargs)
     streamer = AsyncJamStreamer(model, processor, skip_prompt, timeout, partial_every, skip_special_tokens, pad)
     generation = _Generation(streamer, generate_kwargs)
     generation.start()

@@ -23,6 +23,7 @@ from ..model.image_processing_jam import JamImageProcessor
 from ..model.modeling_jam import JamForCausalLM
 from ..model.processing_jam import JamProcessor
 from ..picture_world import Picture, score_picture
+from ..reading import read_whole
 from ..training.vq import encode_images
 from .pairs import parents_of
 from .run import Run
@@ -30,7 +31,7 @@ from .unlike_parents import with_image_logits
 
 
 # torch's fused attention is made for long sequences; for these, on a CPU, the plain one is faster.
-_EVALUATION = {"attn_implementation": "eager", "use_safetensors": True}
+_EVALUATION = {"attn_implementation": "eager"}
 _UNSEEN = ("unseen_single", "unseen_pair")
 
 
@@ -78,9 +79,7 @@ class _Measurements:
         models: dict[str, Any] = {}
         for mode in self.run.trained_modes:
             for folder, name in (("pretrained/jam-{}", "jam-{}, stage 1"), ("jam-{}", "jam-{}, stage 2")):
-                model = JamForCausalLM.from_pretrained(
-                    self.run.path(folder.format(mode)), **_EVALUATION, trust_remote_code=False
-                )
+                model = read_whole(JamForCausalLM, self.run.path(folder.format(mode)), **_EVALUATION)
                 models[name.format(mode)] = {"perplexity": self._perplexities(model)}
         return models
 
@@ -92,7 +91,7 @@ class _Measurements:
     def _drawing(self, folder: Path, scales: dict[str, float | None]) -> dict[str, dict[str, float]]:
         results = {}
         model, processor = (
-            JamForCausalLM.from_pretrained(folder, **_EVALUATION, trust_remote_code=False),
+            read_whole(JamForCausalLM, folder, **_EVALUATION),
             JamProcessor.from_pretrained(folder, trust_remote_code=False),
         )
         pairs = self.run.data("pairs")
@@ -135,8 +134,7 @@ class _SharedParents(_Measurements):
         run = self.run
         models: dict[str, Any] = {}
         parents = {
-            name: AutoModelForCausalLM.from_pretrained(run.path(name), **_EVALUATION, trust_remote_code=False)
-            for name in ("llm", "image-model")
+            name: read_whole(AutoModelForCausalLM, run.path(name), **_EVALUATION) for name in ("llm", "image-model")
         }
         models["LLM parent"] = {"perplexity": self._perplexities(parents["llm"])}
         models["image parent"] = {"perplexity": self._perplexities(parents["image-model"])}
@@ -155,7 +153,7 @@ class _SharedParents(_Measurements):
                 folder = run.path("fused") / f"jam-{mode}-{init}"
                 if not folder.exists():
                     fuse(run.path("llm"), run.path("image-model"), mode, folder, init=init, vq_model=run.path("vq"))
-            model = JamForCausalLM.from_pretrained(folder, **_EVALUATION, trust_remote_code=False).eval()
+            model = read_whole(JamForCausalLM, folder, **_EVALUATION)
             models[name] = {
                 "perplexity": self._perplexities(model),
                 "kl_to_llm": divergence(parents["llm"], model, _half(self.texts), (0, first)),
@@ -182,8 +180,8 @@ class _UnlikeParents(_Measurements):
 
     def models(self) -> dict[str, Any]:
         run, name = self.run, "jam-cross preserving, fused"
-        llm = AutoModelForCausalLM.from_pretrained(run.path("llm"), **_EVALUATION, trust_remote_code=False)
-        fused = JamForCausalLM.from_pretrained(run.path("fused") / "jam-cross", **_EVALUATION, trust_remote_code=False)
+        llm = read_whole(AutoModelForCausalLM, run.path("llm"), **_EVALUATION)
+        fused = read_whole(JamForCausalLM, run.path("fused") / "jam-cross", **_EVALUATION)
         kept = self._retention(run.path("fused") / "jam-cross")
         models: dict[str, Any] = {
             "LLM parent": {"perplexity": {"text": perplexity(llm, self.texts, self.codes).perplexity}},
@@ -219,9 +217,7 @@ class _UnlikeParents(_Measurements):
             )
 
     def _image_parents_drawing(self) -> dict[str, dict[str, float]]:
-        model = ChameleonForConditionalGeneration.from_pretrained(
-            self.run.path("image-model"), **_EVALUATION, trust_remote_code=False
-        ).eval()
+        model = read_whole(ChameleonForConditionalGeneration, self.run.path("image-model"), **_EVALUATION)
         tokenizer, vq, pairs, results = self.parents.tokenizer("image-model"), self.run.vq(), self.run.data("pairs"), {}
         for split in _UNSEEN:
             expected = [Picture.from_json(text) for text in pairs[split]["picture"]]

@@ -22,6 +22,7 @@ from ..generation.export import page_html, picture_html, segments_html
 from ..model.modeling_jam import JamForCausalLM
 from ..model.processing_jam import JamProcessor
 from ..picture_world import Picture, score_picture
+from ..reading import read_whole
 from .pairs import parents_of
 from .run import Run
 
@@ -64,7 +65,7 @@ def document_html(prompt: str, segments: Sequence[dict[str, Any]]) -> str:
 def write_documents(run: Run, folder: Path) -> None:
     """Let jam-cross answer held-out how-to questions and draw unseen captions; leaves PNGs and `documents.json`."""
     settings = run.settings
-    model = JamForCausalLM.from_pretrained(run.path("jam-cross"), use_safetensors=True, trust_remote_code=False).eval()
+    model = read_whole(JamForCausalLM, run.path("jam-cross"))
     processor = JamProcessor.from_pretrained(run.path("jam-cross"), trust_remote_code=False)
     howtos = run.data("howtos")["validation"].select(range(min(48, settings.sizes.validation)))
     requests = [json.loads(text)[:1] for text in howtos["messages"]]

@@ -13,6 +13,7 @@ from ..contents import load_saved_dataset
 from ..files import read_json, write_whole
 from ..model.configuration_jam import FUSION_MODES
 from ..model.modeling_jam_vq import JamVQModel
+from ..reading import read_whole
 from .settings import QuickstartSettings
 
 
@@ -57,9 +58,7 @@ class Run:
         return load_saved_dataset(self.need("data", "picture-world") / name)
 
     def vq(self) -> JamVQModel:
-        return JamVQModel.from_pretrained(
-            self.need("vq", "train-vq"), use_safetensors=True, trust_remote_code=False
-        ).eval()
+        return read_whole(JamVQModel, self.need("vq", "train-vq"), "VQ model")
 
     @property
     def modes(self) -> tuple[str, ...]:

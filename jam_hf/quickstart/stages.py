@@ -28,6 +28,7 @@ from ..model.modeling_jam_vq import JamVQModel
 from ..model.processing_jam import JamProcessor
 from ..picture_world import IMAGE_SIZE, build_howtos, build_pairs, build_texts
 from ..picture_world.dataset import build_vq_pictures
+from ..reading import read_whole
 from ..training.recipes import RecipeSettings, train_causal_lm
 from ..training.vq import train_vq
 from .lessons import Lesson
@@ -103,7 +104,7 @@ def fuse(run: Run) -> None:
 
 
 def _train_jam(run: Run, source: Path, target: Path, recipe: RecipeSettings, data: Dataset, **cm3: Any) -> None:
-    model = JamForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
+    model = read_whole(JamForCausalLM, source)
     config = model.config
     collator = JamDataCollator(
         config.pad_token_id, config.vocab_size, CM3Settings.from_config(config, **cm3), seed=run.settings.seed
@@ -151,9 +152,7 @@ def instruct(run: Run) -> None:
         if mode not in run.trained_modes and not run.path(f"jam-{mode}").exists():
             source = run.need("fused", "fuse") / f"jam-{mode}"
             with whole_folder(run.path(f"jam-{mode}")) as folder:
-                JamForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False).save_pretrained(
-                    folder
-                )
+                read_whole(JamForCausalLM, source).save_pretrained(folder)
                 JamProcessor.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
 
 

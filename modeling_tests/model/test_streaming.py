@@ -25,7 +25,7 @@ from model.test_picture_layout import (
     random_document,
 )
 from nightly import every_day
-from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
 
 from jam_hf.generation.streaming import AsyncJamStreamer, JamStreamer, stream, stream_async
 
@@ -272,7 +272,8 @@ def test_a_row_that_ended_sends_its_last_word_while_others_write(laid_out):
         next(streamer)
 
 
-def test_padding_that_generate_is_told_is_not_shown(laid_out):
+@pytest.mark.parametrize("by", ["argument", "config"])
+def test_padding_that_generate_is_told_is_not_shown(by, laid_out):
     """Rows of one and of three words; behind the first stands an id that is text elsewhere."""
     model, processor = laid_out("plain")
     pad = processor.tokenizer("red", add_special_tokens=False)["input_ids"][0]
@@ -283,6 +284,8 @@ def test_padding_that_generate_is_told_is_not_shown(laid_out):
         return forced
 
     settings = {"generation_mode": "text", "max_new_tokens": 4, "do_sample": False, "pad_token_id": pad}
+    if by == "config":
+        settings = {"generation_config": GenerationConfig(**settings)}
     ids = torch.tensor([[BOS, 40], [BOS, 40]])
     events = list(
         stream(
