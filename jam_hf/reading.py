@@ -76,14 +76,19 @@ def read_whole(model_class: Any, source: str | os.PathLike, role: str = "model",
     """A model of a folder or Hub id, in evaluation mode, by `from_pretrained` of its class or of an Auto class.
 
     Raises:
-        ValueError: if weights are missing, which transformers would draw at random, or its index names files outside of
-            the folder. OSError: if there is none.
+        ValueError: if it is of another model type than the class, if weights are missing, which transformers would draw
+            at random, or if its index names files outside of the folder. OSError: if there is none.
     """
     check_shards(source, role)
-    model, found = model_class.from_pretrained(
+    wanted = getattr(getattr(model_class, "config_class", None), "model_type", None)  # None of an Auto class
+    if wanted is not None and "config" not in arguments:
+        found = read_config(source, revision=arguments.get("revision")).model_type
+        if found != wanted:
+            raise ValueError(f"The {role} '{source}' is a '{found}'; expected a '{wanted}'.")
+    model, info = model_class.from_pretrained(
         source, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **arguments
     )
-    missing = sorted(found["missing_keys"])
+    missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
             f"The {role} '{source}' lacks {len(missing)} weights of a {type(model).__name__}, e.g. '{missing[0]}'. "
@@ -103,9 +108,6 @@ def read_clip(
     """
     from transformers import AutoImageProcessor, CLIPModel
 
-    config = read_config(source, **hub)
-    if config.model_type != "clip":
-        raise ValueError(f"it is a '{config.model_type}'.")
     model = read_whole(CLIPModel, source, "CLIP model", **hub)
     if tokenizer is None:
         tokenizer = read_tokenizer(source, **hub)

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from ..model.class_names_jam import MODEL_TYPE
 from ..model.families_jam import FAMILIES
 from .cm3 import CM3Settings, cm3
+from .seeds import check_seed
 
 
 @dataclass
@@ -52,6 +53,7 @@ class JamDataCollator:
     packing: bool = False
 
     def __post_init__(self) -> None:
+        check_seed(self.seed, "JamDataCollator")
         if not 0 <= self.cm3_probability <= 1:
             raise ValueError(f"JamDataCollator: cm3_probability must be in 0..1, got {self.cm3_probability}.")
         self._calls = 0

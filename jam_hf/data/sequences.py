@@ -24,6 +24,7 @@ from ..model.picture_input_jam import open_picture
 from ..model.picture_layout_jam import PictureLayout
 from .chats import chat_pictures, check_that_parts_are_written, plain_chat
 from .code_names import num_named_codes
+from .seeds import check_seed
 
 
 logger = logging.getLogger(__name__)
@@ -236,6 +237,7 @@ def mix_datasets(datasets: dict[str, Dataset], weights: dict[str, float], num_do
         )
     if any(w < 0 for w in weights.values()) or sum(weights.values()) <= 0:
         raise ValueError(f"mix_datasets: weights must not be negative, and not all zero, got {weights}.")
+    check_seed(seed, "mix_datasets")
     from datasets import concatenate_datasets
 
     rng = np.random.default_rng(seed)

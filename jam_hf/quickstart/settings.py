@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..data.seeds import check_seed
 from ..picture_world import PictureWorldSizes
 from ..training.recipes import RecipeSettings
 from ..training.vq import VQTrainingSettings
@@ -78,6 +79,7 @@ class QuickstartSettings:
     image_parent: DecoderSizes | None = None
 
     def __post_init__(self) -> None:
+        check_seed(self.seed, "QuickstartSettings")
         if self.family not in FAMILIES:
             raise ValueError(f"QuickstartSettings: family must be one of {', '.join(FAMILIES)}, got {self.family!r}.")
         if (self.family == "unlike") != (self.image_parent is not None):

@@ -14,6 +14,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 from tqdm import tqdm
 
+from ..data.seeds import check_seed
 from ..generation.retrieval_prompts import how_many_fit
 from ..model.modeling_jam import JamForCausalLM
 from .corpus import as_pairs, caption_ids, codes_and_pictures
@@ -55,6 +56,7 @@ def documents_with_retrieval(
         ValueError: if the index's codes are not those of the model, columns are missing, or a caption is blank or has
             markup.
     """
+    check_seed(seed, "documents_with_retrieval")
     most = index.settings.num_documents if max_documents is None else max_documents
     if isinstance(most, bool) or not isinstance(most, int) or most < 0:
         raise ValueError(

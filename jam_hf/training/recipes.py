@@ -25,6 +25,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from ..contents import name_the_base
 from ..data.collator import JamDataCollator, supports_packing
+from ..data.seeds import check_seed
 from ..files import check_free, folder_lock, read_json, whole_folder, write_whole
 from ..provenance import record
 from ..version import __version__
@@ -79,6 +80,7 @@ class RecipeSettings:
     float32_matmul_precision: str | None = None
 
     def __post_init__(self) -> None:
+        check_seed(self.seed, "RecipeSettings")
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "save_steps", "logging_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"RecipeSettings: {name} must be at least 1, got {getattr(self, name)}.")

@@ -59,3 +59,10 @@ def test_pictures_stand_in_the_place_of_their_marks(options, written):
 def test_counts_that_do_not_match_are_refused(prompts, count, written, capsys):
     assert written(prompts, count) == 2
     assert "<image>" in capsys.readouterr().err
+
+
+def test_a_model_that_is_no_jam_is_named_before_anything_else_is_said(parents, tmp_path, capfd):
+    text, _ = parents("llama")
+    status = cli.main(["generate", "a", "--model", str(text), "--output", str(tmp_path / "a.json")])
+    assert status == 2 and not (tmp_path / "a.json").exists()
+    assert capfd.readouterr().err == f"jam-hf generate: The model '{text}' is a 'llama'; expected a 'jam'.\n"

@@ -92,6 +92,8 @@ def test_mixing():
         mix_datasets({"a": a}, {"b": 1}, 4)
     with pytest.raises(ValueError, match="negative"):
         mix_datasets({"a": a}, {"a": -1}, 4)
+    with pytest.raises(ValueError, match="mix_datasets: seed must be a whole number"):
+        mix_datasets({"a": a}, {"a": 1}, 4, seed=-1)
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,8 @@ def test_order_and_settings_are_checked(tmp_path, run):
         run_stage(empty, "train-llm")
     with pytest.raises(ValueError, match="stage must be one of picture-world"):
         run_stage(empty, "dream")
+    with pytest.raises(ValueError, match=r"QuickstartSettings: seed must be a whole number in 0..4294967295, got -1"):
+        QuickstartSettings(seed=-1)
     with pytest.raises(ValueError, match=r"other settings \(.*hidden_size"):
         Run(run.folder, QuickstartSettings())
 
@@ -175,7 +177,7 @@ def test_command_line(run, tmp_path, capsys):
     assert main(["generate", "x", "--model", "/absent/jam"]) == 2
     assert "there is no such folder" in capsys.readouterr().err
     assert main(["generate", "x", "--model", llm, "--output", str(page), "--overwrite"]) == 2
-    assert "not of a JAM" in capsys.readouterr().err
+    assert "is a 'llama'; expected a 'jam'" in capsys.readouterr().err
     assert main(["fuse", "--init", "paper"]) == 2
     assert "--text, --image, --mode is missing" in capsys.readouterr().err
     assert main(["page", "--run", str(page)]) == 2
