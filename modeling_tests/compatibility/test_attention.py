@@ -124,8 +124,10 @@ def test_gradients_through_flex(family, mode, init, jam, parents, flex):
 
 
 @pytest.mark.nightly
-# transformers 5.23 has its flex masks compiled by create_block_mask(_compile=True), which torch 2.13 deprecates.
+# transformers 5.23 has its flex masks compiled by create_block_mask(_compile=True), which torch 2.13 deprecates; and
+# while it compiles them, torch instantiates an autograd function, which it deprecates itself.
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*Function.> should not be instantiated:DeprecationWarning")
 @pytest.mark.feature(SECTION, "flex, compiled by inductor", modes=("cross",))
 def test_flex_as_transformers_compiles_it(jam):
     torch._dynamo.reset()
