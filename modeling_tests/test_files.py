@@ -178,13 +178,12 @@ def test_the_lock_of_a_killed_run_is_no_lock(kind, tmp_path):
     os.close(says)
     with os.fdopen(ready, "rb") as pipe:
         assert pipe.read(5) == b"ready"
-    for make in (whole_folder, resumed):  # another process holds it
-        with pytest.raises(FileExistsError, match="Another run"), make(tmp_path / "jam", True):
+    for other in (whole_folder, resumed):  # another process holds it
+        with pytest.raises(FileExistsError, match="Another run"), other(tmp_path / "jam", True):
             raise AssertionError
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     check_free(tmp_path / "jam")
-    make = whole_folder if kind == "whole" else resumed
     with make(tmp_path / "jam") as folder:
         assert (folder / "x").exists() == (kind == "resumed")
         (folder / "x").write_text("x")

@@ -49,3 +49,10 @@ def test_other_names_are_not_served():
     assert new_name("jam_hf.model.modeling_jam") is None
     with pytest.raises(ModuleNotFoundError, match="jam_hf.model.nothing_jam"):
         importlib.import_module("jam_hf.model.nothing_jam")
+
+
+def test_a_module_that_was_split_still_has_its_names():
+    from jam_hf.quickstart.parents import Lesson, SharedParents, UnlikeParents, parents_of, with_image_logits
+
+    places = {each.__module__.rpartition(".")[2] for each in (Lesson, SharedParents, UnlikeParents, with_image_logits)}
+    assert places == {"lessons", "shared_parents", "unlike_parents"} and parents_of.__module__.endswith(".pairs")

@@ -20,10 +20,10 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.configuration_utils import GenerationMode
 
-from ..model.call_settings_jam import end_ids
 from ..model.calls_jam import JamCall
 from ..model.grammar_jam import PictureGrammar
 from ..model.modeling_jam import JamForCausalLM
+from .events import padding_id
 from .rerankers import PictureCandidates, Reranker, checked_scores, reranker_of
 
 
@@ -107,8 +107,7 @@ class _Documents:
     ):
         """`input_ids`, `config`, `kwargs`: as transformers gives them to a loop; `config` is complete."""
         self.model, self.call, self.config = model, call, config
-        ends, pad = end_ids(config.eos_token_id), config.pad_token_id
-        self.pad = pad if pad is not None else ends[0] if ends else 0  # as GenerationMixin has it
+        self.pad = padding_id({}, None, config) or 0
         self.grammar = PictureGrammar(model.config)
         self.criteria = call.arguments.get("stopping_criteria")
         self.allowed_fn = call.arguments.get("prefix_allowed_tokens_fn")

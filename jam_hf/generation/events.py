@@ -7,18 +7,29 @@ decided by transformers' `TextStreamer`. It does not know how ids are chosen, no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from ..model.call_settings_jam import end_ids
+from ..model.call_settings_jam import end_ids, setting
 from ..model.modeling_jam import JamForCausalLM
 from ..model.processing_jam import JamProcessor
 
 
 Event = dict[str, Any]
+
+
+def padding_id(arguments: Mapping[str, Any], passed: Any, own: Any) -> int | None:
+    """What a call puts behind rows that have ended, as GenerationMixin has it: its padding, or the first of its ends.
+
+    arguments, passed, own: as in `call_settings_jam.setting`; an argument that is `None` says nothing.
+    """
+    said = {name: value for name, value in arguments.items() if value is not None}
+    pad, ends = (setting(name, said, passed, own) for name in ("pad_token_id", "eos_token_id"))
+    return pad if pad is not None else next(iter(end_ids(ends)), None)
 
 
 class _DecodedAfter:
@@ -100,9 +111,7 @@ class DocumentStreamer(BaseStreamer):
         self.partial_every, self.skip_special_tokens = partial_every, skip_special_tokens
         config = model.config
         self.layout = config.picture_layout
-        ends, pad = end_ids(model.generation_config.eos_token_id), model.generation_config.pad_token_id
-        pad = pad_token_id if pad_token_id is not None else pad
-        self.pad = pad if pad is not None else ends[0] if ends else None  # as GenerationMixin has it
+        self.pad = padding_id({"pad_token_id": pad_token_id}, None, model.generation_config)
         self.rows: Any = None  # a list of _Row from the first ids on
         self.events: list[Event] = []
 
@@ -225,4 +234,4 @@ class DocumentStreamer(BaseStreamer):
             self._send(event)
 
 
-__all__ = ["DocumentStreamer", "Event"]
+__all__ = ["DocumentStreamer", "Event", "padding_id"]

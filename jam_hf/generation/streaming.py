@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from ..model.call_settings_jam import end_ids, setting
 from ..model.modeling_jam import JamForCausalLM
 from ..model.processing_jam import JamProcessor
-from .events import DocumentStreamer, Event
+from .events import DocumentStreamer, Event, padding_id
 
 
 class JamStreamer(DocumentStreamer):
@@ -144,9 +143,7 @@ def _pad_token_id(model: JamForCausalLM, generate_kwargs: dict[str, Any]) -> int
         raise ValueError(
             "stream() makes its own streamer. Leave `streamer` out, or call generate(streamer=...) in a thread."
         )
-    passed, own = generate_kwargs.get("generation_config"), model.generation_config
-    pad, ends = (setting(name, generate_kwargs, passed, own) for name in ("pad_token_id", "eos_token_id"))
-    return pad if pad is not None else next(iter(end_ids(ends)), None)  # as GenerationMixin has it
+    return padding_id(generate_kwargs, generate_kwargs.get("generation_config"), model.generation_config)
 
 
 def stream(

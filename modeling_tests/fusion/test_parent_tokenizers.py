@@ -237,6 +237,7 @@ def test_every_call_says_that_code_of_others_is_not_run():
             if not isinstance(node, ast.Call):
                 continue
             called = getattr(node.func, "attr", getattr(node.func, "id", None))
+            found += called == "read_whole"  # whose own call is looked at below
             owner = ast.unparse(getattr(node.func, "value", node.func))
             if called == "from_config" and not owner.startswith("Auto"):
                 continue
@@ -247,7 +248,7 @@ def test_every_call_says_that_code_of_others_is_not_run():
             said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             assert said.get("trust_remote_code") == "False", f"{path.name}:{node.lineno}: {ast.unparse(node)}"
             found += 1
-    assert found > 15
+    assert found > 20
 
 
 def test_an_added_token_that_is_read_at_another_id_is_refused(folder):
